@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Device code of mmattn: Triton kernels and the CPU extension. Import `mmattn`, not this."""

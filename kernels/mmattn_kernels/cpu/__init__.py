@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: MIT
+"""CPU kernels: a pybind11 extension that knows no torch, and the wrappers that hand it pointers."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from types import ModuleType
+
+BUILD_HINT = "install a C++17 compiler, then `pip install -e .` from a checkout of the repository"
+
+
+@functools.lru_cache(maxsize=1)
+def _load() -> tuple[ModuleType | None, str | None]:
+    import torch  # noqa: F401  its OpenMP runtime must be loaded first, for the extension to share its threads
+
+    try:
+        extension = importlib.import_module("mmattn_kernels._cpu")
+    except ModuleNotFoundError as error:
+        if error.name != "mmattn_kernels._cpu":
+            raise
+        return None, f"the extension mmattn_kernels._cpu is not built; {BUILD_HINT}"
+    except ImportError as error:
+        return None, f"the extension mmattn_kernels._cpu does not load ({error}); {BUILD_HINT}"
+    if name := os.environ.get("MMATTN_CPU_ISA"):
+        extension.use_instruction_set(name)
+    return extension, None
+
+
+def missing() -> str | None:
+    """Why the extension cannot be used here; None if it can."""
+    return _load()[1]
+
+
+def extension() -> ModuleType:
+    """The extension module; RuntimeError with the remedy if it is not there."""
+    module, reason = _load()
+    if module is None:
+        raise RuntimeError(reason)
+    return module

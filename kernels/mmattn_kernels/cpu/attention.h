@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: MIT
+// What a random-shift attention call needs to know, as mmattn_kernels.cpu.attention passes it.
+#pragma once
+
+#include <cstdint>
+
+namespace mmattn {
+
+struct Strided {  // [batch, position, head, channel], strides in elements, channels contiguous
+  void* data;
+  int64_t batch, position, head;
+};
+
+// Queries of one stream against circular windows of the other's keys and values.
+struct Direction {
+  Strided q, k, v, out, d_out, d_q, d_k, d_v;  // the last four in backward only
+  float* lse;                                  // [batch, head, q_len], natural logarithm
+  int64_t q_len, k_len;
+};
+
+struct Attention {
+  Direction directions[2];  // video queries, audio queries
+  int64_t batch, heads, dim, frames, window, shift;
+  float scale;
+  bool is_bf16;
+  int threads;
+};
+
+#define MMATTN_DECLARE(isa)                     \
+  namespace isa {                               \
+  void attention_forward(const Attention& p);   \
+  void attention_backward(const Attention& p);  \
+  }
+MMATTN_DECLARE(portable)
+MMATTN_DECLARE(avx2)
+MMATTN_DECLARE(avx512)
+MMATTN_DECLARE(amx)
+#undef MMATTN_DECLARE
+
+}  // namespace mmattn

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: MIT
+// The fp32 register-tile matrix product all kernels share: C[m, :] = init + sum_k A[m, k] * B[k, :].
+// A is read by broadcast and may be strided both ways (so A and A^T are the same code); B is read in vectors, the
+// columns of one vector contiguous, the vectors `b_vec` apart (so a row-major matrix and a panel-packed one are too).
+#pragma once
+
+#include <algorithm>
+#include <utility>
+
+#include "simd.h"
+
+namespace mmattn::MMATTN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kTileRows = 6, kTileVecs = 4;  // 24 accumulators, 4 of B and a broadcast in 32 registers
+#else
+constexpr int kTileRows = 6, kTileVecs = 2;  // 12 accumulators, 2 of B and a broadcast in 16 registers
+#endif
+
+enum class Init { zero, add, rescale };  // C starts at 0, at C, at row_factor[m] * C
+
+struct Gemm {
+  int64_t rows, vecs, depth;
+  const float* a;
+  int64_t a_row, a_depth;
+  const float* b;
+  int64_t b_vec, b_depth;
+  float* c;
+  int64_t c_row;
+  const float* row_factor = nullptr;
+};
+
+template <Init kInit, int R, int V>
+void gemm_tile(const Gemm& g, int64_t row, int64_t vec) {
+  const float* a = g.a + row * g.a_row;
+  const float* b = g.b + vec * g.b_vec;
+  float* c = g.c + row * g.c_row + vec * kLanes;
+  const int64_t a_row = g.a_row, a_depth = g.a_depth, b_vec = g.b_vec, b_depth = g.b_depth;
+  Vec acc[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      if constexpr (kInit == Init::zero) acc[r][v] = Vec{};
+      if constexpr (kInit == Init::add) acc[r][v] = load(c + r * g.c_row + v * kLanes);
+      if constexpr (kInit == Init::rescale) acc[r][v] = load(c + r * g.c_row + v * kLanes) * g.row_factor[row + r];
+    }
+  for (int64_t k = 0; k < g.depth; ++k) {
+    Vec bk[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) bk[v] = load(b + v * b_vec);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec ak = broadcast(a[r * a_row]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) acc[r][v] += ak * bk[v];
+    }
+    a += a_depth;
+    b += b_depth;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store(c + r * g.c_row + v * kLanes, acc[r][v]);
+}
+
+template <Init kInit>
+using GemmTile = void (*)(const Gemm&, int64_t, int64_t);
+
+template <Init kInit, int... I>
+constexpr auto gemm_tiles(std::integer_sequence<int, I...>) {
+  struct Table {
+    GemmTile<kInit> tile[kTileRows * kTileVecs];
+  };
+  return Table{{gemm_tile<kInit, I / kTileVecs + 1, I % kTileVecs + 1>...}};
+}
+
+// Rows and vectors are split evenly: 25 rows become 5 tiles of 5, not 4 of 6 and one of 1.
+template <Init kInit>
+inline void gemm(const Gemm& g) {
+  static constexpr auto table = gemm_tiles<kInit>(std::make_integer_sequence<int, kTileRows * kTileVecs>{});
+  const int64_t row_tiles = (g.rows + kTileRows - 1) / kTileRows, vec_tiles = (g.vecs + kTileVecs - 1) / kTileVecs;
+  for (int64_t j = 0; j < vec_tiles; ++j) {
+    const int64_t vec = g.vecs * j / vec_tiles, vecs = g.vecs * (j + 1) / vec_tiles - vec;
+    for (int64_t i = 0; i < row_tiles; ++i) {
+      const int64_t row = g.rows * i / row_tiles, rows = g.rows * (i + 1) / row_tiles - row;
+      table.tile[(rows - 1) * kTileVecs + vecs - 1](g, row, vec);
+    }
+  }
+}
+
+}  // namespace mmattn::MMATTN_ISA

@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: MIT
+// One vector type and its few operations for every instruction set. A source that includes this file is compiled
+// once per instruction set, each time with MMATTN_ISA naming the namespace its code lives in.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace mmattn::MMATTN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t WordVec __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t HalfVec __attribute__((vector_size(kLanes * 2)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+inline Vec broadcast(float x) { return x - Vec{}; }
+
+inline Vec load(const bf16* p) {
+  HalfVec half;
+  std::memcpy(&half, p, sizeof half);
+  return (Vec)(__builtin_convertvector(half, WordVec) << 16);
+}
+
+// Round to nearest even; a NaN stays one (the rounding carry could turn its mantissa into infinity).
+inline void store(bf16* p, Vec v) {
+#if defined(__AVX512BF16__)
+  const __m256bh half = _mm512_cvtneps_pbh(v);
+  std::memcpy(p, &half, sizeof half);
+#else
+  const WordVec bits = (WordVec)v;
+  const WordVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const WordVec chosen = v != v ? WordVec{} + 0x7fc0 : rounded;
+  const HalfVec half = __builtin_convertvector(chosen, HalfVec);
+  std::memcpy(p, &half, sizeof half);
+#endif
+}
+
+inline Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline float reduce_add(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(v);
+#else
+  float sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+#endif
+}
+
+inline float reduce_max(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(v);
+#else
+  float top = v[0];
+  for (int i = 1; i < kLanes; ++i) top = v[i] > top ? v[i] : top;
+  return top;
+#endif
+}
+
+inline Vec lane_numbers() {
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = static_cast<float>(i);
+  return v;
+}
+
+// Lanes outside [lo, hi) become `fill`.
+inline Vec keep_lanes(Vec v, int64_t lo, int64_t hi, float fill) {
+  const Vec lane = lane_numbers();
+  const IntVec keep = (lane >= static_cast<float>(lo)) & (lane < static_cast<float>(hi));
+  return keep ? v : broadcast(fill);
+}
+
+// 2^x by a minimax polynomial of 2^f / 2^f on f = x - floor(x); relative error 7.5e-8 at degree 5, 7.5e-5 at degree 3,
+// which bf16 cannot see. Zero below 2^-126, so a masked score adds nothing.
+template <int Degree = 5>
+inline Vec exp2(Vec x) {
+  static_assert(Degree == 3 || Degree == 5);
+  const auto polynomial = [](Vec f) {
+    if constexpr (Degree == 3) {
+      Vec p = broadcast(0.07802452f) * f + 0.22606716f;
+      p = p * f + 0.69583356f;
+      return p * f + 0.9999252f;
+    } else {
+      Vec p = broadcast(0.0018775767f) * f + 0.00898934f;
+      p = p * f + 0.055826318f;
+      p = p * f + 0.24015361f;
+      p = p * f + 0.6931531f;
+      return p * f + 0.99999994f;
+    }
+  };
+#if defined(__AVX512F__)
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  return _mm512_scalef_ps(polynomial(x - whole), whole);
+#else
+  const Vec floor_limit = broadcast(-126.0f), ceiling = broadcast(127.0f);
+  const Vec clamped = x < floor_limit ? floor_limit : (x > ceiling ? ceiling : x);
+  IntVec whole = __builtin_convertvector(clamped, IntVec);
+  whole += __builtin_convertvector(whole, Vec) > clamped;  // a true comparison is -1
+  const IntVec exponent = (whole + 127) << 23;
+  const Vec power = polynomial(clamped - __builtin_convertvector(whole, Vec)) * (Vec)exponent;
+  const Vec bounded = x < floor_limit ? Vec{} : power;
+  return x != x ? x : bounded;
+#endif
+}
+
+// dst[0:n] = factor * src[0:n], zero up to `padded`.
+template <class T>
+inline void load_row(float* dst, const T* src, int64_t n, int64_t padded, float factor) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(dst + i, load(src + i) * factor);
+  if (i < n) {
+    T tail[kLanes] = {};
+    std::memcpy(tail, src + i, (n - i) * sizeof(T));
+    store(dst + i, load(tail) * factor);
+    i += kLanes;
+  }
+  for (; i < padded; i += kLanes) store(dst + i, Vec{});
+}
+
+// dst[0:n] = factor * src[0:n]
+template <class T>
+inline void store_row(T* dst, const float* src, int64_t n, float factor) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(dst + i, load(src + i) * factor);
+  if (i < n) {
+    float padded[kLanes] = {};
+    std::memcpy(padded, src + i, (n - i) * sizeof(float));
+    T tail[kLanes];
+    store(tail, load(padded) * factor);
+    std::memcpy(dst + i, tail, (n - i) * sizeof(T));
+  }
+}
+
+}  // namespace mmattn::MMATTN_ISA

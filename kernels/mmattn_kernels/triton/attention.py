@@ -1,0 +1,467 @@
+# SPDX-License-Identifier: MIT
+"""Random-shift windowed cross-attention between video and audio (RS-MMA, arXiv 2212.09478), forward and backward.
+
+    out[m] = sum_u softmax_u(scale * q[m] . k[u]) v[u],  u over the window of m's segment g = min(m // n_q, F - 1):
+    positions ((g + R) * n_k + j) mod L_k for 0 <= j < S * n_k, in the other modality.
+
+F frames, S window, R shift; L = F*P for video, T for audio; n = L // F positions a segment (q: of the queries, k: of
+the keys). Positions past F*n belong, as queries, to the last segment. Layout [B, L, H, D] with D contiguous; LSE and
+delta are [B, H, L] in fp32. A window is a circular range, so a kernel needs R and no index list.
+
+One launch serves both directions: the first programs own audio tiles, the others video tiles. `_forward_kernel` and
+`_backward_dq_kernel` own BLOCK_M consecutive queries and walk the union of their windows; `_backward_dkdv_kernel`
+owns BLOCK_N keys, consecutive after R is taken away, and walks the queries that read them, which are again one
+circular range. Every output element has one writer: no atomics, the same bits each time. Scores and sums are fp32, the
+exponential is base 2, P and dS are rounded to the input dtype for their product.
+"""
+
+import contextlib
+import functools
+import json
+import pathlib
+
+import torch
+import triton
+import triton.language as tl
+
+# Changing a length or the shift must not compile anew, not even for a value of 1 or a multiple of 16.
+_RUNTIME = ("batch_heads", "video_len", "audio_len", "heads", "frames", "window", "shift", "scale")
+
+
+@triton.jit
+def _operand(is_audio, audio, audio_sb, audio_sl, audio_sh, video, video_sb, video_sl, video_sh, i_b, i_h):
+    """First row of head i_h of batch i_b in the chosen modality, and the stride between its rows."""
+    stride_b = tl.where(is_audio, audio_sb, video_sb)
+    stride_h = tl.where(is_audio, audio_sh, video_sh)
+    p_base = tl.where(is_audio, audio, video) + i_b.to(tl.int64) * stride_b + i_h.to(tl.int64) * stride_h
+    return p_base, tl.where(is_audio, audio_sl, video_sl)
+
+
+@triton.jit
+def _pointers(p_base, o_rows, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    # The only place that multiplies a position by a stride: 64 bits here are 64 bits everywhere.
+    o_d = tl.arange(0, BLOCK_D)
+    return p_base + o_rows.to(tl.int64)[:, None] * stride + o_d[None, :]
+
+
+@triton.jit
+def _mask(m_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    return m_rows[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
+
+
+@triton.jit
+def _load(p_base, o_rows, stride, m_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows [len(o_rows), BLOCK_D]; zeros where masked and past HEAD_DIM."""
+    p_rows = _pointers(p_base, o_rows, stride, HEAD_DIM, BLOCK_D)
+    if MASKED:
+        return tl.load(p_rows, mask=_mask(m_rows, HEAD_DIM, BLOCK_D), other=0.0)
+    elif BLOCK_D != HEAD_DIM:
+        return tl.load(p_rows, mask=(tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :], other=0.0)
+    else:
+        return tl.load(p_rows)
+
+
+@triton.jit
+def _store(p_base, o_rows, stride, m_rows, b_x, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    p_rows = _pointers(p_base, o_rows, stride, HEAD_DIM, BLOCK_D)
+    tl.store(p_rows, b_x.to(p_base.dtype.element_ty), mask=_mask(m_rows, HEAD_DIM, BLOCK_D))
+
+
+@triton.jit
+def _wrap(x, length):
+    """x mod length for 0 <= x < 2 * length."""
+    return tl.where(x >= length, x - length, x)
+
+
+@triton.jit
+def _in_window(distance, length, n_window):
+    """Whether a key this far past the first key of a query's window (mod length) is in it."""
+    return tl.where(distance < 0, distance + length, distance) < n_window
+
+
+@triton.jit
+def _contiguous(is_audio, audio, video, length, heads, i_b, i_h, HEAD_DIM: tl.constexpr):
+    """As _operand, for a contiguous [B, length, heads, HEAD_DIM]."""
+    offset = (i_b.to(tl.int64) * length * heads + i_h) * HEAD_DIM
+    return tl.where(is_audio, audio, video) + offset, heads * HEAD_DIM
+
+
+@triton.jit
+def _block(i, head, n_full, MASKED: tl.constexpr):
+    """The i-th of the blocks that need a mask, or of those that do not."""
+    if MASKED:
+        return tl.where(i < head, i, i + n_full)
+    else:
+        return head + i
+
+
+@triton.jit
+def _program(audio_len, video_len, batch_heads, heads, BLOCK: tl.constexpr):
+    """Which tile of which head. Audio goes first: its windows are the longer ones, and a launch should end on short work."""
+    pid = tl.program_id(0)
+    audio_tiles = tl.cdiv(audio_len, BLOCK)
+    video_tiles = tl.cdiv(video_len, BLOCK)
+    is_audio = pid < batch_heads * audio_tiles
+    i_tile = tl.where(is_audio, pid, pid - batch_heads * audio_tiles)
+    n_tiles = tl.where(is_audio, audio_tiles, video_tiles)
+    i_bh = i_tile // n_tiles
+    return is_audio, i_tile % n_tiles, i_bh, i_bh // heads, i_bh % heads
+
+
+@triton.jit
+def _key_walk(i_m, len_q, len_k, frames, window, shift, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The keys a query tile reads, as u = 0 .. n_union - 1 counted from position `start`.
+
+    Row m's window begins at u = lag[m]. The n_full blocks from `head` on lie in the window of every row and need no
+    mask; n_masked is how many others there are, before and after them.
+    """
+    n_q = len_q // frames
+    n_k = len_k // frames
+    first = i_m * BLOCK_M
+    g_first = tl.minimum(first // n_q, frames - 1)
+    g_last = tl.minimum((tl.minimum(first + BLOCK_M, len_q) - 1) // n_q, frames - 1)
+    o_m = first + tl.arange(0, BLOCK_M)
+    lag = (tl.minimum(o_m // n_q, frames - 1) - g_first) * n_k
+    skew = (g_last - g_first) * n_k
+    n_window = window * n_k
+    n_union = tl.minimum(skew + n_window, len_k)
+    start = (g_first + shift) * n_k % len_k
+    head = tl.cdiv(tl.where(n_window == len_k, 0, skew), BLOCK_N)
+    full = tl.maximum(n_window // BLOCK_N, head)
+    n_full = full - head
+    return o_m, lag, start, n_window, n_union, head, n_full, tl.cdiv(n_union, BLOCK_N) - n_full
+
+
+@triton.jit
+def _query_walk(i_n, len_q, len_k, frames, window, shift, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The queries that read a key tile, as r = 0 .. n_rows - 1 counted from position `start`.
+
+    Keys are numbered u = (position - shift * n_k) mod len_k, where segment g reads u = g * n_k .. (g + S) * n_k - 1 mod
+    len_k. Key u is read by segments a: u // n_k - S + 1 .. u // n_k, and by the last segments, from b on, whose windows
+    wrap past len_k. If there are any of the latter, a begins at 0 and both together are one circular range of queries.
+    The same two bounds with the tile's ends exchanged give the queries that read every key of the tile.
+    """
+    n_q = len_q // frames
+    n_k = len_k // frames
+    n_window = window * n_k
+    u_first = i_n * BLOCK_N
+    u_last = tl.minimum(u_first + BLOCK_N, len_k) - 1
+    a_first = tl.maximum(u_first // n_k - window + 1, 0)
+    a_last = tl.minimum(u_last // n_k, frames - 1)
+    b_first = tl.maximum((u_first + len_k - n_window) // n_k + 1, a_last + 1)
+    wraps = b_first < frames
+    start = tl.where(wraps, b_first, a_first) * n_q
+    to_a = tl.where(wraps, len_q, 0) - start
+    n_rows = tl.maximum(to_a + tl.where(a_last == frames - 1, len_q, (a_last + 1) * n_q), 0)
+
+    all_a_first = tl.maximum(u_last // n_k - window + 1, 0)
+    all_a_last = tl.minimum(u_first // n_k, frames - 1)
+    all_b_first = tl.maximum((u_last + len_k - n_window) // n_k + 1, a_last + 1)
+    all_begin = tl.where(all_b_first < frames, all_b_first * n_q - start, to_a + all_a_first * n_q)
+    all_end = to_a + tl.where(all_a_last == frames - 1, len_q, (all_a_last + 1) * n_q)
+    head = tl.cdiv(tl.where(n_window == len_k, 0, all_begin), BLOCK_M)
+    full = tl.maximum(tl.where(n_window == len_k, n_rows, all_end) // BLOCK_M, head)
+    # A range that is empty may have come out past the end.
+    blocks = tl.cdiv(n_rows, BLOCK_M)
+    head = tl.minimum(head, blocks)
+    n_full = tl.minimum(full, blocks) - head
+    o_u = u_first + tl.arange(0, BLOCK_N)
+    o_n = _wrap(o_u + shift * n_k % len_k, len_k)
+    return o_u, o_n, start, n_rows, n_window, head, n_full, blocks - n_full
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def _forward_kernel(
+    video_q, video_k, video_v, audio_q, audio_k, audio_v, video_out, audio_out, video_lse, audio_lse,
+    video_q_sb, video_q_sl, video_q_sh, video_k_sb, video_k_sl, video_k_sh, video_v_sb, video_v_sl, video_v_sh,
+    audio_q_sb, audio_q_sl, audio_q_sh, audio_k_sb, audio_k_sl, audio_k_sh, audio_v_sb, audio_v_sl, audio_v_sh,
+    batch_heads, video_len, audio_len, heads, frames, window, shift, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, SHIFT_IS_TENSOR: tl.constexpr,
+):  # fmt: skip
+    is_audio, i_m, i_bh, i_b, i_h = _program(audio_len, video_len, batch_heads, heads, BLOCK_M)
+    len_q = tl.where(is_audio, audio_len, video_len)
+    len_k = tl.where(is_audio, video_len, audio_len)
+    p_q, q_sl = _operand(is_audio, audio_q, audio_q_sb, audio_q_sl, audio_q_sh,
+                         video_q, video_q_sb, video_q_sl, video_q_sh, i_b, i_h)  # fmt: skip
+    p_k, k_sl = _operand(is_audio, video_k, video_k_sb, video_k_sl, video_k_sh,
+                         audio_k, audio_k_sb, audio_k_sl, audio_k_sh, i_b, i_h)  # fmt: skip
+    p_v, v_sl = _operand(is_audio, video_v, video_v_sb, video_v_sl, video_v_sh,
+                         audio_v, audio_v_sb, audio_v_sl, audio_v_sh, i_b, i_h)  # fmt: skip
+    p_out, out_sl = _contiguous(is_audio, audio_out, video_out, len_q, heads, i_b, i_h, HEAD_DIM)
+    p_lse = tl.where(is_audio, audio_lse, video_lse) + i_bh.to(tl.int64) * len_q
+    if SHIFT_IS_TENSOR:
+        shift = tl.load(shift).to(tl.int32)
+    o_m, lag, start, n_window, n_union, head, n_full, n_masked = _key_walk(
+        i_m, len_q, len_k, frames, window, shift, BLOCK_M, BLOCK_N
+    )
+    m_m = o_m < len_q
+
+    b_q = _load(p_q, o_m, q_sl, m_m, HEAD_DIM, BLOCK_D, True)  # [BM, BD]
+    # With the sign in q the largest product is the largest score, and the scale joins the exponential's multiply-add.
+    b_q = tl.where(scale < 0, -b_q, b_q)
+    scale_log2 = tl.abs(scale) * 1.4426950408889634
+    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    # Finite, so that a row whose first block is all masked (-inf) stays 0 and does not turn NaN.
+    b_max = tl.full([BLOCK_M], -3.0e38, tl.float32)
+    for MASKED in tl.static_range(2):
+        for i in range(0, n_masked if MASKED else n_full):
+            o_u = _block(i, head, n_full, MASKED) * BLOCK_N + tl.arange(0, BLOCK_N)
+            o_n = _wrap(start + o_u, len_k)
+            m_n = o_u < n_union
+            b_k = _load(p_k, o_n, k_sl, m_n, HEAD_DIM, BLOCK_D, MASKED)  # [BN, BD]
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
+            if MASKED:
+                m_s = _in_window(o_u[None, :] - lag[:, None], len_k, n_window) & m_n[None, :]
+                b_s = tl.where(m_s, b_s * scale_log2, float("-inf"))
+                b_new = tl.maximum(b_max, tl.max(b_s, 1))
+                b_p = tl.exp2(b_s - b_new[:, None])
+            else:
+                b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
+                b_p = tl.exp2(b_s * scale_log2 - b_new[:, None])
+            b_decay = tl.exp2(b_max - b_new)
+            b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+            b_v = _load(p_v, o_n, v_sl, m_n, HEAD_DIM, BLOCK_D, MASKED)  # [BN, BD]
+            b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision=PRECISION)
+            b_max = b_new
+    _store(p_out, o_m, out_sl, m_m, b_acc / b_sum[:, None], HEAD_DIM, BLOCK_D)
+    tl.store(p_lse + o_m, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=m_m)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def _backward_dq_kernel(
+    d_video_out, d_audio_out, video_q, video_k, video_v, audio_q, audio_k, audio_v,
+    video_out, audio_out, video_lse, audio_lse, video_delta, audio_delta, d_video_q, d_audio_q,
+    d_video_out_sb, d_video_out_sl, d_video_out_sh, d_audio_out_sb, d_audio_out_sl, d_audio_out_sh,
+    video_q_sb, video_q_sl, video_q_sh, video_k_sb, video_k_sl, video_k_sh, video_v_sb, video_v_sl, video_v_sh,
+    audio_q_sb, audio_q_sl, audio_q_sh, audio_k_sb, audio_k_sl, audio_k_sh, audio_v_sb, audio_v_sl, audio_v_sh,
+    batch_heads, video_len, audio_len, heads, frames, window, shift, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, SHIFT_IS_TENSOR: tl.constexpr,
+):  # fmt: skip
+    """dS = P * (dO V^T - delta), dQ = scale * dS K; writes delta = rowsum(dO * O) for the other backward kernel too."""
+    is_audio, i_m, i_bh, i_b, i_h = _program(audio_len, video_len, batch_heads, heads, BLOCK_M)
+    len_q = tl.where(is_audio, audio_len, video_len)
+    len_k = tl.where(is_audio, video_len, audio_len)
+    p_q, q_sl = _operand(is_audio, audio_q, audio_q_sb, audio_q_sl, audio_q_sh,
+                         video_q, video_q_sb, video_q_sl, video_q_sh, i_b, i_h)  # fmt: skip
+    p_k, k_sl = _operand(is_audio, video_k, video_k_sb, video_k_sl, video_k_sh,
+                         audio_k, audio_k_sb, audio_k_sl, audio_k_sh, i_b, i_h)  # fmt: skip
+    p_v, v_sl = _operand(is_audio, video_v, video_v_sb, video_v_sl, video_v_sh,
+                         audio_v, audio_v_sb, audio_v_sl, audio_v_sh, i_b, i_h)  # fmt: skip
+    p_do, do_sl = _operand(is_audio, d_audio_out, d_audio_out_sb, d_audio_out_sl, d_audio_out_sh,
+                           d_video_out, d_video_out_sb, d_video_out_sl, d_video_out_sh, i_b, i_h)  # fmt: skip
+    p_out, out_sl = _contiguous(is_audio, audio_out, video_out, len_q, heads, i_b, i_h, HEAD_DIM)
+    p_dq, dq_sl = _contiguous(is_audio, d_audio_q, d_video_q, len_q, heads, i_b, i_h, HEAD_DIM)
+    p_lse = tl.where(is_audio, audio_lse, video_lse) + i_bh.to(tl.int64) * len_q
+    p_delta = tl.where(is_audio, audio_delta, video_delta) + i_bh.to(tl.int64) * len_q
+    if SHIFT_IS_TENSOR:
+        shift = tl.load(shift).to(tl.int32)
+    o_m, lag, start, n_window, n_union, head, n_full, n_masked = _key_walk(
+        i_m, len_q, len_k, frames, window, shift, BLOCK_M, BLOCK_N
+    )
+    m_m = o_m < len_q
+
+    b_do = _load(p_do, o_m, do_sl, m_m, HEAD_DIM, BLOCK_D, True)  # [BM, BD]
+    b_out = _load(p_out, o_m, out_sl, m_m, HEAD_DIM, BLOCK_D, True)  # [BM, BD]
+    b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)  # [BM]
+    tl.store(p_delta + o_m, b_delta, mask=m_m)
+    b_q = _load(p_q, o_m, q_sl, m_m, HEAD_DIM, BLOCK_D, True)  # [BM, BD]
+    b_lse = tl.load(p_lse + o_m, mask=m_m, other=0.0) * 1.4426950408889634  # [BM]
+    scale_log2 = scale * 1.4426950408889634
+    b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for MASKED in tl.static_range(2):
+        for i in range(0, n_masked if MASKED else n_full):
+            o_u = _block(i, head, n_full, MASKED) * BLOCK_N + tl.arange(0, BLOCK_N)
+            o_n = _wrap(start + o_u, len_k)
+            m_n = o_u < n_union
+            b_k = _load(p_k, o_n, k_sl, m_n, HEAD_DIM, BLOCK_D, MASKED)  # [BN, BD]
+            b_v = _load(p_v, o_n, v_sl, m_n, HEAD_DIM, BLOCK_D, MASKED)  # [BN, BD]
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
+            b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
+            if MASKED:
+                m_s = _in_window(o_u[None, :] - lag[:, None], len_k, n_window) & m_n[None, :]
+                b_p = tl.where(m_s, b_p, 0.0)
+            b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BM, BN]
+            b_ds = b_p * (b_dp - b_delta[:, None])
+            b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+    _store(p_dq, o_m, dq_sl, m_m, b_dq * scale, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def _backward_dkdv_kernel(
+    d_video_out, d_audio_out, video_q, video_k, video_v, audio_q, audio_k, audio_v,
+    video_lse, audio_lse, video_delta, audio_delta, d_video_k, d_video_v, d_audio_k, d_audio_v,
+    d_video_out_sb, d_video_out_sl, d_video_out_sh, d_audio_out_sb, d_audio_out_sl, d_audio_out_sh,
+    video_q_sb, video_q_sl, video_q_sh, video_k_sb, video_k_sl, video_k_sh, video_v_sb, video_v_sl, video_v_sh,
+    audio_q_sb, audio_q_sl, audio_q_sh, audio_k_sb, audio_k_sl, audio_k_sh, audio_v_sb, audio_v_sl, audio_v_sh,
+    batch_heads, video_len, audio_len, heads, frames, window, shift, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, SHIFT_IS_TENSOR: tl.constexpr,
+):  # fmt: skip
+    """dV = P^T dO, dK = scale * dS^T Q for one tile of keys; scores are held transposed, [keys, queries]."""
+    is_audio, i_n, i_bh, i_b, i_h = _program(audio_len, video_len, batch_heads, heads, BLOCK_N)
+    len_k = tl.where(is_audio, audio_len, video_len)
+    len_q = tl.where(is_audio, video_len, audio_len)
+    p_q, q_sl = _operand(is_audio, video_q, video_q_sb, video_q_sl, video_q_sh,
+                         audio_q, audio_q_sb, audio_q_sl, audio_q_sh, i_b, i_h)  # fmt: skip
+    p_k, k_sl = _operand(is_audio, audio_k, audio_k_sb, audio_k_sl, audio_k_sh,
+                         video_k, video_k_sb, video_k_sl, video_k_sh, i_b, i_h)  # fmt: skip
+    p_v, v_sl = _operand(is_audio, audio_v, audio_v_sb, audio_v_sl, audio_v_sh,
+                         video_v, video_v_sb, video_v_sl, video_v_sh, i_b, i_h)  # fmt: skip
+    p_do, do_sl = _operand(is_audio, d_video_out, d_video_out_sb, d_video_out_sl, d_video_out_sh,
+                           d_audio_out, d_audio_out_sb, d_audio_out_sl, d_audio_out_sh, i_b, i_h)  # fmt: skip
+    p_dk, dk_sl = _contiguous(is_audio, d_audio_k, d_video_k, len_k, heads, i_b, i_h, HEAD_DIM)
+    p_dv, dv_sl = _contiguous(is_audio, d_audio_v, d_video_v, len_k, heads, i_b, i_h, HEAD_DIM)
+    p_lse = tl.where(is_audio, video_lse, audio_lse) + i_bh.to(tl.int64) * len_q
+    p_delta = tl.where(is_audio, video_delta, audio_delta) + i_bh.to(tl.int64) * len_q
+    if SHIFT_IS_TENSOR:
+        shift = tl.load(shift).to(tl.int32)
+    o_u, o_n, start, n_rows, n_window, head, n_full, n_masked = _query_walk(
+        i_n, len_q, len_k, frames, window, shift, BLOCK_M, BLOCK_N
+    )
+    m_n = o_u < len_k
+    n_q = len_q // frames
+    n_k = len_k // frames
+
+    b_k = _load(p_k, o_n, k_sl, m_n, HEAD_DIM, BLOCK_D, True)  # [BN, BD]
+    b_v = _load(p_v, o_n, v_sl, m_n, HEAD_DIM, BLOCK_D, True)  # [BN, BD]
+    scale_log2 = scale * 1.4426950408889634
+    b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for MASKED in tl.static_range(2):
+        for i in range(0, n_masked if MASKED else n_full):
+            o_r = _block(i, head, n_full, MASKED) * BLOCK_M + tl.arange(0, BLOCK_M)
+            o_m = _wrap(start + o_r, len_q)
+            m_m = o_r < n_rows
+            b_q = _load(p_q, o_m, q_sl, m_m, HEAD_DIM, BLOCK_D, MASKED)  # [BM, BD]
+            b_do = _load(p_do, o_m, do_sl, m_m, HEAD_DIM, BLOCK_D, MASKED)  # [BM, BD]
+            b_lse = tl.load(p_lse + o_m, mask=m_m, other=0.0) * 1.4426950408889634  # [BM]
+            b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)  # [BM]
+            b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
+            b_p = tl.exp2(b_s * scale_log2 - b_lse[None, :])
+            if MASKED:
+                lag = tl.minimum(o_m // n_q, frames - 1) * n_k
+                b_p = tl.where(_in_window(o_u[:, None] - lag[None, :], len_k, n_window) & m_m[None, :], b_p, 0.0)
+            b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+            b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BN, BM]
+            b_ds = b_p * (b_dp - b_delta[None, :])
+            b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    _store(p_dk, o_n, dk_sl, m_n, b_dk * scale, HEAD_DIM, BLOCK_D)
+    _store(p_dv, o_n, dv_sl, m_n, b_dv, HEAD_DIM, BLOCK_D)
+
+
+@functools.cache
+def _tables():
+    return json.loads(pathlib.Path(__file__).with_suffix(".json").read_text())
+
+
+def _config(kernel, head_dim, dtype, device_name):
+    """Blocks, warps and stages of one kernel, from the table whose name is the longest prefix of the device's name.
+
+    kernel: "forward", "backward_dq" or "backward_dkdv". Lengths, frames, window and shift have no say.
+    """
+    tables = _tables()
+    names = [name for name in tables if device_name.startswith(name)]
+    table = tables[max(names, key=len, default="default")]
+    return table[kernel][f"{dtype.itemsize * 8}-bit"][str(triton.next_power_of_2(head_dim))]
+
+
+@functools.cache
+def _device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _precision(dtype):
+    """How fp32 products are taken: as torch's own matrix products on this device are."""
+    if dtype != torch.float32 or torch.version.hip:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    # torch >= 2.9 keeps the setting here, and raises on the older name once the newer one has been used.
+    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
+
+
+def _strides(**tensors):
+    return {f"{name}_s{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate("blh")}
+
+
+def _launch(kernel, name, block, inputs, others, *, frames, window, shift, scale):
+    """Launches one kernel over both directions' tiles, of `block` rows each; inputs are those with strides of their own."""
+    video_q, audio_q = inputs["video_q"], inputs["audio_q"]
+    batch, video_len, heads, head_dim = video_q.shape
+    audio_len = audio_q.shape[1]
+    config = _config(name, head_dim, video_q.dtype, _device_name(video_q.device))
+    tiles = triton.cdiv(video_len, config[block]) + triton.cdiv(audio_len, config[block])
+    is_tensor = isinstance(shift, torch.Tensor)
+    on_device = torch.cuda.device(video_q.device) if video_q.is_cuda else contextlib.nullcontext()
+    with on_device:
+        kernel[(batch * heads * tiles,)](
+            **inputs,
+            **others,
+            **_strides(**inputs),
+            batch_heads=batch * heads,
+            video_len=video_len,
+            audio_len=audio_len,
+            heads=heads,
+            frames=frames,
+            window=window,
+            shift=shift if is_tensor else int(shift),
+            scale=float(scale),
+            HEAD_DIM=head_dim,
+            BLOCK_D=max(triton.next_power_of_2(head_dim), 16),
+            PRECISION=_precision(video_q.dtype),
+            SHIFT_IS_TENSOR=is_tensor,
+            **config,
+        )
+
+
+def forward(video_q, video_k, video_v, audio_q, audio_k, audio_v, *, frames, window, shift, scale):
+    """(video_out, audio_out, video_lse, audio_lse); out contiguous as q, lse [B, H, L] fp32, of the natural logarithm.
+
+    video_* [B, F*P, H, D], audio_* [B, T, H, D] in any strides with D contiguous; shift an int, or an integer tensor of
+    one element on the same device.
+    """
+    inputs = {"video_q": video_q, "video_k": video_k, "video_v": video_v,
+              "audio_q": audio_q, "audio_k": audio_k, "audio_v": audio_v}  # fmt: skip
+    outputs = {
+        "video_out": video_q.new_empty(video_q.shape),
+        "audio_out": audio_q.new_empty(audio_q.shape),
+        "video_lse": _per_row(video_q),
+        "audio_lse": _per_row(audio_q),
+    }
+    if video_q.numel():
+        _launch(_forward_kernel, "forward", "BLOCK_M", inputs, outputs,
+                frames=frames, window=window, shift=shift, scale=scale)  # fmt: skip
+    return tuple(outputs.values())
+
+
+def backward(
+    d_video_out, d_audio_out, video_q, video_k, video_v, audio_q, audio_k, audio_v,
+    video_out, audio_out, video_lse, audio_lse, *, frames, window, shift, scale,
+):  # fmt: skip
+    """(d_video_q, d_video_k, d_video_v, d_audio_q, d_audio_k, d_audio_v), contiguous; out and lse are forward's."""
+    operands = {"video_q": video_q, "video_k": video_k, "video_v": video_v,
+                "audio_q": audio_q, "audio_k": audio_k, "audio_v": audio_v}  # fmt: skip
+    grads = {f"d_{name}": x.new_empty(x.shape) for name, x in operands.items()}
+    if video_q.numel():
+        inputs = {"d_video_out": _rows(d_video_out), "d_audio_out": _rows(d_audio_out), **operands}
+        rows = {"video_lse": video_lse, "audio_lse": audio_lse,
+                "video_delta": _per_row(video_q), "audio_delta": _per_row(audio_q)}  # fmt: skip
+        where = {"frames": frames, "window": window, "shift": shift, "scale": scale}
+        outs = {"video_out": video_out, "audio_out": audio_out}
+        d_q = {name: grads[name] for name in ("d_video_q", "d_audio_q")}
+        d_kv = {name: x for name, x in grads.items() if name not in d_q}
+        _launch(_backward_dq_kernel, "backward_dq", "BLOCK_M", inputs, rows | outs | d_q, **where)
+        _launch(_backward_dkdv_kernel, "backward_dkdv", "BLOCK_N", inputs, rows | d_kv, **where)
+    return tuple(grads.values())
+
+
+def _per_row(x):
+    batch, length, heads, _ = x.shape
+    return x.new_empty((batch, heads, length), dtype=torch.float32)
+
+
+def _rows(x):
+    return x if x.stride(-1) == 1 else x.contiguous()

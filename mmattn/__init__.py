@@ -1,0 +1,1 @@
+from mmattn.attention import draw_shift, random_shift_attention
