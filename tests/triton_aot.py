@@ -30,6 +30,11 @@ TARGETS = {
     "sm_100": (GPUTarget("cuda", 100, 32), "NVIDIA B200"),
     "gfx942": (GPUTarget("hip", "gfx942", 64), "AMD Instinct MI300X"),
 }
+# Head dimension and dtype; the published model has 64. "tf32" is float32 with torch's matrix products set to it.
+SHAPES = {target: [(64, "bfloat16"), (64, "float16")] for target in TARGETS}
+SHAPES["sm_90"] += [(d, "bfloat16") for d in (16, 32, 48, 128)]
+SHAPES["sm_90"] += [(64, "float32"), (128, "float32"), (64, "tf32")]
+original_run, original_compile = JITFunction.run, JITFunction._do_compile
 TOOLS = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -67,19 +72,16 @@ def record(target_name, compiled=None):
     return kernels
 
 
-original_run, original_compile = JITFunction.run, JITFunction._do_compile
-
-
-def launch(*, head_dim, dtype, frames=4, pixels=6, audio_len=27, heads=2, batch=2, window=2, shift=1, gradients=True):
+def launch(*, head_dim, dtype, frames=4, pixels=6, audio_len=27, heads=2, batch=2, window=2, shift=1):
     """One forward and one backward call on a packed projection, as the modules make it."""
+
     def projection(length):
         return torch.zeros(batch, length, 3, heads, head_dim, dtype=dtype).unbind(2)
 
     qkv = *projection(frames * pixels), *projection(audio_len)
     at = {"frames": frames, "window": window, "shift": shift, "scale": head_dim**-0.5}
     out = attention.forward(*qkv, **at)
-    if gradients:
-        attention.backward(*out[:2], *qkv, *out, **at)
+    attention.backward(*out[:2], *qkv, *out, **at)
 
 
 def _usage(kernel):
@@ -112,12 +114,13 @@ def _tool(name, *args):
 
 def figures(target_name, head_dim, dtype):
     kernels = record(target_name)
-    launch(head_dim=head_dim, dtype=dtype)
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    launch(head_dim=head_dim, dtype=getattr(torch, "float32" if dtype == "tf32" else dtype))
     for function, kernel in kernels:
         yield {
-            "target": target_name, "head_dim": head_dim, "dtype": str(dtype).removeprefix("torch."),
+            "target": target_name, "head_dim": head_dim, "dtype": dtype,
             "kernel": function.__name__.removesuffix("_kernel").removeprefix("_"),
-            "warps": kernel.metadata.num_warps, "stages": kernel.metadata.num_stages, **_usage(kernel),
+            "warps": kernel.metadata.num_warps, **_usage(kernel),
         }  # fmt: skip
 
 
@@ -128,9 +131,9 @@ def recompiles():
     launch(head_dim=64, dtype=torch.bfloat16)
     first = len(compiled)
     changes = (
-        {"shift": 0}, {"shift": 16}, {"shift": 2}, {"window": 1}, {"window": 4, "shift": 0}, {"frames": 16}, {"frames": 1, "window": 1},
-        {"pixels": 16}, {"pixels": 1}, {"audio_len": 16}, {"audio_len": 25}, {"heads": 1}, {"heads": 16}, {"batch": 1},
-        {"batch": 16},
+        {"shift": 0}, {"shift": 2}, {"shift": 16}, {"window": 1}, {"window": 4}, {"frames": 16}, {"frames": 1},
+        {"pixels": 1}, {"pixels": 16}, {"audio_len": 16}, {"audio_len": 25}, {"heads": 1}, {"heads": 16},
+        {"batch": 1}, {"batch": 16},
     )  # fmt: skip
     for change in changes:
         launch(head_dim=64, dtype=torch.bfloat16, **change)
@@ -145,20 +148,16 @@ def main():
     parser.add_argument("targets", nargs="*", metavar="target", help=f"of {', '.join(TARGETS)}; default all")
     parser.add_argument("--recompiles", action="store_true", help="count recompilations instead")
     args = parser.parse_args()
-    if isinstance(attention._forward_kernel, JITFunction) is False:
+    if not isinstance(attention._forward_kernel, JITFunction):
         sys.exit("triton_aot.py compiles: unset TRITON_INTERPRET")
     driver.set_active(_Driver())
     if args.recompiles:
-        print(json.dumps(recompiles()))
+        print(json.dumps(recompiles()))  # noqa: T201
         return
     for target in args.targets or TARGETS:
-        shapes = [(64, torch.bfloat16)]
-        if target == "sm_90":
-            shapes += [(d, torch.bfloat16) for d in (16, 32, 48, 128)]
-            shapes += [(d, torch.float16) for d in (64,)] + [(d, torch.float32) for d in (16, 32, 64, 128)]
-        for head_dim, dtype in shapes:
+        for head_dim, dtype in SHAPES[target]:
             for row in figures(target, head_dim, dtype):
-                print(json.dumps(row), flush=True)
+                print(json.dumps(row), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

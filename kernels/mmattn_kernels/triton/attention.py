@@ -38,7 +38,7 @@ def _operand(is_audio, audio, audio_sb, audio_sl, audio_sh, video, video_sb, vid
 
 
 @triton.jit
-def _pointers(p_base, o_rows, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def _pointers(p_base, o_rows, stride, BLOCK_D: tl.constexpr):
     # The only place that multiplies a position by a stride: 64 bits here are 64 bits everywhere.
     o_d = tl.arange(0, BLOCK_D)
     return p_base + o_rows.to(tl.int64)[:, None] * stride + o_d[None, :]
@@ -52,7 +52,7 @@ def _mask(m_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 @triton.jit
 def _load(p_base, o_rows, stride, m_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
     """Rows [len(o_rows), BLOCK_D]; zeros where masked and past HEAD_DIM."""
-    p_rows = _pointers(p_base, o_rows, stride, HEAD_DIM, BLOCK_D)
+    p_rows = _pointers(p_base, o_rows, stride, BLOCK_D)
     if MASKED:
         return tl.load(p_rows, mask=_mask(m_rows, HEAD_DIM, BLOCK_D), other=0.0)
     elif BLOCK_D != HEAD_DIM:
@@ -63,7 +63,7 @@ def _load(p_base, o_rows, stride, m_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.co
 
 @triton.jit
 def _store(p_base, o_rows, stride, m_rows, b_x, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    p_rows = _pointers(p_base, o_rows, stride, HEAD_DIM, BLOCK_D)
+    p_rows = _pointers(p_base, o_rows, stride, BLOCK_D)
     tl.store(p_rows, b_x.to(p_base.dtype.element_ty), mask=_mask(m_rows, HEAD_DIM, BLOCK_D))
 
 
@@ -71,6 +71,12 @@ def _store(p_base, o_rows, stride, m_rows, b_x, HEAD_DIM: tl.constexpr, BLOCK_D:
 def _wrap(x, length):
     """x mod length for 0 <= x < 2 * length."""
     return tl.where(x >= length, x - length, x)
+
+
+@triton.jit
+def _mod(x, length):
+    """x mod length for any x: a shift read from the device is checked by nobody, and must stay inside the tensors."""
+    return (x % length + length) % length
 
 
 @triton.jit
@@ -97,7 +103,7 @@ def _block(i, head, n_full, MASKED: tl.constexpr):
 
 @triton.jit
 def _program(audio_len, video_len, batch_heads, heads, BLOCK: tl.constexpr):
-    """Which tile of which head. Audio goes first: its windows are the longer ones, and a launch should end on short work."""
+    """Which tile of which head. Audio first: its windows are the longer ones, and a launch should end on short work."""
     pid = tl.program_id(0)
     audio_tiles = tl.cdiv(audio_len, BLOCK)
     video_tiles = tl.cdiv(video_len, BLOCK)
@@ -125,7 +131,7 @@ def _key_walk(i_m, len_q, len_k, frames, window, shift, BLOCK_M: tl.constexpr, B
     skew = (g_last - g_first) * n_k
     n_window = window * n_k
     n_union = tl.minimum(skew + n_window, len_k)
-    start = (g_first + shift) * n_k % len_k
+    start = _mod((g_first + shift) * n_k, len_k)
     head = tl.cdiv(tl.where(n_window == len_k, 0, skew), BLOCK_N)
     full = tl.maximum(n_window // BLOCK_N, head)
     n_full = full - head
@@ -166,7 +172,7 @@ def _query_walk(i_n, len_q, len_k, frames, window, shift, BLOCK_M: tl.constexpr,
     head = tl.minimum(head, blocks)
     n_full = tl.minimum(full, blocks) - head
     o_u = u_first + tl.arange(0, BLOCK_N)
-    o_n = _wrap(o_u + shift * n_k % len_k, len_k)
+    o_n = _wrap(o_u + _mod(shift * n_k, len_k), len_k)
     return o_u, o_n, start, n_rows, n_window, head, n_full, blocks - n_full
 
 
@@ -358,14 +364,18 @@ def _tables():
 
 
 def _config(kernel, head_dim, dtype, device_name):
-    """Blocks, warps and stages of one kernel, from the table whose name is the longest prefix of the device's name.
+    """Blocks, warps and stages of one kernel: "forward", "backward_dq" or "backward_dkdv".
 
-    kernel: "forward", "backward_dq" or "backward_dkdv". Lengths, frames, window and shift have no say.
+    From the table whose name begins the device's name, the longest first; what no such table has is in "default".
+    Lengths, frames, window and shift have no say.
     """
-    tables = _tables()
-    names = [name for name in tables if device_name.startswith(name)]
-    table = tables[max(names, key=len, default="default")]
-    return table[kernel][f"{dtype.itemsize * 8}-bit"][str(triton.next_power_of_2(head_dim))]
+    width, bucket = f"{dtype.itemsize * 8}-bit", str(max(triton.next_power_of_2(head_dim), 16))
+    names = sorted((name for name in _tables() if device_name.startswith(name)), key=len)
+    for name in (*reversed(names), "default"):
+        config = _tables()[name].get(kernel, {}).get(width, {}).get(bucket)
+        if config:
+            return config
+    raise KeyError(f"attention.json has no {kernel} for {width}, head_dim {head_dim}")
 
 
 @functools.cache
@@ -387,8 +397,13 @@ def _strides(**tensors):
     return {f"{name}_s{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate("blh")}
 
 
+def _per_row(x):
+    batch, length, heads, _ = x.shape
+    return x.new_empty((batch, heads, length), dtype=torch.float32)
+
+
 def _launch(kernel, name, block, inputs, others, *, frames, window, shift, scale):
-    """Launches one kernel over both directions' tiles, of `block` rows each; inputs are those with strides of their own."""
+    """One kernel over both directions' tiles of config[block] rows; inputs are the tensors with strides of their own."""
     video_q, audio_q = inputs["video_q"], inputs["audio_q"]
     batch, video_len, heads, head_dim = video_q.shape
     audio_len = audio_q.shape[1]
@@ -418,22 +433,23 @@ def _launch(kernel, name, block, inputs, others, *, frames, window, shift, scale
 
 
 def forward(video_q, video_k, video_v, audio_q, audio_k, audio_v, *, frames, window, shift, scale):
-    """(video_out, audio_out, video_lse, audio_lse); out contiguous as q, lse [B, H, L] fp32, of the natural logarithm.
+    """(video_out, audio_out, video_lse, audio_lse): out contiguous as q, lse [B, H, L] fp32 of natural logarithms.
 
-    video_* [B, F*P, H, D], audio_* [B, T, H, D] in any strides with D contiguous; shift an int, or an integer tensor of
-    one element on the same device.
+    video_* [B, F*P, H, D], audio_* [B, T, H, D] in any strides with D contiguous, all of one dtype. shift: an int, or
+    an integer tensor of one element on the same device.
     """
-    inputs = {"video_q": video_q, "video_k": video_k, "video_v": video_v,
-              "audio_q": audio_q, "audio_k": audio_k, "audio_v": audio_v}  # fmt: skip
-    outputs = {
-        "video_out": video_q.new_empty(video_q.shape),
-        "audio_out": audio_q.new_empty(audio_q.shape),
-        "video_lse": _per_row(video_q),
-        "audio_lse": _per_row(audio_q),
-    }
+    inputs = dict(
+        video_q=video_q, video_k=video_k, video_v=video_v, audio_q=audio_q, audio_k=audio_k, audio_v=audio_v
+    )
+    outputs = dict(
+        video_out=video_q.new_empty(video_q.shape),
+        audio_out=audio_q.new_empty(audio_q.shape),
+        video_lse=_per_row(video_q),
+        audio_lse=_per_row(audio_q),
+    )
+    at = dict(frames=frames, window=window, shift=shift, scale=scale)
     if video_q.numel():
-        _launch(_forward_kernel, "forward", "BLOCK_M", inputs, outputs,
-                frames=frames, window=window, shift=shift, scale=scale)  # fmt: skip
+        _launch(_forward_kernel, "forward", "BLOCK_M", inputs, outputs, **at)
     return tuple(outputs.values())
 
 
@@ -442,26 +458,23 @@ def backward(
     video_out, audio_out, video_lse, audio_lse, *, frames, window, shift, scale,
 ):  # fmt: skip
     """(d_video_q, d_video_k, d_video_v, d_audio_q, d_audio_k, d_audio_v), contiguous; out and lse are forward's."""
-    operands = {"video_q": video_q, "video_k": video_k, "video_v": video_v,
-                "audio_q": audio_q, "audio_k": audio_k, "audio_v": audio_v}  # fmt: skip
-    grads = {f"d_{name}": x.new_empty(x.shape) for name, x in operands.items()}
+    inputs = dict(
+        video_q=video_q, video_k=video_k, video_v=video_v, audio_q=audio_q, audio_k=audio_k, audio_v=audio_v
+    )
+    grads = {f"d_{name}": x.new_empty(x.shape) for name, x in inputs.items()}
     if video_q.numel():
-        inputs = {"d_video_out": _rows(d_video_out), "d_audio_out": _rows(d_audio_out), **operands}
-        rows = {"video_lse": video_lse, "audio_lse": audio_lse,
-                "video_delta": _per_row(video_q), "audio_delta": _per_row(audio_q)}  # fmt: skip
-        where = {"frames": frames, "window": window, "shift": shift, "scale": scale}
-        outs = {"video_out": video_out, "audio_out": audio_out}
+        for name, x in (("d_video_out", d_video_out), ("d_audio_out", d_audio_out)):
+            inputs[name] = x if x.stride(-1) == 1 else x.contiguous()
+        rows = dict(
+            video_lse=video_lse,
+            audio_lse=audio_lse,
+            video_delta=_per_row(video_q),
+            audio_delta=_per_row(audio_q),
+        )
         d_q = {name: grads[name] for name in ("d_video_q", "d_audio_q")}
         d_kv = {name: x for name, x in grads.items() if name not in d_q}
-        _launch(_backward_dq_kernel, "backward_dq", "BLOCK_M", inputs, rows | outs | d_q, **where)
-        _launch(_backward_dkdv_kernel, "backward_dkdv", "BLOCK_N", inputs, rows | d_kv, **where)
+        out = dict(video_out=video_out, audio_out=audio_out)
+        at = dict(frames=frames, window=window, shift=shift, scale=scale)
+        _launch(_backward_dq_kernel, "backward_dq", "BLOCK_M", inputs, rows | out | d_q, **at)
+        _launch(_backward_dkdv_kernel, "backward_dkdv", "BLOCK_N", inputs, rows | d_kv, **at)
     return tuple(grads.values())
-
-
-def _per_row(x):
-    batch, length, heads, _ = x.shape
-    return x.new_empty((batch, heads, length), dtype=torch.float32)
-
-
-def _rows(x):
-    return x if x.stride(-1) == 1 else x.contiguous()
