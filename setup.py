@@ -25,7 +25,7 @@ if X86:
         "avx512": AVX512,
         "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
     }
-COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-fno-math-errno", "-g0"]
+COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-fno-math-errno", "-g0"]
 
 
 class build_kernels(build_ext):

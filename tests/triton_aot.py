@@ -125,7 +125,7 @@ def figures(target_name, head_dim, dtype):
 
 
 def recompiles():
-    """Names of the kernels compiled anew by calls that differ only in lengths, frames, window, shift, heads and batch."""
+    """Which kernels compile anew in calls that differ in lengths, frames, window, shift, heads and batch alone."""
     compiled = []
     record("sm_90", compiled)
     launch(head_dim=64, dtype=torch.bfloat16)

@@ -96,7 +96,7 @@ inline __m512i high_halves(__m512i low, __m512i high) {  // (low >> 16) | (high 
   return _mm512_ternarylogic_epi32(_mm512_srli_epi32(low, 16), high, _mm512_set1_epi32(0xffff0000), 0xF8);
 }
 
-// The words of (low[i], high[i]) into one 64-byte row of each part, parts `stride` bytes apart.
+// The words of (low[i], high[i]), one vector of them for each part.
 template <int Parts>
 inline void split_words(Vec low, Vec high, __m512i (&word)[Parts]) {
   if constexpr (Parts == 1) {
@@ -113,6 +113,14 @@ inline void split_words(Vec low, Vec high, __m512i (&word)[Parts]) {
       high -= head(high);
     }
   }
+}
+
+// The words of (low[i], high[i]) as row `r` of the tiles of one block and chunk.
+template <int Parts>
+inline void store_words(Vec low, Vec high, const Tiles& out, int64_t block, int64_t chunk, int64_t r) {
+  __m512i word[Parts];
+  split_words<Parts>(low, high, word);
+  for (int part = 0; part < Parts; ++part) _mm512_store_si512(out.at(block, part, chunk) + r * 64, word[part]);
 }
 
 // Transposes 16 rows of 16 words in place.

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: MIT
 // Random-shift windowed attention, both directions, forward and backward:
 //   O_i = softmax(scale * Q_i K_w^T) V_w,   w = the circular window of query segment i.
-// Keys and values are packed once per (direction, batch, head); a window is one or two plain ranges of packed keys.
-// Forward: a task owns up to kQueryRows queries of one segment and streams its window with an online softmax in base 2.
-// Backward: the probabilities come back from the saved log-sum-exp; a task owns a run of query segments. Runs of one
-// colour read disjoint keys, so colours are done one after the other and dK, dV need no atomics: every sum has one order.
+// A thread takes a run of query blocks, packs the keys and values of all their windows once, and streams each block
+// through its window in base 2 with an online softmax. Backward gets the probabilities back from the saved log-sum-exp;
+// its runs share no key, so each owns its d_k and d_v: no atomics, and every sum has one order.
 #include <cmath>
 
 #include "attention_plan.h"
@@ -18,19 +17,14 @@ namespace {
 
 constexpr int64_t kKeyBlock = 128, kKeyPanels = kKeyBlock / kLanes;
 
-int64_t packed_floats(const Attention& p) {
-  const int64_t longest = std::max(p.directions[0].k_len, p.directions[1].k_len);
-  return round_up(longest, kLanes) * round_up(p.dim, kLanes);
-}
-
-// Up to kPackRows rows from `lo` into panels [panel][channel][kLanes]; rows past the end are zero.
+// The keys of a run as panels [panel][channel][kLanes]; keys past the end are zero.
 template <class T>
-void pack_panels(float* panels, const Strided& s, const Head& at, int64_t lo, int64_t dim) {
+void pack_panels(float* panels, const Strided& s, const Run& run, int64_t dim) {
   float line[kLanes][kMaxDim];
-  for (int64_t base = lo; base < std::min(lo + kPackRows, at.direction->k_len); base += kLanes) {
+  for (int64_t base = 0; base < run.ring; base += kLanes) {
     for (int i = 0; i < kLanes; ++i) {
-      if (base + i < at.direction->k_len)
-        load_row(line[i], row<T>(s, at.batch, base + i, at.head), dim, round_up(dim, kLanes), 1.0f);
+      if (const T* key = run.key<T>(s, base + i))
+        load_row(line[i], key, dim, round_up(dim, kLanes), 1.0f);
       else
         std::memset(line[i], 0, sizeof line[i]);
     }
@@ -39,203 +33,209 @@ void pack_panels(float* panels, const Strided& s, const Head& at, int64_t lo, in
   }
 }
 
-// Up to kPackRows rows from `lo`, channels padded with zeros; rows past the end are zero.
+// The keys of a run as rows, channels padded with zeros; rows past the end, up to a whole panel, are zero.
 template <class T>
-void pack_rows(float* rows, const Strided& s, const Head& at, int64_t lo, int64_t dim) {
-  const int64_t padded = round_up(dim, kLanes), k_len = at.direction->k_len;
-  for (int64_t i = lo; i < std::min(lo + kPackRows, round_up(k_len, kLanes)); ++i) {
-    if (i < k_len)
-      load_row(rows + i * padded, row<T>(s, at.batch, i, at.head), dim, padded, 1.0f);
+void pack_rows(float* rows, const Strided& s, const Run& run, int64_t dim) {
+  const int64_t padded = round_up(dim, kLanes);
+  for (int64_t i = 0; i < round_up(run.ring, kLanes); ++i) {
+    if (const T* key = run.key<T>(s, i))
+      load_row(rows + i * padded, key, dim, padded, 1.0f);
     else
       std::memset(rows + i * padded, 0, padded * sizeof(float));
   }
 }
 
 template <class T>
-struct Forward {
+class Forward {
+ public:
   static constexpr int64_t kQueryRows = 48, kRowUnit = 1;
-  const Attention& p;
-  const int64_t dim, padded, matrix;
-  const Plan plan;
+  static constexpr bool kExclusive = false;
+  static int64_t bytes_per_key(int64_t dim) { return 2 * round_up(dim, kLanes) * sizeof(float); }
 
-  explicit Forward(const Attention& p_)
-      : p(p_),
-        dim(p.dim),
-        padded(round_up(dim, kLanes)),
-        matrix(packed_floats(p)),
-        plan(p, 2 * matrix, kQueryRows * (2 * padded + kKeyBlock + 3)) {}
+  Forward(const Attention& p, int64_t longest, Scratch& scratch)
+      : p_(p),
+        dim_(p.dim),
+        padded_(round_up(dim_, kLanes)),
+        keys_(scratch.take(round_up(longest, kLanes) * dim_)),
+        values_(scratch.take(round_up(longest, kLanes) * padded_)),
+        queries_(scratch.take(kQueryRows * padded_)),
+        scores_(scratch.take(kQueryRows * kKeyBlock)),
+        out_(scratch.take(kQueryRows * padded_)),
+        top_(scratch.take(kQueryRows)),
+        sum_(scratch.take(kQueryRows)),
+        factor_(scratch.take(kQueryRows)) {}
 
-  void pack(const Head& at, int64_t slot, int64_t lo) const {
-    pack_panels<T>(plan.of_head(slot), at.direction->k, at, lo, dim);
-    pack_rows<T>(plan.of_head(slot) + matrix, at.direction->v, at, lo, dim);
+  void run(const Run& run) const {
+    pack_panels<T>(keys_, run.direction->k, run, dim_);
+    pack_rows<T>(values_, run.direction->v, run, dim_);
+    for (const QueryBlock* block = run.begin; block != run.end; ++block) attend(run, *block);
   }
 
-  void block(const Head& at, const Task& task) const {
-    const int64_t rows = task.queries.hi - task.queries.lo;
-    const Direction& d = *at.direction;
-    const float* keys = plan.of_head(task.slot);
-    const float* values = keys + matrix;
-    float* queries = plan.of_thread();
-    float* scores = queries + kQueryRows * padded;
-    float* out = scores + kQueryRows * kKeyBlock;
-    float* top = out + kQueryRows * padded;  // of each row: the maximum so far, the sum, the factor of the block
-    float* sum = top + kQueryRows;
-    float* factor = sum + kQueryRows;
+ private:
+  void attend(const Run& run, const QueryBlock& block) const {
+    const int64_t rows = block.queries.hi - block.queries.lo;
+    const Direction& d = *run.direction;
     for (int64_t r = 0; r < rows; ++r)
-      load_row(queries + r * padded, row<T>(d.q, at.batch, task.queries.lo + r, at.head), dim, padded, p.scale * kLog2e);
-    for (int64_t r = 0; r < kQueryRows; ++r) top[r] = factor[r] = kMasked, sum[r] = 0;
-    std::memset(out, 0, rows * padded * sizeof(float));
+      load_row(queries_ + r * padded_, row<T>(d.q, run.batch, block.queries.lo + r, run.head), dim_, padded_, p_.scale * kLog2e);
+    for (int64_t r = 0; r < kQueryRows; ++r) top_[r] = factor_[r] = kMasked, sum_[r] = 0;
+    std::memset(out_, 0, rows * padded_ * sizeof(float));
 
-    at.windows.each_key_range(task.segment, [&](Range range) {
+    run.each_key_range(block, [&](Range range) {
       each_key_block(range, kLanes, kKeyPanels, [&](int64_t panel, int64_t panels) {
         const int64_t lo = range.lo - panel * kLanes, hi = range.hi - panel * kLanes, last = (panels - 1) * kLanes;
-        gemm<Init::zero>({rows, panels, dim, queries, padded, 1, keys + panel * dim * kLanes, dim * kLanes, kLanes,
-                          scores, kKeyBlock});
+        gemm<Init::zero>({rows, panels, dim_, queries_, padded_, 1, keys_ + panel * dim_ * kLanes, dim_ * kLanes, kLanes,
+                          scores_, kKeyBlock});
         for (int64_t r = 0; r < rows; ++r) {
-          float* s = scores + r * kKeyBlock;
+          float* s = scores_ + r * kKeyBlock;
           if (lo > 0) store(s, keep_lanes(load(s), lo, kLanes, kMasked));
           if (hi < last + kLanes) store(s + last, keep_lanes(load(s + last), 0, hi - last, kMasked));
           Vec most = load(s);
           for (int64_t v = 1; v < panels; ++v) most = max(most, load(s + v * kLanes));
-          factor[r] = std::max(top[r], reduce_max(most));
+          factor_[r] = std::max(top_[r], reduce_max(most));
         }
         for (int64_t r = 0; r < rows; r += kLanes) {
-          const Vec new_top = load(factor + r), rescale = exp2(load(top + r) - new_top);
-          store(top + r, new_top);
-          store(factor + r, rescale);
-          store(sum + r, load(sum + r) * rescale);
+          const Vec new_top = load(factor_ + r), rescale = exp2(load(top_ + r) - new_top);
+          store(top_ + r, new_top);
+          store(factor_ + r, rescale);
+          store(sum_ + r, load(sum_ + r) * rescale);
         }
         for (int64_t r = 0; r < rows; ++r) {
-          float* s = scores + r * kKeyBlock;
-          const Vec row_top = broadcast(top[r]);
+          float* s = scores_ + r * kKeyBlock;
+          const Vec row_top = broadcast(top_[r]);
           Vec total{};
           for (int64_t v = 0; v < panels; ++v) {
             const Vec weight = exp2(load(s + v * kLanes) - row_top);
             store(s + v * kLanes, weight);
             total += weight;
           }
-          sum[r] += reduce_add(total);
+          sum_[r] += reduce_add(total);
         }
-        gemm<Init::rescale>({rows, padded / kLanes, panels * kLanes, scores, kKeyBlock, 1,
-                             values + panel * kLanes * padded, kLanes, padded, out, padded, factor});
+        gemm<Init::rescale>({rows, padded_ / kLanes, panels * kLanes, scores_, kKeyBlock, 1,
+                             values_ + panel * kLanes * padded_, kLanes, padded_, out_, padded_, factor_});
       });
     });
-    float* lse = d.lse + (at.batch * p.heads + at.head) * d.q_len;
+    float* lse = run.lse(block, p_.heads);
     for (int64_t r = 0; r < rows; ++r) {
-      store_row(row<T>(d.out, at.batch, task.queries.lo + r, at.head), out + r * padded, dim, 1 / sum[r]);
-      lse[task.queries.lo + r] = (top[r] + std::log2(sum[r])) * kLn2;
+      store_row(row<T>(d.out, run.batch, block.queries.lo + r, run.head), out_ + r * padded_, dim_, 1 / sum_[r]);
+      lse[r] = (top_[r] + std::log2(sum_[r])) * kLn2;
     }
   }
+
+  const Attention& p_;
+  const int64_t dim_, padded_;
+  float *const keys_, *const values_, *const queries_, *const scores_, *const out_;
+  float *const top_, *const sum_, *const factor_;  // of each row: the maximum so far, the sum, the factor of the block
 };
 
 template <class T>
-struct Backward {
+class Backward {
+ public:
   static constexpr int64_t kQueryRows = 48, kRowUnit = 1;
-  const Attention& p;
-  const int64_t dim, padded, matrix;
-  const Plan plan;
+  static constexpr bool kExclusive = true;
+  static int64_t bytes_per_key(int64_t dim) { return 5 * round_up(dim, kLanes) * sizeof(float); }
 
-  explicit Backward(const Attention& p_)
-      : p(p_),
-        dim(p.dim),
-        padded(round_up(dim, kLanes)),
-        matrix(packed_floats(p)),
-        plan(p, 5 * matrix, kQueryRows * (3 * padded + 2 * kKeyBlock + 1)) {}
+  Backward(const Attention& p, int64_t longest, Scratch& scratch)
+      : p_(p),
+        dim_(p.dim),
+        padded_(round_up(dim_, kLanes)),
+        key_panels_(scratch.take(round_up(longest, kLanes) * dim_)),
+        key_rows_(scratch.take(round_up(longest, kLanes) * padded_)),
+        value_panels_(scratch.take(round_up(longest, kLanes) * dim_)),
+        d_keys_(scratch.take(longest * padded_)),
+        d_values_(scratch.take(longest * padded_)),
+        queries_(scratch.take(kQueryRows * padded_)),
+        d_out_(scratch.take(kQueryRows * padded_)),
+        d_queries_(scratch.take(kQueryRows * padded_)),
+        weights_(scratch.take(kQueryRows * kKeyBlock)),
+        d_scores_(scratch.take(kQueryRows * kKeyBlock)),
+        delta_(scratch.take(kQueryRows)) {}
 
-  void pack(const Head& at, int64_t slot, int64_t lo) const {
-    float* packed = plan.of_head(slot);
-    pack_panels<T>(packed, at.direction->k, at, lo, dim);
-    pack_rows<T>(packed + matrix, at.direction->k, at, lo, dim);
-    pack_panels<T>(packed + 2 * matrix, at.direction->v, at, lo, dim);
-    const int64_t size = std::min(kPackRows, std::max<int64_t>(round_up(at.direction->k_len, kLanes) - lo, 0));
-    for (const int64_t which : {3, 4})
-      std::memset(packed + which * matrix + lo * padded, 0, size * padded * sizeof(float));
-  }
-
-  void unpack(const Head& at, int64_t slot, int64_t lo) const {
-    const float* d_keys = plan.of_head(slot) + 3 * matrix;
-    const float* d_values = d_keys + matrix;
-    for (int64_t r = lo; r < std::min(lo + kPackRows, at.direction->k_len); ++r) {
+  void run(const Run& run) const {
+    const Direction& d = *run.direction;
+    pack_panels<T>(key_panels_, d.k, run, dim_);
+    pack_rows<T>(key_rows_, d.k, run, dim_);
+    pack_panels<T>(value_panels_, d.v, run, dim_);
+    std::memset(d_keys_, 0, run.ring * padded_ * sizeof(float));
+    std::memset(d_values_, 0, run.ring * padded_ * sizeof(float));
+    for (const QueryBlock* block = run.begin; block != run.end; ++block) differentiate(run, *block);
+    for (int64_t i = 0; i < run.ring; ++i) {
       // The packed queries carry scale * log2(e); d_k wants scale alone.
-      store_row(row<T>(at.direction->d_k, at.batch, r, at.head), d_keys + r * padded, dim, kLn2);
-      store_row(row<T>(at.direction->d_v, at.batch, r, at.head), d_values + r * padded, dim, 1.0f);
+      store_row(run.key<T>(d.d_k, i), d_keys_ + i * padded_, dim_, kLn2);
+      store_row(run.key<T>(d.d_v, i), d_values_ + i * padded_, dim_, 1.0f);
     }
+    zero_unread<T>(run, dim_);
   }
 
-  // One block of queries against its window: d_q of these queries, and their share of d_k and d_v of the window's keys.
-  void block(const Head& at, const Task& task) const {
-    const int64_t rows = task.queries.hi - task.queries.lo, vecs = padded / kLanes;
-    const Direction& d = *at.direction;
-    const float* key_panels = plan.of_head(task.slot);
-    const float* key_rows = key_panels + matrix;
-    const float* value_panels = key_rows + matrix;
-    float* d_keys = plan.of_head(task.slot) + 3 * matrix;
-    float* d_values = d_keys + matrix;
-    float* queries = plan.of_thread();
-    float* d_out = queries + kQueryRows * padded;
-    float* d_queries = d_out + kQueryRows * padded;
-    float* weights = d_queries + kQueryRows * padded;
-    float* d_scores = weights + kQueryRows * kKeyBlock;
-    float* delta = d_scores + kQueryRows * kKeyBlock;  // sum(d_out * out) of each row
-    const float* lse = d.lse + (at.batch * p.heads + at.head) * d.q_len + task.queries.lo;
+ private:
+  // d_q of these queries, and their share of d_k and d_v of the window's keys.
+  void differentiate(const Run& run, const QueryBlock& block) const {
+    const int64_t rows = block.queries.hi - block.queries.lo, vecs = padded_ / kLanes;
+    const Direction& d = *run.direction;
+    const float* lse = run.lse(block, p_.heads);
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t position = task.queries.lo + r;
-      load_row(queries + r * padded, row<T>(d.q, at.batch, position, at.head), dim, padded, p.scale * kLog2e);
-      load_row(d_out + r * padded, row<T>(d.d_out, at.batch, position, at.head), dim, padded, 1.0f);
-      load_row(d_queries + r * padded, row<T>(d.out, at.batch, position, at.head), dim, padded, 1.0f);
+      const int64_t position = block.queries.lo + r;
+      load_row(queries_ + r * padded_, row<T>(d.q, run.batch, position, run.head), dim_, padded_, p_.scale * kLog2e);
+      load_row(d_out_ + r * padded_, row<T>(d.d_out, run.batch, position, run.head), dim_, padded_, 1.0f);
+      load_row(d_queries_ + r * padded_, row<T>(d.out, run.batch, position, run.head), dim_, padded_, 1.0f);
       Vec total{};
-      for (int64_t v = 0; v < padded; v += kLanes) total += load(d_out + r * padded + v) * load(d_queries + r * padded + v);
-      delta[r] = reduce_add(total);
+      for (int64_t v = 0; v < padded_; v += kLanes) total += load(d_out_ + r * padded_ + v) * load(d_queries_ + r * padded_ + v);
+      delta_[r] = reduce_add(total);
     }
-    std::memset(d_queries, 0, rows * padded * sizeof(float));
+    std::memset(d_queries_, 0, rows * padded_ * sizeof(float));
 
-    at.windows.each_key_range(task.segment, [&](Range range) {
+    run.each_key_range(block, [&](Range range) {
       each_key_block(range, kLanes, kKeyPanels, [&](int64_t panel, int64_t panels) {
         const int64_t first = panel * kLanes, lo = std::max<int64_t>(range.lo - first, 0);
         const int64_t hi = std::min(range.hi - first, panels * kLanes), last = (panels - 1) * kLanes;
-        gemm<Init::zero>({rows, panels, dim, queries, padded, 1, key_panels + first * dim, dim * kLanes, kLanes,
-                          weights, kKeyBlock});
-        gemm<Init::zero>({rows, panels, dim, d_out, padded, 1, value_panels + first * dim, dim * kLanes, kLanes,
-                          d_scores, kKeyBlock});
+        gemm<Init::zero>({rows, panels, dim_, queries_, padded_, 1, key_panels_ + first * dim_, dim_ * kLanes, kLanes,
+                          weights_, kKeyBlock});
+        gemm<Init::zero>({rows, panels, dim_, d_out_, padded_, 1, value_panels_ + first * dim_, dim_ * kLanes, kLanes,
+                          d_scores_, kKeyBlock});
         for (int64_t r = 0; r < rows; ++r) {
-          float* s = weights + r * kKeyBlock;
-          float* ds = d_scores + r * kKeyBlock;
+          float* s = weights_ + r * kKeyBlock;
+          float* ds = d_scores_ + r * kKeyBlock;
           if (lo > 0) store(s, keep_lanes(load(s), lo, kLanes, kMasked));
           if (hi < last + kLanes) store(s + last, keep_lanes(load(s + last), 0, hi - last, kMasked));
-          const Vec row_lse = broadcast(lse[r] * kLog2e), row_delta = broadcast(delta[r]);
+          const Vec row_lse = broadcast(lse[r] * kLog2e), row_delta = broadcast(delta_[r]);
           for (int64_t v = 0; v < panels * kLanes; v += kLanes) {
             const Vec weight = exp2(load(s + v) - row_lse);
             store(s + v, weight);
             store(ds + v, weight * (load(ds + v) - row_delta));
           }
         }
-        gemm<Init::add>({hi - lo, vecs, rows, weights + lo, 1, kKeyBlock, d_out, kLanes, padded,
-                         d_values + (first + lo) * padded, padded});
-        gemm<Init::add>({hi - lo, vecs, rows, d_scores + lo, 1, kKeyBlock, queries, kLanes, padded,
-                         d_keys + (first + lo) * padded, padded});
-        gemm<Init::add>({rows, vecs, panels * kLanes, d_scores, kKeyBlock, 1, key_rows + first * padded, kLanes, padded,
-                         d_queries, padded});
+        gemm<Init::add>({hi - lo, vecs, rows, weights_ + lo, 1, kKeyBlock, d_out_, kLanes, padded_,
+                         d_values_ + (first + lo) * padded_, padded_});
+        gemm<Init::add>({hi - lo, vecs, rows, d_scores_ + lo, 1, kKeyBlock, queries_, kLanes, padded_,
+                         d_keys_ + (first + lo) * padded_, padded_});
+        gemm<Init::add>({rows, vecs, panels * kLanes, d_scores_, kKeyBlock, 1, key_rows_ + first * padded_, kLanes, padded_,
+                         d_queries_, padded_});
       });
     });
     for (int64_t r = 0; r < rows; ++r)
-      store_row(row<T>(d.d_q, at.batch, task.queries.lo + r, at.head), d_queries + r * padded, dim, p.scale);
+      store_row(row<T>(d.d_q, run.batch, block.queries.lo + r, run.head), d_queries_ + r * padded_, dim_, p_.scale);
   }
+
+  const Attention& p_;
+  const int64_t dim_, padded_;
+  float *const key_panels_, *const key_rows_, *const value_panels_, *const d_keys_, *const d_values_;
+  float *const queries_, *const d_out_, *const d_queries_, *const weights_, *const d_scores_;
+  float* const delta_;  // sum(d_out * out) of each row
 };
 
 }  // namespace
 
 #if defined(__AMX_BF16__)
 void attention_forward(const Attention& p) {
-  p.is_bf16 ? run_forward<AmxForward<bf16>>(p) : run_forward<AmxForward<float>>(p);
+  p.is_bf16 ? run_all<AmxForward<bf16>>(p) : run_all<AmxForward<float>>(p);
 }
 void attention_backward(const Attention& p) {
-  p.is_bf16 ? run_backward<AmxBackward<bf16>>(p) : run_backward<AmxBackward<float>>(p);
+  p.is_bf16 ? run_all<AmxBackward<bf16>>(p) : run_all<AmxBackward<float>>(p);
 }
 #else
-void attention_forward(const Attention& p) { p.is_bf16 ? run_forward<Forward<bf16>>(p) : run_forward<Forward<float>>(p); }
+void attention_forward(const Attention& p) { p.is_bf16 ? run_all<Forward<bf16>>(p) : run_all<Forward<float>>(p); }
 
 void attention_backward(const Attention& p) {
-  p.is_bf16 ? run_backward<Backward<bf16>>(p) : run_backward<Backward<float>>(p);
+  p.is_bf16 ? run_all<Backward<bf16>>(p) : run_all<Backward<float>>(p);
 }
 #endif
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// What the attention kernels share: the rule of windows, the order of work, the memory of a call.
+// What the attention kernels share: the rule of windows, how the work is cut into runs, the memory of a thread.
 #pragma once
 
 #include <algorithm>
@@ -17,29 +17,23 @@ namespace mmattn::MMATTN_ISA {
 namespace {
 
 constexpr int64_t kMaxDim = 256;
+constexpr int64_t kCacheBytes = 1 << 20;  // packed keys a run may hold: half of a common second-level cache
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 constexpr float kMasked = -1e30f;  // finite, so that masked minus maximum is never NaN
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-class Buffer {  // uninitialised floats that begin on a cache line
- public:
-  explicit Buffer(int64_t n) : data_(static_cast<float*>(::operator new[](n * sizeof(float), kLine))) {}
-  ~Buffer() { ::operator delete[](data_, kLine); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  float* at(int64_t n) const { return data_ + n; }
-
- private:
-  static constexpr std::align_val_t kLine{64};
-  float* data_;
-};
+template <class T>
+T* row(const Strided& s, int64_t batch, int64_t position, int64_t head) {
+  return static_cast<T*>(s.data) + batch * s.batch + position * s.position + head * s.head;
+}
 
 struct Range {
   int64_t lo, hi;
 };
 
-// The rule of windows. Where every segment sees all keys, order does not matter and all queries form one segment.
+// The rule of windows of one direction. Where every segment sees all keys their order does not matter, and all queries
+// form one segment.
 struct Windows {
   int64_t segments, q_segment, q_len, k_segment, k_len, length, shift;
 
@@ -57,25 +51,76 @@ struct Windows {
   Range queries(int64_t segment) const {  // the last segment owns the left-over positions
     return {segment * q_segment, segment + 1 == segments ? q_len : (segment + 1) * q_segment};
   }
+};
 
-  // Runs of segments for backward. A run of window - 1 segments and its neighbour's neighbour read disjoint keys, so
-  // with an even number of runs two colours are enough; windows of one segment never meet and need one.
-  template <class Visit>
-  void each_run(int64_t window, int64_t colour, Visit visit) const {
-    const int64_t length = std::max<int64_t>(window - 1, 1);
-    int64_t runs = segments / length;
-    if (window > 1) runs = runs < 2 ? 1 : runs / 2 * 2;
-    for (int64_t i = 0; i < runs; ++i)
-      if ((window > 1 ? i % 2 : 0) == colour) visit(Range{i * length, i + 1 == runs ? segments : (i + 1) * length});
+struct QueryBlock {
+  int64_t segment;
+  Range queries;
+};
+
+// Blocks of at most `rows` queries of one segment, each segment split evenly in whole units.
+std::vector<QueryBlock> query_blocks(const Windows& w, int64_t rows, int64_t unit) {
+  std::vector<QueryBlock> blocks;
+  for (int64_t segment = 0; segment < w.segments; ++segment) {
+    const Range q = w.queries(segment);
+    const int64_t units = (q.hi - q.lo + unit - 1) / unit, count = (units * unit + rows - 1) / rows;
+    for (int64_t i = 0; i < count; ++i)
+      blocks.push_back({segment, {q.lo + units * i / count * unit, std::min(q.hi, q.lo + units * (i + 1) / count * unit)}});
+  }
+  return blocks;
+}
+
+// One thread's piece of work: consecutive query blocks of one (batch, head), and the circular range of keys they read.
+// The thread packs that range once, as keys 0..ring-1; a window is one or two plain ranges of it.
+struct Run {
+  const Direction* direction;
+  int64_t batch, head, ring, origin, first_segment;
+  bool is_last;  // of its head
+  Windows windows;
+  const QueryBlock *begin, *end;
+
+  Run(const Direction* d, int64_t batch_, int64_t head_, const Windows& w, const QueryBlock* begin_, const QueryBlock* end_,
+      bool is_last_)
+      : direction(d),
+        batch(batch_),
+        head(head_),
+        first_segment(begin_->segment),
+        is_last(is_last_),
+        windows(w),
+        begin(begin_),
+        end(end_) {
+    ring = std::min(w.length + (end[-1].segment - first_segment) * w.k_segment, w.k_len);
+    origin = (first_segment + w.shift) * w.k_segment % w.k_len;
+  }
+
+  template <class T>
+  T* key(const Strided& s, int64_t i) const {  // null past the ring
+    if (i >= ring) return nullptr;
+    const int64_t position = origin + i;
+    return row<T>(s, batch, position < windows.k_len ? position : position - windows.k_len, head);
+  }
+
+  float* lse(const QueryBlock& block, int64_t heads) const {
+    return direction->lse + (batch * heads + head) * direction->q_len + block.queries.lo;
   }
 
   template <class Visit>
-  void each_key_range(int64_t segment, Visit visit) const {
-    const int64_t lo = (segment + shift) * k_segment % k_len, hi = lo + length;
-    visit(Range{lo, std::min(hi, k_len)});
-    if (hi > k_len) visit(Range{0, hi - k_len});
+  void each_key_range(const QueryBlock& block, Visit visit) const {
+    const int64_t lo = (block.segment - first_segment) * windows.k_segment, hi = lo + windows.length;
+    visit(Range{lo, std::min(hi, ring)});
+    if (hi > ring) visit(Range{0, hi - ring});
   }
 };
+
+// Where the frames do not divide the keys, no window may reach the last of them: their gradients are zero.
+template <class T>
+void zero_unread(const Run& run, int64_t dim) {
+  const Windows& w = run.windows;
+  const int64_t first = (w.segments - 1 + w.shift) * w.k_segment + w.length, end = w.shift * w.k_segment + w.k_len;
+  for (int64_t i = first; run.is_last && i < end; ++i)
+    for (const Strided* s : {&run.direction->d_k, &run.direction->d_v})
+      std::memset(row<T>(*s, run.batch, i % w.k_len, run.head), 0, dim * sizeof(T));
+}
 
 // Blocks of at most `panels` panels of `width` keys that cover `range`, split evenly: visit(first panel, panels).
 template <class Visit>
@@ -88,123 +133,93 @@ void each_key_block(Range range, int64_t width, int64_t panels, Visit visit) {
   }
 }
 
-// The queries of a segment in blocks of at most `rows`, split evenly in whole units: visit(block).
-template <class Visit>
-void each_query_block(const Windows& w, int64_t segment, int64_t rows, int64_t unit, Visit visit) {
-  const Range q = w.queries(segment);
-  const int64_t units = (q.hi - q.lo + unit - 1) / unit, blocks = (units * unit + rows - 1) / rows;
-  for (int64_t i = 0; i < blocks; ++i)
-    visit(Range{q.lo + units * i / blocks * unit, std::min(q.hi, q.lo + units * (i + 1) / blocks * unit)});
-}
-
-template <class T>
-T* row(const Strided& s, int64_t batch, int64_t position, int64_t head) {
-  return static_cast<T*>(s.data) + batch * s.batch + position * s.position + head * s.head;
-}
-
-// Calls task(i) for i in [0, count), shared by the team of the enclosing parallel region, and waits for all of it.
-template <class Task>
-void share(int64_t count, Task task) {
-#pragma omp for schedule(dynamic, 1)
-  for (int64_t i = 0; i < count; ++i) task(i);
-}
-
-int64_t thread_number() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
-// A head is one (direction, batch, head). Heads are packed and computed in waves, so that memory is bounded by the wave
-// and a small team still finds its packed keys in cache.
-struct Head {
-  const Direction* direction;
-  int64_t batch, head;
-  Windows windows;
-};
-
-Head head_of(const Attention& p, int64_t i) {
-  const int64_t per_direction = p.batch * p.heads;
-  const Direction& d = p.directions[i / per_direction];
-  return {&d, i % per_direction / p.heads, i % p.heads, Windows(p, d)};
-}
-
-// The memory of a call: `per_head` floats for each head of a wave, `per_thread` floats of scratch for each thread.
-class Plan {
+// Cuts a direction into runs, for every batch and head: as long as the packed keys stay in cache, but enough of them
+// for the threads. With `exclusive`, as backward needs it, no two runs of a head read the same key.
+class Runs {
  public:
-  Plan(const Attention& p, int64_t per_head, int64_t per_thread)
-      : heads(2 * p.batch * p.heads),
-        wave(std::min<int64_t>(heads, 2 * p.threads)),
-        longest(std::max(p.directions[0].k_len, p.directions[1].k_len)),
-        per_head_(round_up(per_head, 16)),
-        per_thread_(round_up(per_thread, 16)),
-        memory_(wave * per_head_ + p.threads * per_thread_) {}
+  Runs(const Attention& p, const Direction& d, int64_t rows, int64_t unit, int64_t bytes_per_key, bool exclusive)
+      : windows_(p, d), blocks_(query_blocks(windows_, rows, unit)) {
+    const int64_t count = blocks_.size(), heads = p.batch * p.heads;
+    const int64_t cached = kCacheBytes / bytes_per_key - windows_.length;
+    const int64_t segments = cached > 0 ? std::min(cached / windows_.k_segment + 1, windows_.segments) : 1;
+    const int64_t wanted = (4 * p.threads + 2 * heads - 1) / (2 * heads);
+    int64_t runs = std::max((windows_.segments + segments - 1) / segments, wanted);
+    if (exclusive) runs = p.window == 1 ? std::min(runs, windows_.segments) : 1;
+    runs = std::min(runs, count);
+    std::vector<int64_t> cuts;
+    for (int64_t i = 0; i <= runs; ++i) {
+      int64_t cut = count * i / runs;
+      while (exclusive && cut > 0 && cut < count && blocks_[cut - 1].segment == blocks_[cut].segment) --cut;
+      if (cuts.empty() || cut > cuts.back()) cuts.push_back(cut);
+    }
+    for (int64_t i = 0; i < heads; ++i)
+      for (size_t j = 0; j + 1 < cuts.size(); ++j) {
+        runs_.emplace_back(&d, i / p.heads, i % p.heads, windows_, &blocks_[cuts[j]], &blocks_[0] + cuts[j + 1],
+                           j + 2 == cuts.size());
+        longest_ = std::max(longest_, runs_.back().ring);
+      }
+  }
 
-  float* of_head(int64_t slot) const { return memory_.at(slot * per_head_); }
-  float* of_thread() const { return memory_.at(wave * per_head_ + thread_number() * per_thread_); }
-
-  const int64_t heads, wave, longest;
+  Runs(const Runs&) = delete;
+  Runs& operator=(const Runs&) = delete;
+  const std::vector<Run>& all() const { return runs_; }
+  int64_t longest() const { return longest_; }
 
  private:
-  int64_t per_head_, per_thread_;
-  Buffer memory_;
+  Windows windows_;
+  std::vector<QueryBlock> blocks_;
+  std::vector<Run> runs_;
+  int64_t longest_ = 0;
 };
 
-struct Task {
-  int64_t slot, segment;
-  Range queries;
+class Buffer {  // uninitialised floats that begin on a cache line
+ public:
+  explicit Buffer(int64_t n) : data_(static_cast<float*>(::operator new[](n * sizeof(float), kLine))) {}
+  ~Buffer() { ::operator delete[](data_, kLine); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  float* data() const { return data_; }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  float* data_;
 };
 
-constexpr int64_t kPackRows = 64;
+// Hands out pieces of a thread's memory; with no memory it only counts.
+class Scratch {
+ public:
+  explicit Scratch(float* memory) : memory_(memory) {}
+  float* take(int64_t floats) { return memory_ + std::exchange(used_, used_ + round_up(floats, 16)); }
+  int64_t used() const { return used_; }
 
-template <class Kernel>
-void run_forward(const Attention& p) {
-  const Kernel kernel(p);
-  const Plan& plan = kernel.plan;
-#pragma omp parallel num_threads(p.threads)
-  for (int64_t begin = 0; begin < plan.heads; begin += plan.wave) {
-    const int64_t slots = std::min(plan.wave, plan.heads - begin), chunks = (plan.longest + kPackRows - 1) / kPackRows;
-    share(slots * chunks, [&](int64_t i) {
-      kernel.pack(head_of(p, begin + i / chunks), i / chunks, i % chunks * kPackRows);
-    });
-    std::vector<Task> tasks;  // the same list on every thread
-    for (int64_t slot = 0; slot < slots; ++slot) {
-      const Windows windows = head_of(p, begin + slot).windows;
-      for (int64_t segment = 0; segment < windows.segments; ++segment)
-        each_query_block(windows, segment, Kernel::kQueryRows, Kernel::kRowUnit,
-                         [&](Range q) { tasks.push_back({slot, segment, q}); });
-    }
-    share(tasks.size(), [&](int64_t i) { kernel.block(head_of(p, begin + tasks[i].slot), tasks[i]); });
-  }
-}
+ private:
+  float* memory_;
+  int64_t used_ = 0;
+};
 
+// Kernel(p, longest ring, scratch) takes its memory from scratch; kernel.run(run) computes one run.
 template <class Kernel>
-void run_backward(const Attention& p) {
-  const Kernel kernel(p);
-  const Plan& plan = kernel.plan;
+void run_all(const Attention& p) {
+  const auto cut = [&](const Direction& d) {
+    return Runs(p, d, Kernel::kQueryRows, Kernel::kRowUnit, Kernel::bytes_per_key(p.dim), Kernel::kExclusive);
+  };
+  const Runs runs[] = {cut(p.directions[0]), cut(p.directions[1])};
+  const int64_t longest = std::max(runs[0].longest(), runs[1].longest());
+  const int64_t first = runs[0].all().size(), count = first + runs[1].all().size();
+  Scratch counter(nullptr);
+  Kernel(p, longest, counter);
+  const int64_t per_thread = round_up(counter.used(), 1024);
+  const Buffer memory(per_thread * p.threads);
 #pragma omp parallel num_threads(p.threads)
-  for (int64_t begin = 0; begin < plan.heads; begin += plan.wave) {
-    const int64_t slots = std::min(plan.wave, plan.heads - begin), chunks = (plan.longest + kPackRows - 1) / kPackRows;
-    share(slots * chunks, [&](int64_t i) {
-      kernel.pack(head_of(p, begin + i / chunks), i / chunks, i % chunks * kPackRows);
-    });
-    for (int64_t colour = 0; colour < 2; ++colour) {
-      std::vector<std::pair<int64_t, Range>> runs;  // slot, segments
-      for (int64_t slot = 0; slot < slots; ++slot)
-        head_of(p, begin + slot).windows.each_run(p.window, colour, [&](Range r) { runs.emplace_back(slot, r); });
-      share(runs.size(), [&](int64_t i) {
-        const auto [slot, segments] = runs[i];
-        const Head at = head_of(p, begin + slot);
-        for (int64_t segment = segments.lo; segment < segments.hi; ++segment)
-          each_query_block(at.windows, segment, Kernel::kQueryRows, Kernel::kRowUnit,
-                           [&, slot = slot](Range q) { kernel.block(at, {slot, segment, q}); });
-      });
-    }
-    share(slots * chunks, [&](int64_t i) {
-      kernel.unpack(head_of(p, begin + i / chunks), i / chunks, i % chunks * kPackRows);
-    });
+  {
+#if defined(_OPENMP)
+    Scratch scratch(memory.data() + omp_get_thread_num() * per_thread);
+#else
+    Scratch scratch(memory.data());
+#endif
+    const Kernel kernel(p, longest, scratch);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < count; ++i) kernel.run(i < first ? runs[0].all()[i] : runs[1].all()[i - first]);
   }
 }
 

@@ -80,9 +80,9 @@ def _mod(x, length):
 
 
 @triton.jit
-def _in_window(distance, length, n_window):
-    """Whether a key this far past the first key of a query's window (mod length) is in it."""
-    return tl.where(distance < 0, distance + length, distance) < n_window
+def _within(x, low, high, wrapped):
+    """low <= x < high or x < wrapped: a range that begins at low and may end past the end of the circle."""
+    return (x >= low) & (x < high) | (x < wrapped)
 
 
 @triton.jit
@@ -116,64 +116,70 @@ def _program(audio_len, video_len, batch_heads, heads, BLOCK: tl.constexpr):
 
 @triton.jit
 def _key_walk(i_m, len_q, len_k, frames, window, shift, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The keys a query tile reads, as u = 0 .. n_union - 1 counted from position `start`.
+    """The keys a query tile reads: u = 0 .. n_keys - 1, counted from position `start`.
 
-    Row m's window begins at u = lag[m]. The n_full blocks from `head` on lie in the window of every row and need no
-    mask; n_masked is how many others there are, before and after them.
+    Row m reads those u that are _within its low, high and wrapped. Every row reads all of the n_full blocks from `head`
+    on, so they need no mask; n_masked is how many others there are, before and after them.
     """
     n_q = len_q // frames
     n_k = len_k // frames
+    n_window = window * n_k
     first = i_m * BLOCK_M
     g_first = tl.minimum(first // n_q, frames - 1)
     g_last = tl.minimum((tl.minimum(first + BLOCK_M, len_q) - 1) // n_q, frames - 1)
-    o_m = first + tl.arange(0, BLOCK_M)
-    lag = (tl.minimum(o_m // n_q, frames - 1) - g_first) * n_k
     skew = (g_last - g_first) * n_k
-    n_window = window * n_k
-    n_union = tl.minimum(skew + n_window, len_k)
     start = _mod((g_first + shift) * n_k, len_k)
+    n_keys = tl.minimum(skew + n_window, len_k)
     head = tl.cdiv(tl.where(n_window == len_k, 0, skew), BLOCK_N)
-    full = tl.maximum(n_window // BLOCK_N, head)
-    n_full = full - head
-    return o_m, lag, start, n_window, n_union, head, n_full, tl.cdiv(n_union, BLOCK_N) - n_full
+    n_full = tl.maximum(n_window // BLOCK_N - head, 0)
+    n_masked = tl.cdiv(n_keys, BLOCK_N) - n_full
+
+    o_m = first + tl.arange(0, BLOCK_M)
+    low = (tl.minimum(o_m // n_q, frames - 1) - g_first) * n_k
+    high = tl.minimum(low + n_window, n_keys)
+    return o_m, start, n_keys, head, n_full, n_masked, low, high, low + n_window - len_k
+
+
+@triton.jit
+def _readers(u_first, u_last, len_q, len_k, frames, window):
+    """The queries that read any key of u_first .. u_last, a circular range: its first position and its length.
+
+    Keys are numbered u = (position - shift * n_k) mod len_k: segment g reads the S * n_k from g * n_k on, mod len_k. So
+    u is read by segments a = u // n_k - S + 1 .. u // n_k, and by the last ones, from b on, whose windows wrap. If any
+    do, a begins at 0, and both are one range of the circle. With u_first and u_last exchanged: the queries that read
+    all of those keys.
+    """
+    n_q = len_q // frames
+    n_k = len_k // frames
+    a_first = tl.maximum(u_first // n_k - window + 1, 0)
+    a_last = tl.minimum(u_last // n_k, frames - 1)
+    b_first = tl.maximum((u_first + len_k - window * n_k) // n_k + 1, a_last + 1)
+    wraps = b_first < frames
+    start = tl.where(wraps, b_first, a_first) * n_q
+    end = tl.where(a_last == frames - 1, len_q, (a_last + 1) * n_q) + tl.where(wraps, len_q, 0)
+    return start, tl.maximum(end - start, 0)
 
 
 @triton.jit
 def _query_walk(i_n, len_q, len_k, frames, window, shift, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The queries that read a key tile, as r = 0 .. n_rows - 1 counted from position `start`.
-
-    Keys are numbered u = (position - shift * n_k) mod len_k, where segment g reads u = g * n_k .. (g + S) * n_k - 1 mod
-    len_k. Key u is read by segments a: u // n_k - S + 1 .. u // n_k, and by the last segments, from b on, whose windows
-    wrap past len_k. If there are any of the latter, a begins at 0 and both together are one circular range of queries.
-    The same two bounds with the tile's ends exchanged give the queries that read every key of the tile.
-    """
-    n_q = len_q // frames
-    n_k = len_k // frames
-    n_window = window * n_k
+    """The queries that read a key tile: r = 0 .. n_rows - 1, counted from position `start`. Else as _key_walk."""
     u_first = i_n * BLOCK_N
     u_last = tl.minimum(u_first + BLOCK_N, len_k) - 1
-    a_first = tl.maximum(u_first // n_k - window + 1, 0)
-    a_last = tl.minimum(u_last // n_k, frames - 1)
-    b_first = tl.maximum((u_first + len_k - n_window) // n_k + 1, a_last + 1)
-    wraps = b_first < frames
-    start = tl.where(wraps, b_first, a_first) * n_q
-    to_a = tl.where(wraps, len_q, 0) - start
-    n_rows = tl.maximum(to_a + tl.where(a_last == frames - 1, len_q, (a_last + 1) * n_q), 0)
-
-    all_a_first = tl.maximum(u_last // n_k - window + 1, 0)
-    all_a_last = tl.minimum(u_first // n_k, frames - 1)
-    all_b_first = tl.maximum((u_last + len_k - n_window) // n_k + 1, a_last + 1)
-    all_begin = tl.where(all_b_first < frames, all_b_first * n_q - start, to_a + all_a_first * n_q)
-    all_end = to_a + tl.where(all_a_last == frames - 1, len_q, (all_a_last + 1) * n_q)
-    head = tl.cdiv(tl.where(n_window == len_k, 0, all_begin), BLOCK_M)
-    full = tl.maximum(tl.where(n_window == len_k, n_rows, all_end) // BLOCK_M, head)
-    # A range that is empty may have come out past the end.
+    start, n_rows = _readers(u_first, u_last, len_q, len_k, frames, window)
+    begin, n_all = _readers(u_last, u_first, len_q, len_k, frames, window)
+    whole = window * (len_k // frames) == len_k
+    begin = tl.where(whole, 0, _mod(begin - start, len_q))
+    end = tl.where(whole, n_rows, tl.minimum(begin + n_all, n_rows))
     blocks = tl.cdiv(n_rows, BLOCK_M)
-    head = tl.minimum(head, blocks)
-    n_full = tl.minimum(full, blocks) - head
+    head = tl.minimum(tl.cdiv(begin, BLOCK_M), blocks)
+    n_full = tl.maximum(end // BLOCK_M - head, 0)
+
     o_u = u_first + tl.arange(0, BLOCK_N)
-    o_n = _wrap(o_u + _mod(shift * n_k, len_k), len_k)
-    return o_u, o_n, start, n_rows, n_window, head, n_full, blocks - n_full
+    o_n = _wrap(o_u + _mod(shift * (len_k // frames), len_k), len_k)
+    low, n_own = _readers(o_u, o_u, len_q, len_k, frames, window)
+    low = _mod(low - start, len_q)
+    high = tl.minimum(low + n_own, n_rows)
+    return o_n, o_u < len_k, start, n_rows, head, n_full, blocks - n_full, low, high, low + n_own - len_q
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -198,7 +204,7 @@ def _forward_kernel(
     p_lse = tl.where(is_audio, audio_lse, video_lse) + i_bh.to(tl.int64) * len_q
     if SHIFT_IS_TENSOR:
         shift = tl.load(shift).to(tl.int32)
-    o_m, lag, start, n_window, n_union, head, n_full, n_masked = _key_walk(
+    o_m, start, n_keys, head, n_full, n_masked, low, high, wrapped = _key_walk(
         i_m, len_q, len_k, frames, window, shift, BLOCK_M, BLOCK_N
     )
     m_m = o_m < len_q
@@ -215,11 +221,11 @@ def _forward_kernel(
         for i in range(0, n_masked if MASKED else n_full):
             o_u = _block(i, head, n_full, MASKED) * BLOCK_N + tl.arange(0, BLOCK_N)
             o_n = _wrap(start + o_u, len_k)
-            m_n = o_u < n_union
+            m_n = o_u < n_keys
             b_k = _load(p_k, o_n, k_sl, m_n, HEAD_DIM, BLOCK_D, MASKED)  # [BN, BD]
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
             if MASKED:
-                m_s = _in_window(o_u[None, :] - lag[:, None], len_k, n_window) & m_n[None, :]
+                m_s = _within(o_u[None, :], low[:, None], high[:, None], wrapped[:, None])
                 b_s = tl.where(m_s, b_s * scale_log2, float("-inf"))
                 b_new = tl.maximum(b_max, tl.max(b_s, 1))
                 b_p = tl.exp2(b_s - b_new[:, None])
@@ -264,7 +270,7 @@ def _backward_dq_kernel(
     p_delta = tl.where(is_audio, audio_delta, video_delta) + i_bh.to(tl.int64) * len_q
     if SHIFT_IS_TENSOR:
         shift = tl.load(shift).to(tl.int32)
-    o_m, lag, start, n_window, n_union, head, n_full, n_masked = _key_walk(
+    o_m, start, n_keys, head, n_full, n_masked, low, high, wrapped = _key_walk(
         i_m, len_q, len_k, frames, window, shift, BLOCK_M, BLOCK_N
     )
     m_m = o_m < len_q
@@ -281,13 +287,13 @@ def _backward_dq_kernel(
         for i in range(0, n_masked if MASKED else n_full):
             o_u = _block(i, head, n_full, MASKED) * BLOCK_N + tl.arange(0, BLOCK_N)
             o_n = _wrap(start + o_u, len_k)
-            m_n = o_u < n_union
+            m_n = o_u < n_keys
             b_k = _load(p_k, o_n, k_sl, m_n, HEAD_DIM, BLOCK_D, MASKED)  # [BN, BD]
             b_v = _load(p_v, o_n, v_sl, m_n, HEAD_DIM, BLOCK_D, MASKED)  # [BN, BD]
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
             b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
             if MASKED:
-                m_s = _in_window(o_u[None, :] - lag[:, None], len_k, n_window) & m_n[None, :]
+                m_s = _within(o_u[None, :], low[:, None], high[:, None], wrapped[:, None])
                 b_p = tl.where(m_s, b_p, 0.0)
             b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BM, BN]
             b_ds = b_p * (b_dp - b_delta[:, None])
@@ -324,12 +330,9 @@ def _backward_dkdv_kernel(
     p_delta = tl.where(is_audio, video_delta, audio_delta) + i_bh.to(tl.int64) * len_q
     if SHIFT_IS_TENSOR:
         shift = tl.load(shift).to(tl.int32)
-    o_u, o_n, start, n_rows, n_window, head, n_full, n_masked = _query_walk(
+    o_n, m_n, start, n_rows, head, n_full, n_masked, low, high, wrapped = _query_walk(
         i_n, len_q, len_k, frames, window, shift, BLOCK_M, BLOCK_N
     )
-    m_n = o_u < len_k
-    n_q = len_q // frames
-    n_k = len_k // frames
 
     b_k = _load(p_k, o_n, k_sl, m_n, HEAD_DIM, BLOCK_D, True)  # [BN, BD]
     b_v = _load(p_v, o_n, v_sl, m_n, HEAD_DIM, BLOCK_D, True)  # [BN, BD]
@@ -348,8 +351,8 @@ def _backward_dkdv_kernel(
             b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
             b_p = tl.exp2(b_s * scale_log2 - b_lse[None, :])
             if MASKED:
-                lag = tl.minimum(o_m // n_q, frames - 1) * n_k
-                b_p = tl.where(_in_window(o_u[:, None] - lag[None, :], len_k, n_window) & m_m[None, :], b_p, 0.0)
+                m_s = _within(o_r[None, :], low[:, None], high[:, None], wrapped[:, None])
+                b_p = tl.where(m_s, b_p, 0.0)
             b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
             b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BN, BM]
             b_ds = b_p * (b_dp - b_delta[None, :])
@@ -403,7 +406,7 @@ def _per_row(x):
 
 
 def _launch(kernel, name, block, inputs, others, *, frames, window, shift, scale):
-    """One kernel over both directions' tiles of config[block] rows; inputs are the tensors with strides of their own."""
+    """One kernel over both directions' tiles of config[block] rows; `inputs` are tensors of any strides."""
     video_q, audio_q = inputs["video_q"], inputs["audio_q"]
     batch, video_len, heads, head_dim = video_q.shape
     audio_len = audio_q.shape[1]
@@ -438,16 +441,17 @@ def forward(video_q, video_k, video_v, audio_q, audio_k, audio_v, *, frames, win
     video_* [B, F*P, H, D], audio_* [B, T, H, D] in any strides with D contiguous, all of one dtype. shift: an int, or
     an integer tensor of one element on the same device.
     """
-    inputs = dict(
-        video_q=video_q, video_k=video_k, video_v=video_v, audio_q=audio_q, audio_k=audio_k, audio_v=audio_v
-    )
-    outputs = dict(
-        video_out=video_q.new_empty(video_q.shape),
-        audio_out=audio_q.new_empty(audio_q.shape),
-        video_lse=_per_row(video_q),
-        audio_lse=_per_row(audio_q),
-    )
-    at = dict(frames=frames, window=window, shift=shift, scale=scale)
+    inputs = {
+        "video_q": video_q, "video_k": video_k, "video_v": video_v,
+        "audio_q": audio_q, "audio_k": audio_k, "audio_v": audio_v,
+    }  # fmt: skip
+    outputs = {
+        "video_out": video_q.new_empty(video_q.shape),
+        "audio_out": audio_q.new_empty(audio_q.shape),
+        "video_lse": _per_row(video_q),
+        "audio_lse": _per_row(audio_q),
+    }
+    at = {"frames": frames, "window": window, "shift": shift, "scale": scale}
     if video_q.numel():
         _launch(_forward_kernel, "forward", "BLOCK_M", inputs, outputs, **at)
     return tuple(outputs.values())
@@ -458,23 +462,24 @@ def backward(
     video_out, audio_out, video_lse, audio_lse, *, frames, window, shift, scale,
 ):  # fmt: skip
     """(d_video_q, d_video_k, d_video_v, d_audio_q, d_audio_k, d_audio_v), contiguous; out and lse are forward's."""
-    inputs = dict(
-        video_q=video_q, video_k=video_k, video_v=video_v, audio_q=audio_q, audio_k=audio_k, audio_v=audio_v
-    )
+    inputs = {
+        "video_q": video_q, "video_k": video_k, "video_v": video_v,
+        "audio_q": audio_q, "audio_k": audio_k, "audio_v": audio_v,
+    }  # fmt: skip
     grads = {f"d_{name}": x.new_empty(x.shape) for name, x in inputs.items()}
     if video_q.numel():
         for name, x in (("d_video_out", d_video_out), ("d_audio_out", d_audio_out)):
             inputs[name] = x if x.stride(-1) == 1 else x.contiguous()
-        rows = dict(
-            video_lse=video_lse,
-            audio_lse=audio_lse,
-            video_delta=_per_row(video_q),
-            audio_delta=_per_row(audio_q),
-        )
+        rows = {
+            "video_lse": video_lse,
+            "audio_lse": audio_lse,
+            "video_delta": _per_row(video_q),
+            "audio_delta": _per_row(audio_q),
+        }
         d_q = {name: grads[name] for name in ("d_video_q", "d_audio_q")}
         d_kv = {name: x for name, x in grads.items() if name not in d_q}
-        out = dict(video_out=video_out, audio_out=audio_out)
-        at = dict(frames=frames, window=window, shift=shift, scale=scale)
+        out = {"video_out": video_out, "audio_out": audio_out}
+        at = {"frames": frames, "window": window, "shift": shift, "scale": scale}
         _launch(_backward_dq_kernel, "backward_dq", "BLOCK_M", inputs, rows | out | d_q, **at)
         _launch(_backward_dkdv_kernel, "backward_dkdv", "BLOCK_N", inputs, rows | d_kv, **at)
     return tuple(grads.values())
