@@ -38,72 +38,126 @@ struct Tiles {
   char* at(int64_t b, int64_t p, int64_t c) const { return base + b * block + p * part + c * chunk; }
 };
 
-// C[16 M, 16 N] (+)= sum over chunks of A B^T, C fp32 with rows of `c_row` floats.
-template <int Parts, int M, int N>
-void tile_product(const Tiles& a, int64_t m, const Tiles& b, int64_t n, int64_t chunks, float* c, int64_t c_row, bool add) {
-  const auto c_at = [&](int i, int j) { return c + (m + i) * 16 * c_row + (n + j) * 16; };
+// Tile registers: C in 0..3, A in 4 and 5, B in 6 and 7.
+template <int M, int N>
+inline void load_c(const float* c, int64_t c_row, bool add) {
+  const int64_t bytes = c_row * 4;
   if (add) {
-    _tile_loadd(0, c_at(0, 0), c_row * 4);
-    if constexpr (N > 1) _tile_loadd(1, c_at(0, 1), c_row * 4);
-    if constexpr (M > 1) _tile_loadd(2, c_at(1, 0), c_row * 4);
-    if constexpr (M > 1 && N > 1) _tile_loadd(3, c_at(1, 1), c_row * 4);
+    _tile_loadd(0, c, bytes);
+    if constexpr (N > 1) _tile_loadd(1, c + 16, bytes);
+    if constexpr (M > 1) _tile_loadd(2, c + 16 * c_row, bytes);
+    if constexpr (M > 1 && N > 1) _tile_loadd(3, c + 16 * c_row + 16, bytes);
   } else {
     _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    if constexpr (N > 1) _tile_zero(1);
+    if constexpr (M > 1) _tile_zero(2);
+    if constexpr (M > 1 && N > 1) _tile_zero(3);
   }
-  const auto accumulate = [&](int a_part, int b_part) {
-    for (int64_t k = 0; k < chunks; ++k) {
-      _tile_loadd(4, a.at(m, a_part, k), 64);
-      _tile_loadd(6, b.at(n, b_part, k), 64);
-      _tile_dpbf16ps(0, 4, 6);
-      if constexpr (N > 1) {
-        _tile_loadd(7, b.at(n + 1, b_part, k), 64);
-        _tile_dpbf16ps(1, 4, 7);
-      }
-      if constexpr (M > 1) {
-        _tile_loadd(5, a.at(m + 1, a_part, k), 64);
-        _tile_dpbf16ps(2, 5, 6);
-        if constexpr (N > 1) _tile_dpbf16ps(3, 5, 7);
-      }
-    }
-  };
-  for (int order = Parts - 1; order >= 0; --order)
-    for (int i = 0; i <= order; ++i) accumulate(i, order - i);
-  _tile_stored(0, c_at(0, 0), c_row * 4);
-  if constexpr (N > 1) _tile_stored(1, c_at(0, 1), c_row * 4);
-  if constexpr (M > 1) _tile_stored(2, c_at(1, 0), c_row * 4);
-  if constexpr (M > 1 && N > 1) _tile_stored(3, c_at(1, 1), c_row * 4);
 }
 
-// C (+)= A B^T over blocks [0, m) x [n_begin, n_end) of 16 rows each.
+template <int M, int N>
+inline void store_c(float* c, int64_t c_row) {
+  const int64_t bytes = c_row * 4;
+  _tile_stored(0, c, bytes);
+  if constexpr (N > 1) _tile_stored(1, c + 16, bytes);
+  if constexpr (M > 1) _tile_stored(2, c + 16 * c_row, bytes);
+  if constexpr (M > 1 && N > 1) _tile_stored(3, c + 16 * c_row + 16, bytes);
+}
+
+// C += A B^T over one chunk; `a` and `b` point at the first block's first part. Parts are taken in an order that changes
+// one operand at a time: 14 tile loads for 24 products.
+template <int Parts, int M, int N>
+inline void multiply_chunk(const char* a, int64_t a_block, int64_t a_part, const char* b, int64_t b_block, int64_t b_part) {
+  const auto load_a = [&](int part) {
+    _tile_loadd(4, a + part * a_part, 64);
+    if constexpr (M > 1) _tile_loadd(5, a + part * a_part + a_block, 64);
+  };
+  const auto load_b = [&](int part) {
+    _tile_loadd(6, b + part * b_part, 64);
+    if constexpr (N > 1) _tile_loadd(7, b + part * b_part + b_block, 64);
+  };
+  const auto multiply = [&] {
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (N > 1) _tile_dpbf16ps(1, 4, 7);
+    if constexpr (M > 1) _tile_dpbf16ps(2, 5, 6);
+    if constexpr (M > 1 && N > 1) _tile_dpbf16ps(3, 5, 7);
+  };
+  if constexpr (Parts == 1) {
+    load_a(0), load_b(0), multiply();
+  } else {
+    load_a(1), load_b(1), multiply();
+    load_b(0), multiply();
+    load_a(2), multiply();
+    load_a(0), multiply();
+    load_b(1), multiply();
+    load_b(2), multiply();
+  }
+}
+
+// A product that runs a step at a time, so that its tile work can be laid between vector work: rows [0, 16 m) and columns
+// [16 n_begin, 16 n_end) of C (+)= A B^T, C fp32 with rows of `c_row` floats. A step is one chunk of up to 2 x 2 tiles.
+template <int Parts>
+class SteppedProduct {
+ public:
+  SteppedProduct() = default;
+  SteppedProduct(const Tiles& a, int64_t m, const Tiles& b, int64_t n_begin, int64_t n_end, int64_t chunks, float* c,
+                 int64_t c_row, bool add)
+      : a_(a), b_(b), m_end_(m), n_(n_begin), n_end_(n_end), chunks_(chunks), c_row_(c_row), c_(c), add_(add) {}
+
+  int64_t steps() const { return (n_end_ - n_ + 1) / 2 * ((m_end_ + 1) / 2) * chunks_; }
+
+  // Takes at most `steps` steps and returns how many it had no use for.
+  int64_t advance(int64_t steps) {
+    for (; steps > 0 && n_ < n_end_; --steps) {
+      if (n_ + 1 < n_end_)
+        m_ + 1 < m_end_ ? step<2, 2>() : step<1, 2>();
+      else
+        m_ + 1 < m_end_ ? step<2, 1>() : step<1, 1>();
+    }
+    return steps;
+  }
+
+ private:
+  template <int M, int N>
+  void step() {
+    float* c = c_ + m_ * 16 * c_row_ + n_ * 16;
+    if (k_ == 0) load_c<M, N>(c, c_row_, add_);
+    multiply_chunk<Parts, M, N>(a_.at(m_, 0, k_), a_.block, a_.part, b_.at(n_, 0, k_), b_.block, b_.part);
+    if (++k_ < chunks_) return;
+    store_c<M, N>(c, c_row_);
+    k_ = 0;
+    m_ += 2;
+    if (m_ < m_end_) return;
+    m_ = 0;
+    n_ += 2;
+  }
+
+  Tiles a_{}, b_{};
+  int64_t m_ = 0, m_end_ = 0, n_ = 0, n_end_ = 0, chunks_ = 0, c_row_ = 0, k_ = 0;
+  float* c_ = nullptr;
+  bool add_ = false;
+};
+
+constexpr int64_t kAllSteps = 1 << 30;
+
 template <int Parts>
 inline void tile_gemm(int64_t m, int64_t n_begin, int64_t n_end, int64_t chunks, const Tiles& a, const Tiles& b,
                       float* c, int64_t c_row, bool add) {
-  for (int64_t j = n_begin; j < n_end; j += 2)
-    for (int64_t i = 0; i < m; i += 2) {
-      if (j + 1 < n_end)
-        i + 1 < m ? tile_product<Parts, 2, 2>(a, i, b, j, chunks, c, c_row, add)
-                  : tile_product<Parts, 1, 2>(a, i, b, j, chunks, c, c_row, add);
-      else
-        i + 1 < m ? tile_product<Parts, 2, 1>(a, i, b, j, chunks, c, c_row, add)
-                  : tile_product<Parts, 1, 1>(a, i, b, j, chunks, c, c_row, add);
-    }
+  SteppedProduct<Parts>(a, m, b, n_begin, n_end, chunks, c, c_row, add).advance(kAllSteps);
 }
 
 inline __m512i high_halves(__m512i low, __m512i high) {  // (low >> 16) | (high & 0xffff0000), per word
   return _mm512_ternarylogic_epi32(_mm512_srli_epi32(low, 16), high, _mm512_set1_epi32(0xffff0000), 0xF8);
 }
 
+const __m512i kInterleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                             5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+
 // The words of (low[i], high[i]), one vector of them for each part.
 template <int Parts>
 inline void split_words(Vec low, Vec high, __m512i (&word)[Parts]) {
   if constexpr (Parts == 1) {
-    word[0] = (__m512i)_mm512_cvtne2ps_pbh(high, low);  // halves in order; interleaved below
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    word[0] = _mm512_permutexvar_epi16(order, word[0]);
+    word[0] = _mm512_permutexvar_epi16(kInterleave, (__m512i)_mm512_cvtne2ps_pbh(high, low));
   } else {
     const __m512i mask = _mm512_set1_epi32(0xffff0000);
     const auto head = [&](Vec v) { return (Vec)_mm512_and_si512((__m512i)v, mask); };
@@ -114,6 +168,13 @@ inline void split_words(Vec low, Vec high, __m512i (&word)[Parts]) {
     }
   }
 }
+
+// The same for values known to be finite and not negative: half a unit in the last place, then cut.
+inline void split_words_positive(Vec low, Vec high, __m512i (&word)[1]) {
+  const __m512i half = _mm512_set1_epi32(0x8000);
+  word[0] = high_halves(_mm512_add_epi32((__m512i)low, half), _mm512_add_epi32((__m512i)high, half));
+}
+inline void split_words_positive(Vec low, Vec high, __m512i (&word)[3]) { split_words<3>(low, high, word); }
 
 // The words of (low[i], high[i]) as row `r` of the tiles of one block and chunk.
 template <int Parts>
@@ -161,6 +222,29 @@ inline Vec load_lanes(const bf16* p, int64_t n) {
   return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16((1u << n) - 1, p)), 16);
 }
 
+// The words of a row's 32 channels (i, i + 16) / of two rows' 16 channels each; bf16 is only moved.
+template <int Parts>
+inline void row_words(const float* p, int64_t n, __m512i (&word)[Parts]) {
+  split_words<Parts>(load_lanes(p, n), load_lanes(p + 16, n - 16), word);
+}
+
+inline void row_words(const bf16* p, int64_t n, __m512i (&word)[1]) {
+  const __m512i halves = _mm512_maskz_loadu_epi16(n >= 32 ? ~0u : (1u << n) - 1, p);
+  word[0] = _mm512_permutexvar_epi16(kInterleave, halves);
+}
+
+template <int Parts>
+inline void pair_words(const float* low, const float* high, int64_t n, __m512i (&word)[Parts]) {
+  split_words<Parts>(low ? load_lanes(low, n) : Vec{}, high ? load_lanes(high, n) : Vec{}, word);
+}
+
+inline void pair_words(const bf16* low, const bf16* high, int64_t n, __m512i (&word)[1]) {
+  const __mmask16 mask = n >= 16 ? 0xffff : (1u << n) - 1;
+  const __m512i l = low ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, low)) : __m512i{};
+  const __m512i h = high ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, high)) : __m512i{};
+  word[0] = _mm512_or_si512(l, _mm512_slli_epi32(h, 16));
+}
+
 template <int Parts>
 inline void store_tile(const Tiles& out, int64_t block, int64_t chunk, __m512i (&words)[Parts][16], bool transposed) {
   for (int part = 0; part < Parts; ++part) {
@@ -179,9 +263,8 @@ inline void pack_rows_tiles(const Tiles& out, int64_t block, int64_t dim, bool t
     for (int i = 0; i < 16; ++i) {
       const auto* p = row(i);
       __m512i word[Parts];
-      const int64_t at = chunk * 32;
-      split_words<Parts>(p ? load_lanes(p + at, dim - at) : Vec{}, p ? load_lanes(p + at + 16, dim - at - 16) : Vec{}, word);
-      for (int part = 0; part < Parts; ++part) words[part][i] = word[part];
+      if (p) row_words(p + chunk * 32, dim - chunk * 32, word);
+      for (int part = 0; part < Parts; ++part) words[part][i] = p ? word[part] : __m512i{};
     }
     store_tile<Parts>(out, block, chunk, words, transposed);
   }
@@ -197,7 +280,7 @@ inline void pack_depth_tiles(const Tiles& out, int64_t chunk, int64_t dim, bool 
       const auto *low = row(i), *high = row(i + 16);
       __m512i word[Parts];
       const int64_t at = block * 16;
-      split_words<Parts>(low ? load_lanes(low + at, dim - at) : Vec{}, high ? load_lanes(high + at, dim - at) : Vec{}, word);
+      pair_words(low ? low + at : nullptr, high ? high + at : nullptr, dim - at, word);
       for (int part = 0; part < Parts; ++part) words[part][i] = word[part];
     }
     store_tile<Parts>(out, block, chunk, words, transposed);

@@ -54,7 +54,7 @@ int64_t tile_floats(int64_t rows, int64_t depth) {
 template <class T>
 class AmxForward {
  public:
-  static constexpr int64_t kQueryRows = 64, kRowUnit = 16, kKeyBlock = 128;
+  static constexpr int64_t kQueryRows = 32, kRowUnit = 16, kKeyBlock = 128;
   static constexpr int Parts = kParts<T>, kDegree = Parts == 1 ? 3 : 5;
   static constexpr bool kExclusive = false;
   static int64_t bytes_per_key(int64_t dim) { return 4 * round_up(dim, 16) * Parts; }
@@ -69,11 +69,13 @@ class AmxForward {
         keys_(tiles_by_position<Parts>(scratch.take(tile_floats<Parts>(round_up(longest, 32), dim_)), dim_)),
         values_(tiles_by_channel<Parts>(scratch.take(tile_floats<Parts>(dim_, longest)), dim_)),
         queries_(tiles_by_position<Parts>(scratch.take(tile_floats<Parts>(kQueryRows, dim_)), dim_)),
-        weights_(tiles_by_row<Parts>(scratch.take(tile_floats<Parts>(kQueryRows, kKeyBlock)), kKeyBlock)),
-        scores_(scratch.take(kQueryRows * kKeyBlock)),
+        weights_{tiles_by_row<Parts>(scratch.take(tile_floats<Parts>(kQueryRows, kKeyBlock)), kKeyBlock),
+                 tiles_by_row<Parts>(scratch.take(tile_floats<Parts>(kQueryRows, kKeyBlock)), kKeyBlock)},
+        scores_{scratch.take(kQueryRows * kKeyBlock), scratch.take(kQueryRows * kKeyBlock)},
         out_(scratch.take(kQueryRows * padded_)),
         top_(scratch.take(kQueryRows)),
-        sum_(scratch.take(kQueryRows)) {}
+        sums_(scratch.take(kQueryRows * 16)),
+        rescale_(scratch.take(kQueryRows)) {}
 
   void run(const Run& run) const {
     const TileRegisters registers;
@@ -96,75 +98,122 @@ class AmxForward {
         return i < block.queries.hi ? row<T>(d.q, run.batch, i, run.head) : nullptr;
       });
       store(top_ + b * 16, broadcast(kMasked));
-      store(sum_ + b * 16, Vec{});
     }
-    bool is_first = true;
+    std::memset(sums_, 0, rows * 16 * sizeof(float));
+    std::vector<KeyBlock> blocks;
     run.each_key_range(block, [&](Range range) {
       each_key_block(range, 32, kKeyBlock / 32, [&](int64_t chunk, int64_t chunks) {
-        const int64_t lo = std::max<int64_t>(range.lo - chunk * 32, 0), hi = std::min(range.hi - chunk * 32, chunks * 32);
-        tile_gemm<Parts>(row_blocks, lo / 16, (hi + 15) / 16, d_chunks_, queries_, from_block(keys_, 2 * chunk), scores_,
-                         kKeyBlock, false);
-        for (int64_t b = 0; b < row_blocks; ++b)
-          softmax_rows(b, std::min<int64_t>(rows - b * 16, 16), {lo, hi}, chunks * 2, is_first);
-        tile_gemm<Parts>(row_blocks, 0, d_blocks_, chunks, weights_, from_chunk(values_, chunk), out_, padded_, !is_first);
-        is_first = false;
+        blocks.push_back({chunk, chunks, std::max<int64_t>(range.lo - chunk * 32, 0),
+                          std::min(range.hi - chunk * 32, chunks * 32)});
       });
     });
+    // While the vector units turn the scores of a block into weights, the tile unit multiplies the weights of the block
+    // before with their values, and the queries with the keys of the block after.
+    const int64_t count = blocks.size();
+    const auto scores_of = [&](int64_t i) {
+      const KeyBlock& k = blocks[i];
+      return SteppedProduct<Parts>(queries_, row_blocks, from_block(keys_, 2 * k.chunk), k.lo / 16, (k.hi + 15) / 16,
+                                   d_chunks_, scores_[i % 2], kKeyBlock, false);
+    };
+    const auto outputs_of = [&](int64_t i) {
+      return SteppedProduct<Parts>(weights_[i % 2], row_blocks, from_chunk(values_, blocks[i].chunk), 0, d_blocks_,
+                                   blocks[i].chunks, out_, padded_, i > 0);
+    };
+    scores_of(0).advance(kAllSteps);
+    for (int64_t i = 0; i < count; ++i) {
+      SteppedProduct<Parts> before = i > 0 ? outputs_of(i - 1) : SteppedProduct<Parts>();
+      SteppedProduct<Parts> after = i + 1 < count ? scores_of(i + 1) : SteppedProduct<Parts>();
+      bool rises = false;
+      for (int64_t b = 0; b < row_blocks; ++b)
+        rises |= raise_top(blocks[i], scores_[i % 2], b, std::min<int64_t>(rows - b * 16, 16));
+      const int64_t steps = before.steps() + after.steps();
+      for (int64_t r = 0; r < rows; ++r) {
+        weigh(blocks[i], scores_[i % 2] + r * kKeyBlock, weights_[i % 2], r);
+        after.advance(before.advance(steps * (r + 1) / rows - steps * r / rows));
+      }
+      after.advance(before.advance(kAllSteps));
+      if (i > 0 && rises) rescale_outputs(rows);
+    }
+    outputs_of(count - 1).advance(kAllSteps);
     float* lse = run.lse(block, p_.heads);
     for (int64_t r = 0; r < rows; ++r) {
-      store_row(row<T>(d.out, run.batch, block.queries.lo + r, run.head), out_ + r * padded_, dim_, 1 / sum_[r]);
-      lse[r] = (top_[r] + std::log2(sum_[r])) * kLn2;
+      const float sum = reduce_add(load(sums_ + r * 16));
+      store_row(row<T>(d.out, run.batch, block.queries.lo + r, run.head), out_ + r * padded_, dim_, 1 / sum);
+      lse[r] = (top_[r] + std::log2(sum)) * kLn2;
     }
   }
 
-  // The scores of row block b against keys [lo, hi) become weights in tiles; the rows' maxima and sums move on, and their
-  // outputs are rescaled where the maximum rose.
-  void softmax_rows(int64_t b, int64_t rows, Range keys, int64_t panels, bool is_first) const {
+  struct KeyBlock {
+    int64_t chunk, chunks, lo, hi;  // 32 keys a chunk; of those the window holds [lo, hi)
+  };
+
+  // Masks the scores of row block b. A row's reference rises to the maximum only once that is 2^kHeadroom above it, which
+  // floating point does not mind and which spares nearly all rescaling; then its sum so far shrinks. Whether any rose.
+  static constexpr float kHeadroom = 8;
+  bool raise_top(const KeyBlock& keys, float* block_scores, int64_t b, int64_t rows) const {
     const int64_t begin = keys.lo / 16, end = (keys.hi + 15) / 16;
     const bool is_partial = keys.lo > begin * 16 || keys.hi < end * 16;
     const float sign = p_.scale < 0 ? -1.0f : 1.0f;  // so that the greatest score is the greatest weight
-    float *scores = scores_ + b * 16 * kKeyBlock, *top = top_ + b * 16, *sum = sum_ + b * 16;
-    Vec most[16], total[16];
-    for (int r = 0; r < 16; ++r) {
+    Vec most[16];
+    for (int64_t r = 0; r < 16; ++r) {
       most[r] = broadcast(kMasked);
       if (r >= rows) continue;
-      float* s = scores + r * kKeyBlock;
+      float* s = block_scores + (b * 16 + r) * kKeyBlock;
       if (is_partial || sign < 0)
         for (int64_t v = begin; v < end; ++v)
           store(s + v * 16, keep_lanes(load(s + v * 16) * sign, keys.lo - v * 16, keys.hi - v * 16, kMasked));
-      for (int64_t v = begin; v < end; ++v) most[r] = max(most[r], load(s + v * 16));
+      Vec m = load(s + begin * 16);
+      for (int64_t v = begin + 1; v < end; ++v) m = max(m, load(s + v * 16));
+      most[r] = m;
     }
     const Vec block_top = reduce_rows(most, [](Vec x, Vec y) { return max(x, y); }) * score_scale_;
-    const Vec old_top = load(top), new_top = max(old_top, block_top), rescale = exp2(old_top - new_top);
-    store(top, new_top);
-    for (int r = 0; r < 16; ++r) {
-      total[r] = Vec{};
-      if (r >= rows) continue;
-      const float* s = scores + r * kKeyBlock;
-      const Vec row_top = broadcast(top[r]), scale = broadcast(score_scale_);
-      for (int64_t v = 0; v < panels; v += 2) {
-        const Vec low = v < begin ? Vec{} : exp2<kDegree>(load(s + v * 16) * scale - row_top);
-        const Vec high = v + 1 >= end ? Vec{} : exp2<kDegree>(load(s + v * 16 + 16) * scale - row_top);
-        total[r] += low + high;
-        store_words<Parts>(low, high, weights_, b, v / 2, r);
-      }
+    const Vec old_top = load(top_ + b * 16);
+    const __mmask16 rises = _mm512_cmp_ps_mask(block_top, old_top + kHeadroom, _CMP_GT_OQ);
+    const Vec rescale = _mm512_mask_blend_ps(rises, broadcast(1.0f), exp2(old_top - block_top));
+    store(top_ + b * 16, _mm512_mask_blend_ps(rises, old_top, block_top));
+    store(rescale_ + b * 16, rescale);
+    for (int64_t r = 0; rises && r < rows; ++r) {
+      float* sum = sums_ + (b * 16 + r) * 16;
+      store(sum, load(sum) * rescale_[b * 16 + r]);
     }
-    store(sum, load(sum) * rescale + reduce_rows(total, [](Vec x, Vec y) { return x + y; }));
-    if (is_first || _mm512_cmp_ps_mask(rescale, broadcast(1.0f), _CMP_NEQ_UQ) == 0) return;
-    alignas(64) float factor[16];
-    store(factor, rescale);
-    for (int r = 0; r < rows; ++r) {
-      float* out = out_ + (b * 16 + r) * padded_;
-      for (int64_t c = 0; c < padded_; c += 16) store(out + c, load(out + c) * factor[r]);
+    return rises;
+  }
+
+  // The scores of a row become weights in tiles.
+  void weigh(const KeyBlock& keys, const float* scores, const Tiles& weights, int64_t r) const {
+    const int64_t begin = keys.lo / 16, end = (keys.hi + 15) / 16;
+    const Vec row_top = broadcast(top_[r]), scale = broadcast(score_scale_);
+    char* tile = weights.at(r / 16, 0, 0) + r % 16 * 64;
+    const int64_t part_stride = weights.part;
+    Vec total = load(sums_ + r * 16);
+    const auto emit = [&](Vec low, Vec high) {
+      total += low + high;
+      __m512i word[Parts];
+      split_words_positive(low, high, word);
+      for (int part = 0; part < Parts; ++part) _mm512_store_si512(tile + part * part_stride, word[part]);
+      tile += kTileBytes;
+    };
+    const auto weight = [&](int64_t v) { return exp2<kDegree>(load(scores + v * 16) * scale - row_top); };
+    int64_t v = 0;
+    if (begin > 0) emit(Vec{}, weight(1)), v = 2;
+    for (; v + 1 < end; v += 2) emit(weight(v), weight(v + 1));
+    if (v < end) emit(weight(v), Vec{});
+    store(sums_ + r * 16, total);
+  }
+
+  void rescale_outputs(int64_t rows) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      if (rescale_[r] == 1.0f) continue;
+      for (int64_t c = 0; c < padded_; c += 16) store(out_ + r * padded_ + c, load(out_ + r * padded_ + c) * rescale_[r]);
     }
   }
 
   const Attention& p_;
   const int64_t dim_, d_chunks_, d_blocks_, padded_;
   const float score_scale_;
-  const Tiles keys_, values_, queries_, weights_;
-  float *const scores_, *const out_;
-  float *const top_, *const sum_;  // of each row: the maximum so far and the sum
+  const Tiles keys_, values_, queries_, weights_[2];
+  float *const scores_[2], *const out_;
+  float *const top_, *const sums_, *const rescale_;  // of each row: the maximum so far, the sum in 16 lanes, the last factor
 };
 
 // Everything is computed transposed, keys down and queries across, so that the weights P^T come out as the first operand

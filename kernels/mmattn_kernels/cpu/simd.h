@@ -120,8 +120,8 @@ inline Vec exp2(Vec x) {
     }
   };
 #if defined(__AVX512F__)
-  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  return _mm512_scalef_ps(polynomial(x - whole), whole);
+  // scalef rounds its exponent down itself
+  return _mm512_scalef_ps(polynomial(_mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)), x);
 #else
   const Vec floor_limit = broadcast(-126.0f), ceiling = broadcast(127.0f);
   const Vec clamped = x < floor_limit ? floor_limit : (x > ceiling ? ceiling : x);

@@ -9,10 +9,10 @@ the keys). Positions past F*n belong, as queries, to the last segment. Layout [B
 delta are [B, H, L] in fp32. A window is a circular range, so a kernel needs R and no index list.
 
 One launch serves both directions: the first programs own audio tiles, the others video tiles. `_forward_kernel` and
-`_backward_dq_kernel` own BLOCK_M consecutive queries and walk the union of their windows; `_backward_dkdv_kernel`
-owns BLOCK_N keys, consecutive after R is taken away, and walks the queries that read them, which are again one
-circular range. Every output element has one writer: no atomics, the same bits each time. Scores and sums are fp32, the
-exponential is base 2, P and dS are rounded to the input dtype for their product.
+`_backward_dq_kernel` own up to BLOCK_M consecutive queries and walk the union of their windows;
+`_backward_dkdv_kernel` owns up to BLOCK_N keys, consecutive after R is taken away, and walks the queries that read
+them, which are again one circular range. Every output element has one writer: no atomics, the same bits each time.
+Scores and sums are fp32, the exponential is base 2, P and dS are rounded to the input dtype for their product.
 """
 
 import contextlib
@@ -25,7 +25,10 @@ import triton
 import triton.language as tl
 
 # Changing a length or the shift must not compile anew, not even for a value of 1 or a multiple of 16.
-_RUNTIME = ("batch_heads", "video_len", "audio_len", "heads", "frames", "window", "shift", "scale")
+_RUNTIME = (
+    "audio_tiles", "video_tiles", "batch_heads", "heads", "audio_len", "video_len",
+    "frames", "window", "shift", "scale",
+)  # fmt: skip
 
 
 @triton.jit
@@ -102,16 +105,39 @@ def _block(i, head, n_full, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _program(audio_len, video_len, batch_heads, heads, BLOCK: tl.constexpr):
+def _program(audio_tiles, video_tiles, batch_heads, heads):
     """Which tile of which head. Audio first: its windows are the longer ones, and a launch should end on short work."""
     pid = tl.program_id(0)
-    audio_tiles = tl.cdiv(audio_len, BLOCK)
-    video_tiles = tl.cdiv(video_len, BLOCK)
     is_audio = pid < batch_heads * audio_tiles
     i_tile = tl.where(is_audio, pid, pid - batch_heads * audio_tiles)
     n_tiles = tl.where(is_audio, audio_tiles, video_tiles)
     i_bh = i_tile // n_tiles
     return is_audio, i_tile % n_tiles, i_bh, i_bh // heads, i_bh % heads
+
+
+@triton.jit
+def _tile(i_tile, length, len_k, frames, window, BLOCK: tl.constexpr):
+    """First position and end of a tile.
+
+    A tile is a part of a segment, or as many whole segments as fit. One that straddled two segments would walk both
+    their windows, and need a mask throughout. Only where a window is everything do segments not matter.
+    """
+    n = length // frames
+    n_group = tl.where(window * (len_k // frames) == len_k, frames, tl.maximum(BLOCK // n, 1))
+    last = tl.cdiv(frames, n_group) - 1
+    in_group = tl.cdiv(n_group * n, BLOCK)
+    i_group = tl.minimum(i_tile // in_group, last)
+    first = i_group * n_group * n + (i_tile - i_group * in_group) * BLOCK
+    group_end = tl.where(i_group == last, length, (i_group + 1) * n_group * n)
+    return first, tl.minimum(first + BLOCK, group_end)
+
+
+def _tile_count(length, len_k, frames, window, block):
+    """How many tiles that makes."""
+    n = length // frames
+    n_group = frames if window * (len_k // frames) == len_k else max(block // n, 1)
+    last = triton.cdiv(frames, n_group) - 1
+    return last * triton.cdiv(n_group * n, block) + triton.cdiv(length - last * n_group * n, block)
 
 
 @triton.jit
@@ -124,9 +150,9 @@ def _key_walk(i_m, len_q, len_k, frames, window, shift, BLOCK_M: tl.constexpr, B
     n_q = len_q // frames
     n_k = len_k // frames
     n_window = window * n_k
-    first = i_m * BLOCK_M
+    first, end = _tile(i_m, len_q, len_k, frames, window, BLOCK_M)
     g_first = tl.minimum(first // n_q, frames - 1)
-    g_last = tl.minimum((tl.minimum(first + BLOCK_M, len_q) - 1) // n_q, frames - 1)
+    g_last = tl.minimum((end - 1) // n_q, frames - 1)
     skew = (g_last - g_first) * n_k
     start = _mod((g_first + shift) * n_k, len_k)
     n_keys = tl.minimum(skew + n_window, len_k)
@@ -135,9 +161,9 @@ def _key_walk(i_m, len_q, len_k, frames, window, shift, BLOCK_M: tl.constexpr, B
     n_masked = tl.cdiv(n_keys, BLOCK_N) - n_full
 
     o_m = first + tl.arange(0, BLOCK_M)
-    low = (tl.minimum(o_m // n_q, frames - 1) - g_first) * n_k
+    low = (tl.minimum(o_m // n_q, g_last) - g_first) * n_k
     high = tl.minimum(low + n_window, n_keys)
-    return o_m, start, n_keys, head, n_full, n_masked, low, high, low + n_window - len_k
+    return o_m, o_m < end, start, n_keys, head, n_full, n_masked, low, high, low + n_window - len_k
 
 
 @triton.jit
@@ -163,8 +189,8 @@ def _readers(u_first, u_last, len_q, len_k, frames, window):
 @triton.jit
 def _query_walk(i_n, len_q, len_k, frames, window, shift, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The queries that read a key tile: r = 0 .. n_rows - 1, counted from position `start`. Else as _key_walk."""
-    u_first = i_n * BLOCK_N
-    u_last = tl.minimum(u_first + BLOCK_N, len_k) - 1
+    u_first, u_end = _tile(i_n, len_k, len_k, frames, window, BLOCK_N)
+    u_last = u_end - 1
     start, n_rows = _readers(u_first, u_last, len_q, len_k, frames, window)
     begin, n_all = _readers(u_last, u_first, len_q, len_k, frames, window)
     whole = window * (len_k // frames) == len_k
@@ -179,7 +205,7 @@ def _query_walk(i_n, len_q, len_k, frames, window, shift, BLOCK_M: tl.constexpr,
     low, n_own = _readers(o_u, o_u, len_q, len_k, frames, window)
     low = _mod(low - start, len_q)
     high = tl.minimum(low + n_own, n_rows)
-    return o_n, o_u < len_k, start, n_rows, head, n_full, blocks - n_full, low, high, low + n_own - len_q
+    return o_n, o_u < u_end, start, n_rows, head, n_full, blocks - n_full, low, high, low + n_own - len_q
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -187,11 +213,11 @@ def _forward_kernel(
     video_q, video_k, video_v, audio_q, audio_k, audio_v, video_out, audio_out, video_lse, audio_lse,
     video_q_sb, video_q_sl, video_q_sh, video_k_sb, video_k_sl, video_k_sh, video_v_sb, video_v_sl, video_v_sh,
     audio_q_sb, audio_q_sl, audio_q_sh, audio_k_sb, audio_k_sl, audio_k_sh, audio_v_sb, audio_v_sl, audio_v_sh,
-    batch_heads, video_len, audio_len, heads, frames, window, shift, scale,
+    audio_tiles, video_tiles, batch_heads, heads, audio_len, video_len, frames, window, shift, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, SHIFT_IS_TENSOR: tl.constexpr,
 ):  # fmt: skip
-    is_audio, i_m, i_bh, i_b, i_h = _program(audio_len, video_len, batch_heads, heads, BLOCK_M)
+    is_audio, i_m, i_bh, i_b, i_h = _program(audio_tiles, video_tiles, batch_heads, heads)
     len_q = tl.where(is_audio, audio_len, video_len)
     len_k = tl.where(is_audio, video_len, audio_len)
     p_q, q_sl = _operand(is_audio, audio_q, audio_q_sb, audio_q_sl, audio_q_sh,
@@ -204,10 +230,9 @@ def _forward_kernel(
     p_lse = tl.where(is_audio, audio_lse, video_lse) + i_bh.to(tl.int64) * len_q
     if SHIFT_IS_TENSOR:
         shift = tl.load(shift).to(tl.int32)
-    o_m, start, n_keys, head, n_full, n_masked, low, high, wrapped = _key_walk(
+    o_m, m_m, start, n_keys, head, n_full, n_masked, low, high, wrapped = _key_walk(
         i_m, len_q, len_k, frames, window, shift, BLOCK_M, BLOCK_N
     )
-    m_m = o_m < len_q
 
     b_q = _load(p_q, o_m, q_sl, m_m, HEAD_DIM, BLOCK_D, True)  # [BM, BD]
     # With the sign in q the largest product is the largest score, and the scale joins the exponential's multiply-add.
@@ -248,12 +273,12 @@ def _backward_dq_kernel(
     d_video_out_sb, d_video_out_sl, d_video_out_sh, d_audio_out_sb, d_audio_out_sl, d_audio_out_sh,
     video_q_sb, video_q_sl, video_q_sh, video_k_sb, video_k_sl, video_k_sh, video_v_sb, video_v_sl, video_v_sh,
     audio_q_sb, audio_q_sl, audio_q_sh, audio_k_sb, audio_k_sl, audio_k_sh, audio_v_sb, audio_v_sl, audio_v_sh,
-    batch_heads, video_len, audio_len, heads, frames, window, shift, scale,
+    audio_tiles, video_tiles, batch_heads, heads, audio_len, video_len, frames, window, shift, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, SHIFT_IS_TENSOR: tl.constexpr,
 ):  # fmt: skip
     """dS = P * (dO V^T - delta), dQ = scale * dS K; writes delta = rowsum(dO * O) for the other backward kernel too."""
-    is_audio, i_m, i_bh, i_b, i_h = _program(audio_len, video_len, batch_heads, heads, BLOCK_M)
+    is_audio, i_m, i_bh, i_b, i_h = _program(audio_tiles, video_tiles, batch_heads, heads)
     len_q = tl.where(is_audio, audio_len, video_len)
     len_k = tl.where(is_audio, video_len, audio_len)
     p_q, q_sl = _operand(is_audio, audio_q, audio_q_sb, audio_q_sl, audio_q_sh,
@@ -270,10 +295,9 @@ def _backward_dq_kernel(
     p_delta = tl.where(is_audio, audio_delta, video_delta) + i_bh.to(tl.int64) * len_q
     if SHIFT_IS_TENSOR:
         shift = tl.load(shift).to(tl.int32)
-    o_m, start, n_keys, head, n_full, n_masked, low, high, wrapped = _key_walk(
+    o_m, m_m, start, n_keys, head, n_full, n_masked, low, high, wrapped = _key_walk(
         i_m, len_q, len_k, frames, window, shift, BLOCK_M, BLOCK_N
     )
-    m_m = o_m < len_q
 
     b_do = _load(p_do, o_m, do_sl, m_m, HEAD_DIM, BLOCK_D, True)  # [BM, BD]
     b_out = _load(p_out, o_m, out_sl, m_m, HEAD_DIM, BLOCK_D, True)  # [BM, BD]
@@ -308,12 +332,12 @@ def _backward_dkdv_kernel(
     d_video_out_sb, d_video_out_sl, d_video_out_sh, d_audio_out_sb, d_audio_out_sl, d_audio_out_sh,
     video_q_sb, video_q_sl, video_q_sh, video_k_sb, video_k_sl, video_k_sh, video_v_sb, video_v_sl, video_v_sh,
     audio_q_sb, audio_q_sl, audio_q_sh, audio_k_sb, audio_k_sl, audio_k_sh, audio_v_sb, audio_v_sl, audio_v_sh,
-    batch_heads, video_len, audio_len, heads, frames, window, shift, scale,
+    audio_tiles, video_tiles, batch_heads, heads, audio_len, video_len, frames, window, shift, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, SHIFT_IS_TENSOR: tl.constexpr,
 ):  # fmt: skip
     """dV = P^T dO, dK = scale * dS^T Q for one tile of keys; scores are held transposed, [keys, queries]."""
-    is_audio, i_n, i_bh, i_b, i_h = _program(audio_len, video_len, batch_heads, heads, BLOCK_N)
+    is_audio, i_n, i_bh, i_b, i_h = _program(audio_tiles, video_tiles, batch_heads, heads)
     len_k = tl.where(is_audio, audio_len, video_len)
     len_q = tl.where(is_audio, video_len, audio_len)
     p_q, q_sl = _operand(is_audio, video_q, video_q_sb, video_q_sl, video_q_sh,
@@ -405,24 +429,31 @@ def _per_row(x):
     return x.new_empty((batch, heads, length), dtype=torch.float32)
 
 
-def _launch(kernel, name, block, inputs, others, *, frames, window, shift, scale):
-    """One kernel over both directions' tiles of config[block] rows; `inputs` are tensors of any strides."""
+def _launch(kernel, name, inputs, others, *, frames, window, shift, scale):
+    """One kernel over the tiles of both directions, of queries or of keys; `inputs` are tensors of any strides."""
     video_q, audio_q = inputs["video_q"], inputs["audio_q"]
     batch, video_len, heads, head_dim = video_q.shape
     audio_len = audio_q.shape[1]
     config = _config(name, head_dim, video_q.dtype, _device_name(video_q.device))
-    tiles = triton.cdiv(video_len, config[block]) + triton.cdiv(audio_len, config[block])
+    if name == "backward_dkdv":
+        audio_tiles = _tile_count(audio_len, audio_len, frames, window, config["BLOCK_N"])
+        video_tiles = _tile_count(video_len, video_len, frames, window, config["BLOCK_N"])
+    else:
+        audio_tiles = _tile_count(audio_len, video_len, frames, window, config["BLOCK_M"])
+        video_tiles = _tile_count(video_len, audio_len, frames, window, config["BLOCK_M"])
     is_tensor = isinstance(shift, torch.Tensor)
     on_device = torch.cuda.device(video_q.device) if video_q.is_cuda else contextlib.nullcontext()
     with on_device:
-        kernel[(batch * heads * tiles,)](
+        kernel[(batch * heads * (audio_tiles + video_tiles),)](
             **inputs,
             **others,
             **_strides(**inputs),
+            audio_tiles=audio_tiles,
+            video_tiles=video_tiles,
             batch_heads=batch * heads,
-            video_len=video_len,
-            audio_len=audio_len,
             heads=heads,
+            audio_len=audio_len,
+            video_len=video_len,
             frames=frames,
             window=window,
             shift=shift if is_tensor else int(shift),
@@ -453,7 +484,7 @@ def forward(video_q, video_k, video_v, audio_q, audio_k, audio_v, *, frames, win
     }
     at = {"frames": frames, "window": window, "shift": shift, "scale": scale}
     if video_q.numel():
-        _launch(_forward_kernel, "forward", "BLOCK_M", inputs, outputs, **at)
+        _launch(_forward_kernel, "forward", inputs, outputs, **at)
     return tuple(outputs.values())
 
 
@@ -480,6 +511,6 @@ def backward(
         d_kv = {name: x for name, x in grads.items() if name not in d_q}
         out = {"video_out": video_out, "audio_out": audio_out}
         at = {"frames": frames, "window": window, "shift": shift, "scale": scale}
-        _launch(_backward_dq_kernel, "backward_dq", "BLOCK_M", inputs, rows | out | d_q, **at)
-        _launch(_backward_dkdv_kernel, "backward_dkdv", "BLOCK_N", inputs, rows | d_kv, **at)
+        _launch(_backward_dq_kernel, "backward_dq", inputs, rows | out | d_q, **at)
+        _launch(_backward_dkdv_kernel, "backward_dkdv", inputs, rows | d_kv, **at)
     return tuple(grads.values())
