@@ -1,1 +1,18 @@
+# SPDX-License-Identifier: MIT
+"""Fused kernels for random-shift audio-video cross-attention, as functions and drop-in torch modules.
+
+Importing this needs torch alone; Triton and the CPU extension are loaded by the first call that uses them.
+"""
+
+from importlib import metadata as _metadata
+
+from mmattn._swap import swap
 from mmattn.attention import draw_shift, random_shift_attention
+from mmattn.modules import RandomShiftAttention
+
+try:
+    __version__ = _metadata.version("mmattn")
+except _metadata.PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "0+unknown"
+
+__all__ = ["RandomShiftAttention", "__version__", "draw_shift", "random_shift_attention", "swap"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Random-shift windowed cross-attention between video and audio tokens (RS-MMA; MM-Diffusion, arXiv 2212.09478, section 3.2).
+"""Random-shift windowed cross-attention between video and audio tokens (RS-MMA; MM-Diffusion, arXiv 2212.09478, 3.2).
 
 `random_shift_attention` is the public function, `reference` its definition in plain torch. The fused
 kernels of the same name live in `mmattn_kernels`; both are registered here behind one torch.library op.
@@ -81,9 +81,9 @@ def random_shift_attention(
         ValueError: on any other argument outside the ranges above, naming it, its value and the range.
         RuntimeError: if the named `impl` cannot run here, with the reason.
     """
-    tensors = (video_q, video_k, video_v, audio_q, audio_k, audio_v)
+    tensors: tuple[Tensor, ...] = (video_q, video_k, video_v, audio_q, audio_k, audio_v)
     device_type = video_q.device.type if isinstance(video_q, Tensor) else "cpu"
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         tensors = tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
     _check(tensors, frames, window, shift)
@@ -114,7 +114,7 @@ def reference(
 
     Gathers every window, so it needs `window` times the memory of the keys and values.
     """
-    geometry = {"frames": frames, "window": window, "shift": shift, "scale": scale}
+    geometry: dict[str, Any] = {"frames": frames, "window": window, "shift": shift, "scale": scale}
     return (
         _attend_windows(video_q, audio_k, audio_v, **geometry),
         _attend_windows(audio_q, video_k, video_v, **geometry),
@@ -124,7 +124,7 @@ def reference(
 def _attend_windows(
     q: Tensor, k: Tensor, v: Tensor, *, frames: int, window: int, shift: int | Tensor, scale: float
 ) -> Tensor:
-    """One direction: q [B, Lq, H, D] against windows of k, v [B, Lk, H, D]; the last segment owns the left-over queries."""
+    """One direction: q [B, Lq, H, D] against windows of k, v [B, Lk, H, D]; the last segment owns left-over queries."""
     batch, q_len, heads, dim = q.shape
     k_len = k.shape[1]
     q_segment, k_segment = q_len // frames, k_len // frames
@@ -174,8 +174,8 @@ def _check(tensors: tuple[Tensor, ...], frames: int, window: int, shift: int | T
             raise ValueError(
                 f"{name} has stride {tensor.stride(-1)} in its last dimension; expected 1, as after .contiguous()"
             )
-    (batch, video_len, heads, dim), (audio_batch, audio_len, audio_heads, audio_dim) = tensors[0].shape, tensors[3].shape
-    if (batch, heads, dim) != (audio_batch, audio_heads, audio_dim):
+    (batch, video_len, heads, dim), audio_len = tensors[0].shape, tensors[3].shape[1]
+    if tensors[3].shape != (batch, audio_len, heads, dim):
         raise ValueError(
             f"audio_q has shape {list(tensors[3].shape)}; expected [{batch}, T, {heads}, {dim}] to match video_q"
         )
@@ -198,6 +198,10 @@ def _check(tensors: tuple[Tensor, ...], frames: int, window: int, shift: int | T
         shift = int(shift)
     elif isinstance(shift, bool) or not isinstance(shift, (int, torch.SymInt)):
         raise TypeError(f"shift is {shift!r}; expected an int or an integer tensor of one element")
+    _check_shift(shift, frames, window)
+
+
+def _check_shift(shift: int, frames: int, window: int) -> None:
     if not 0 <= shift <= frames - window:
         raise ValueError(f"shift is {shift}; expected 0..frames-window = 0..{frames - window}")
 
@@ -207,6 +211,9 @@ def _kernels(impl: str) -> Any:
 
 
 def _geometry(frames: int, window: int, shift: int, shift_tensor: Tensor | None, scale: float) -> dict[str, Any]:
+    if shift_tensor is not None and shift_tensor.device.type == "cpu":
+        shift, shift_tensor = int(shift_tensor), None
+        _check_shift(shift, frames, window)  # `_check` could not read it while compiling, and kernels trust it
     return {
         "frames": frames,
         "window": window,
@@ -252,6 +259,21 @@ def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape) for t in args[2:8])
 
 
+class _Gradients(torch.autograd.Function):
+    """The backward op where a graph of the gradients is asked for: refuses to be differentiated in its turn.
+
+    torch's `once_differentiable` looks at the output gradients alone, and would silently leave out terms.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        return torch.ops.mmattn.random_shift_attention_backward(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError("random_shift_attention is differentiable once; impl='reference' as often as wanted")
+
+
 class _RandomShiftAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, ...]:
@@ -264,15 +286,13 @@ class _RandomShiftAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_video_out: Tensor | None, d_audio_out: Tensor | None, *_: None) -> tuple[Any, ...]:
         *saved, shift_tensor = ctx.saved_tensors
         frames, window, shift, scale, impl = ctx.geometry
         d_video_out = torch.zeros_like(saved[6]) if d_video_out is None else d_video_out
         d_audio_out = torch.zeros_like(saved[7]) if d_audio_out is None else d_audio_out
-        grads = torch.ops.mmattn.random_shift_attention_backward(
-            d_video_out, d_audio_out, *saved, frames, window, shift, shift_tensor, scale, impl
-        )
+        compute = _Gradients.apply if torch.is_grad_enabled() else torch.ops.mmattn.random_shift_attention_backward
+        grads = compute(d_video_out, d_audio_out, *saved, frames, window, shift, shift_tensor, scale, impl)
         return None, *grads, None, None, None, None, None, None
 
 

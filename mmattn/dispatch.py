@@ -51,7 +51,7 @@ def explain(op: str, impl: str, device: str, dtype: torch.dtype, head_dim: int |
     """What `impl` resolves to, and a sentence for each implementation that was passed over."""
     if impl != "auto":
         return impl, []
-    passed_over = []
+    passed_over: list[str] = []
     for candidate in ("triton",) if device != "cpu" else ("cpu",):
         reason = unavailable(op, candidate, device, dtype, head_dim)
         if reason is None:

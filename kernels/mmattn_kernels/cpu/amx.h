@@ -94,56 +94,28 @@ inline void multiply_chunk(const char* a, int64_t a_block, int64_t a_part, const
   }
 }
 
-// A product that runs a step at a time, so that its tile work can be laid between vector work: rows [0, 16 m) and columns
-// [16 n_begin, 16 n_end) of C (+)= A B^T, C fp32 with rows of `c_row` floats. A step is one chunk of up to 2 x 2 tiles.
-template <int Parts>
-class SteppedProduct {
- public:
-  SteppedProduct() = default;
-  SteppedProduct(const Tiles& a, int64_t m, const Tiles& b, int64_t n_begin, int64_t n_end, int64_t chunks, float* c,
-                 int64_t c_row, bool add)
-      : a_(a), b_(b), m_end_(m), n_(n_begin), n_end_(n_end), chunks_(chunks), c_row_(c_row), c_(c), add_(add) {}
+template <int Parts, int M, int N>
+void tile_product(const Tiles& a, int64_t m, const Tiles& b, int64_t n, int64_t chunks, float* c, int64_t c_row, bool add) {
+  c += m * 16 * c_row + n * 16;
+  load_c<M, N>(c, c_row, add);
+  for (int64_t k = 0; k < chunks; ++k)
+    multiply_chunk<Parts, M, N>(a.at(m, 0, k), a.block, a.part, b.at(n, 0, k), b.block, b.part);
+  store_c<M, N>(c, c_row);
+}
 
-  int64_t steps() const { return (n_end_ - n_ + 1) / 2 * ((m_end_ + 1) / 2) * chunks_; }
-
-  // Takes at most `steps` steps and returns how many it had no use for.
-  int64_t advance(int64_t steps) {
-    for (; steps > 0 && n_ < n_end_; --steps) {
-      if (n_ + 1 < n_end_)
-        m_ + 1 < m_end_ ? step<2, 2>() : step<1, 2>();
-      else
-        m_ + 1 < m_end_ ? step<2, 1>() : step<1, 1>();
-    }
-    return steps;
-  }
-
- private:
-  template <int M, int N>
-  void step() {
-    float* c = c_ + m_ * 16 * c_row_ + n_ * 16;
-    if (k_ == 0) load_c<M, N>(c, c_row_, add_);
-    multiply_chunk<Parts, M, N>(a_.at(m_, 0, k_), a_.block, a_.part, b_.at(n_, 0, k_), b_.block, b_.part);
-    if (++k_ < chunks_) return;
-    store_c<M, N>(c, c_row_);
-    k_ = 0;
-    m_ += 2;
-    if (m_ < m_end_) return;
-    m_ = 0;
-    n_ += 2;
-  }
-
-  Tiles a_{}, b_{};
-  int64_t m_ = 0, m_end_ = 0, n_ = 0, n_end_ = 0, chunks_ = 0, c_row_ = 0, k_ = 0;
-  float* c_ = nullptr;
-  bool add_ = false;
-};
-
-constexpr int64_t kAllSteps = 1 << 30;
-
+// Rows [0, 16 m) and columns [16 n_begin, 16 n_end) of C (+)= A B^T, C fp32 with rows of `c_row` floats.
 template <int Parts>
 inline void tile_gemm(int64_t m, int64_t n_begin, int64_t n_end, int64_t chunks, const Tiles& a, const Tiles& b,
                       float* c, int64_t c_row, bool add) {
-  SteppedProduct<Parts>(a, m, b, n_begin, n_end, chunks, c, c_row, add).advance(kAllSteps);
+  for (int64_t j = n_begin; j < n_end; j += 2)
+    for (int64_t i = 0; i < m; i += 2) {
+      if (j + 1 < n_end)
+        i + 1 < m ? tile_product<Parts, 2, 2>(a, i, b, j, chunks, c, c_row, add)
+                  : tile_product<Parts, 1, 2>(a, i, b, j, chunks, c, c_row, add);
+      else
+        i + 1 < m ? tile_product<Parts, 2, 1>(a, i, b, j, chunks, c, c_row, add)
+                  : tile_product<Parts, 1, 1>(a, i, b, j, chunks, c, c_row, add);
+    }
 }
 
 inline __m512i high_halves(__m512i low, __m512i high) {  // (low >> 16) | (high & 0xffff0000), per word

@@ -10,20 +10,6 @@
 namespace mmattn::MMATTN_ISA {
 namespace {
 
-// op over the 16 lanes of each of 16 vectors: lane i of the result belongs to v[i].
-template <class Op>
-Vec reduce_rows(Vec (&v)[16], Op op) {
-  const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-  const __m512i odd = _mm512_set_epi32(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-#pragma GCC unroll 4
-  for (int width = 8; width > 0; width /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < width; ++i)
-      v[i] = op((Vec)_mm512_permutex2var_ps(v[2 * i], even, v[2 * i + 1]),
-                (Vec)_mm512_permutex2var_ps(v[2 * i], odd, v[2 * i + 1]));
-  return v[0];
-}
-
 // Operands with the channels as depth have 16 positions a block; those with the positions as depth, 32 a chunk.
 template <int Parts>
 Tiles tiles_by_position(float* memory, int64_t dim) {
@@ -54,8 +40,9 @@ int64_t tile_floats(int64_t rows, int64_t depth) {
 template <class T>
 class AmxForward {
  public:
-  static constexpr int64_t kQueryRows = 32, kRowUnit = 16, kKeyBlock = 128;
   static constexpr int Parts = kParts<T>, kDegree = Parts == 1 ? 3 : 5;
+  // Scores, weights and a block of keys or values fit the first-level cache together.
+  static constexpr int64_t kQueryRows = 32, kRowUnit = 16, kKeyBlock = Parts == 1 ? 96 : 64;
   static constexpr bool kExclusive = false;
   static int64_t bytes_per_key(int64_t dim) { return 4 * round_up(dim, 16) * Parts; }
 
@@ -65,22 +52,21 @@ class AmxForward {
         d_chunks_((dim_ + 31) / 32),
         d_blocks_((dim_ + 15) / 16),
         padded_(d_blocks_ * 16),
-        score_scale_(std::abs(p.scale) * kLog2e),
+        score_scale_(p.scale * kLog2e),
         keys_(tiles_by_position<Parts>(scratch.take(tile_floats<Parts>(round_up(longest, 32), dim_)), dim_)),
         values_(tiles_by_channel<Parts>(scratch.take(tile_floats<Parts>(dim_, longest)), dim_)),
         queries_(tiles_by_position<Parts>(scratch.take(tile_floats<Parts>(kQueryRows, dim_)), dim_)),
-        weights_{tiles_by_row<Parts>(scratch.take(tile_floats<Parts>(kQueryRows, kKeyBlock)), kKeyBlock),
-                 tiles_by_row<Parts>(scratch.take(tile_floats<Parts>(kQueryRows, kKeyBlock)), kKeyBlock)},
-        scores_{scratch.take(kQueryRows * kKeyBlock), scratch.take(kQueryRows * kKeyBlock)},
+        weights_(tiles_by_row<Parts>(scratch.take(tile_floats<Parts>(kQueryRows, kKeyBlock)), kKeyBlock)),
+        scores_(scratch.take(kQueryRows * kKeyBlock)),
         out_(scratch.take(kQueryRows * padded_)),
         top_(scratch.take(kQueryRows)),
-        sums_(scratch.take(kQueryRows * 16)),
-        rescale_(scratch.take(kQueryRows)) {}
+        sums_(scratch.take(kQueryRows * 16)) {}
 
   void run(const Run& run) const {
     const TileRegisters registers;
     const Direction& d = *run.direction;
     for (int64_t i = 0; i < run.ring; i += 32) {
+      for (int64_t j = i + 32; j < i + 64; ++j) prefetch(run.key<T>(d.k, j), dim_), prefetch(run.key<T>(d.v, j), dim_);
       for (const int64_t j : {i, i + 16})
         pack_rows_tiles<Parts>(keys_, j / 16, dim_, true, [&](int r) { return run.key<T>(d.k, j + r); });
       pack_depth_tiles<Parts>(values_, i / 32, dim_, false, [&](int r) { return run.key<T>(d.v, i + r); });
@@ -97,44 +83,31 @@ class AmxForward {
         const int64_t i = block.queries.lo + b * 16 + r;
         return i < block.queries.hi ? row<T>(d.q, run.batch, i, run.head) : nullptr;
       });
-      store(top_ + b * 16, broadcast(kMasked));
     }
     std::memset(sums_, 0, rows * 16 * sizeof(float));
-    std::vector<KeyBlock> blocks;
+    std::memset(out_, 0, rows * padded_ * sizeof(float));
+    bool is_first = true;
     run.each_key_range(block, [&](Range range) {
       each_key_block(range, 32, kKeyBlock / 32, [&](int64_t chunk, int64_t chunks) {
-        blocks.push_back({chunk, chunks, std::max<int64_t>(range.lo - chunk * 32, 0),
-                          std::min(range.hi - chunk * 32, chunks * 32)});
+        const Range keys{std::max<int64_t>(range.lo - chunk * 32, 0), std::min(range.hi - chunk * 32, chunks * 32)};
+        tile_gemm<Parts>(row_blocks, keys.lo / 16, (keys.hi + 15) / 16, d_chunks_, queries_, from_block(keys_, 2 * chunk),
+                         scores_, kKeyBlock, false);
+        for (int64_t r = 0; r < rows; ++r) {
+          if (is_first) {
+            top_[r] = greatest_score(keys, r);
+            if (block.queries.hi + r < d.q_len) prefetch(row<T>(d.q, run.batch, block.queries.hi + r, run.head), dim_);
+          }
+          Vec sum = weigh(keys, r);
+          if (_mm512_cmp_ps_mask(sum, broadcast(kCeiling), _CMP_NLT_UQ)) {
+            raise_top(keys, r);
+            sum = weigh(keys, r);
+          }
+          store(sums_ + r * 16, sum);
+        }
+        tile_gemm<Parts>(row_blocks, 0, d_blocks_, chunks, weights_, from_chunk(values_, chunk), out_, padded_, !is_first);
+        is_first = false;
       });
     });
-    // While the vector units turn the scores of a block into weights, the tile unit multiplies the weights of the block
-    // before with their values, and the queries with the keys of the block after.
-    const int64_t count = blocks.size();
-    const auto scores_of = [&](int64_t i) {
-      const KeyBlock& k = blocks[i];
-      return SteppedProduct<Parts>(queries_, row_blocks, from_block(keys_, 2 * k.chunk), k.lo / 16, (k.hi + 15) / 16,
-                                   d_chunks_, scores_[i % 2], kKeyBlock, false);
-    };
-    const auto outputs_of = [&](int64_t i) {
-      return SteppedProduct<Parts>(weights_[i % 2], row_blocks, from_chunk(values_, blocks[i].chunk), 0, d_blocks_,
-                                   blocks[i].chunks, out_, padded_, i > 0);
-    };
-    scores_of(0).advance(kAllSteps);
-    for (int64_t i = 0; i < count; ++i) {
-      SteppedProduct<Parts> before = i > 0 ? outputs_of(i - 1) : SteppedProduct<Parts>();
-      SteppedProduct<Parts> after = i + 1 < count ? scores_of(i + 1) : SteppedProduct<Parts>();
-      bool rises = false;
-      for (int64_t b = 0; b < row_blocks; ++b)
-        rises |= raise_top(blocks[i], scores_[i % 2], b, std::min<int64_t>(rows - b * 16, 16));
-      const int64_t steps = before.steps() + after.steps();
-      for (int64_t r = 0; r < rows; ++r) {
-        weigh(blocks[i], scores_[i % 2] + r * kKeyBlock, weights_[i % 2], r);
-        after.advance(before.advance(steps * (r + 1) / rows - steps * r / rows));
-      }
-      after.advance(before.advance(kAllSteps));
-      if (i > 0 && rises) rescale_outputs(rows);
-    }
-    outputs_of(count - 1).advance(kAllSteps);
     float* lse = run.lse(block, p_.heads);
     for (int64_t r = 0; r < rows; ++r) {
       const float sum = reduce_add(load(sums_ + r * 16));
@@ -143,77 +116,62 @@ class AmxForward {
     }
   }
 
-  struct KeyBlock {
-    int64_t chunk, chunks, lo, hi;  // 32 keys a chunk; of those the window holds [lo, hi)
-  };
+  // A row's weights are relative to the greatest score of its first block. Floating point does not mind greater ones to
+  // come, so no block is searched for its maximum until a sum passes this.
+  static constexpr float kCeiling = 1e12f;
 
-  // Masks the scores of row block b. A row's reference rises to the maximum only once that is 2^kHeadroom above it, which
-  // floating point does not mind and which spares nearly all rescaling; then its sum so far shrinks. Whether any rose.
-  static constexpr float kHeadroom = 8;
-  bool raise_top(const KeyBlock& keys, float* block_scores, int64_t b, int64_t rows) const {
-    const int64_t begin = keys.lo / 16, end = (keys.hi + 15) / 16;
-    const bool is_partial = keys.lo > begin * 16 || keys.hi < end * 16;
-    const float sign = p_.scale < 0 ? -1.0f : 1.0f;  // so that the greatest score is the greatest weight
-    Vec most[16];
-    for (int64_t r = 0; r < 16; ++r) {
-      most[r] = broadcast(kMasked);
-      if (r >= rows) continue;
-      float* s = block_scores + (b * 16 + r) * kKeyBlock;
-      if (is_partial || sign < 0)
-        for (int64_t v = begin; v < end; ++v)
-          store(s + v * 16, keep_lanes(load(s + v * 16) * sign, keys.lo - v * 16, keys.hi - v * 16, kMasked));
-      Vec m = load(s + begin * 16);
-      for (int64_t v = begin + 1; v < end; ++v) m = max(m, load(s + v * 16));
-      most[r] = m;
-    }
-    const Vec block_top = reduce_rows(most, [](Vec x, Vec y) { return max(x, y); }) * score_scale_;
-    const Vec old_top = load(top_ + b * 16);
-    const __mmask16 rises = _mm512_cmp_ps_mask(block_top, old_top + kHeadroom, _CMP_GT_OQ);
-    const Vec rescale = _mm512_mask_blend_ps(rises, broadcast(1.0f), exp2(old_top - block_top));
-    store(top_ + b * 16, _mm512_mask_blend_ps(rises, old_top, block_top));
-    store(rescale_ + b * 16, rescale);
-    for (int64_t r = 0; rises && r < rows; ++r) {
-      float* sum = sums_ + (b * 16 + r) * 16;
-      store(sum, load(sum) * rescale_[b * 16 + r]);
-    }
-    return rises;
+  float greatest_score(Range keys, int64_t r) const {
+    const int64_t begin = keys.lo / 16, last = (keys.hi + 15) / 16 - 1;
+    const float* scores = scores_ + r * kKeyBlock;
+    const Vec scale = broadcast(score_scale_);
+    const auto edge = [&](int64_t v) {
+      return keep_lanes(load(scores + v * 16) * scale, keys.lo - v * 16, keys.hi - v * 16, kMasked);
+    };
+    Vec most = max(edge(begin), edge(last));
+    for (int64_t v = begin + 1; v < last; ++v) most = max(most, load(scores + v * 16) * scale);
+    return reduce_max(most);
   }
 
-  // The scores of a row become weights in tiles.
-  void weigh(const KeyBlock& keys, const float* scores, const Tiles& weights, int64_t r) const {
-    const int64_t begin = keys.lo / 16, end = (keys.hi + 15) / 16;
+  // The row's reference becomes the greatest of its scores so far; its sum and its output shrink accordingly.
+  void raise_top(Range keys, int64_t r) const {
+    const float new_top = std::max(top_[r], greatest_score(keys, r)), factor = std::exp2(top_[r] - new_top);
+    top_[r] = new_top;
+    store(sums_ + r * 16, load(sums_ + r * 16) * factor);
+    for (int64_t c = 0; c < padded_; c += 16) store(out_ + r * padded_ + c, load(out_ + r * padded_ + c) * factor);
+  }
+
+  // The scores of a row become weights in tiles; returns its sum so far, in 16 lanes.
+  Vec weigh(Range keys, int64_t r) const {
+    const int64_t begin = keys.lo / 16, end = (keys.hi + 15) / 16, part_stride = weights_.part;
+    const int64_t first_partial = keys.lo % 16 ? begin : -1, last_partial = keys.hi % 16 ? end - 1 : end;
+    const float* scores = scores_ + r * kKeyBlock;
     const Vec row_top = broadcast(top_[r]), scale = broadcast(score_scale_);
-    char* tile = weights.at(r / 16, 0, 0) + r % 16 * 64;
-    const int64_t part_stride = weights.part;
-    Vec total = load(sums_ + r * 16);
+    char* tile = weights_.at(r / 16, 0, 0) + r % 16 * 64;
+    Vec sum = load(sums_ + r * 16);
+    const auto weight = [&](int64_t v) {
+      const Vec w = exp2<kDegree>(load(scores + v * 16) * scale - row_top);
+      return v <= first_partial || v >= last_partial ? keep_lanes(w, keys.lo - v * 16, keys.hi - v * 16, 0) : w;
+    };
     const auto emit = [&](Vec low, Vec high) {
-      total += low + high;
+      sum += low + high;
       __m512i word[Parts];
       split_words_positive(low, high, word);
       for (int part = 0; part < Parts; ++part) _mm512_store_si512(tile + part * part_stride, word[part]);
       tile += kTileBytes;
     };
-    const auto weight = [&](int64_t v) { return exp2<kDegree>(load(scores + v * 16) * scale - row_top); };
     int64_t v = 0;
     if (begin > 0) emit(Vec{}, weight(1)), v = 2;
     for (; v + 1 < end; v += 2) emit(weight(v), weight(v + 1));
     if (v < end) emit(weight(v), Vec{});
-    store(sums_ + r * 16, total);
-  }
-
-  void rescale_outputs(int64_t rows) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      if (rescale_[r] == 1.0f) continue;
-      for (int64_t c = 0; c < padded_; c += 16) store(out_ + r * padded_ + c, load(out_ + r * padded_ + c) * rescale_[r]);
-    }
+    return sum;
   }
 
   const Attention& p_;
   const int64_t dim_, d_chunks_, d_blocks_, padded_;
   const float score_scale_;
-  const Tiles keys_, values_, queries_, weights_[2];
-  float *const scores_[2], *const out_;
-  float *const top_, *const sums_, *const rescale_;  // of each row: the maximum so far, the sum in 16 lanes, the last factor
+  const Tiles keys_, values_, queries_, weights_;
+  float *const scores_, *const out_;
+  float *const top_, *const sums_;  // of each row: what its weights are relative to, and their sum in 16 lanes
 };
 
 // Everything is computed transposed, keys down and queries across, so that the weights P^T come out as the first operand

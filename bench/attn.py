@@ -1,0 +1,417 @@
+# SPDX-License-Identifier: MIT
+"""Random-shift attention against its peers, on the same tensors in the same process.
+
+Every provider takes the packed projections of the module, [B, L, 3, H, D] for video and audio, and returns contiguous
+[B, L, H, D] outputs of both directions, as the projection that follows reads them. Gradients are those of the packed
+tensors. Work: 4·D·H·B·Lq·Lk FLOP a direction forward, 2.5 times that backward. `--help` has examples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import harness
+import report
+import torch
+import torch.nn.functional as F
+from harness import NotApplicable, Provider
+from torch import Tensor
+from tqdm import tqdm
+
+import mmattn
+from mmattn import dispatch
+
+BASELINE = "SDPA over views"
+FULL = "full SDPA"
+MODES = ("forward", "backward", "both")
+WORK = {"forward": 1.0, "backward": 2.5, "both": 3.5}
+TENSORS_MOVED = {"forward": 4, "backward": 8, "both": 12}  # forward q k v o; backward q k v o dO dQ dK dV
+DTYPES = ("float32", "bfloat16", "float16")
+Attend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """B, H, F frames of P tokens, T audio positions, window S, D; the shift is in the middle of its range."""
+
+    batch: int
+    heads: int
+    frames: int
+    pixels: int
+    audio_len: int
+    window: int
+    dim: int
+
+    @property
+    def segment(self) -> int:
+        return self.audio_len // self.frames
+
+    @property
+    def shift(self) -> int:
+        return (self.frames - self.window) // 2
+
+    @property
+    def scale(self) -> float:
+        return self.dim**-0.5
+
+    def __str__(self) -> str:
+        names = {"batch": "B", "heads": "H", "frames": "F", "pixels": "P", "audio_len": "T", "window": "S", "dim": "D"}
+        return " ".join(f"{letter}{getattr(self, name)}" for name, letter in names.items())
+
+    def gflop(self, mode: str, *, full: bool = False) -> float:
+        video, audio = self.frames * self.pixels, self.audio_len
+        pairs = 2 * video * audio if full else (video * self.segment + audio * self.pixels) * self.window
+        return 4e-9 * self.dim * self.heads * self.batch * pairs * WORK[mode]
+
+    def gbytes(self, mode: str, dtype: torch.dtype) -> float:
+        elements = self.batch * (self.frames * self.pixels + self.audio_len) * self.heads * self.dim
+        return 1e-9 * elements * dtype.itemsize * TENSORS_MOVED[mode]
+
+
+PUBLISHED = [(4, 1024, 6400, 1), (6, 256, 1600, 4), (8, 64, 400, 8), (8, 64, 400, 16)]  # H, P, T, S of each U-Net level
+SMALL = [(2, 16, 160, 1), (2, 16, 160, 4), (2, 16, 160, 16)]
+
+
+def fused(shape: Shape) -> Attend:
+    """mmattn.random_shift_attention."""
+    geometry = {"frames": shape.frames, "window": shape.window, "shift": shape.shift}
+    return lambda video, audio: mmattn.random_shift_attention(*video.unbind(2), *audio.unbind(2), **geometry)
+
+
+def _whole_segments(shape: Shape) -> None:
+    if shape.audio_len % shape.frames:
+        raise NotApplicable(f"needs whole segments: T={shape.audio_len} is no multiple of F={shape.frames}")
+
+
+def sdpa_over_views(shape: Shape) -> Attend:
+    """The bar to beat: torch's SDPA on overlapping views [F, B*H, S*n, D] of K and V rolled and padded in one copy.
+
+    The batch is merged into the heads, which costs nothing for B = 1; for B > 1 no view has one stride over (B, F). A
+    window of all frames needs neither roll nor view, and is plain SDPA. `unfold` makes the same views as as_strided,
+    with a faster backward.
+    """
+    _whole_segments(shape)
+    if shape.window == shape.frames:
+        return full_sdpa(shape)
+    frames, window, shift = shape.frames, shape.window, shape.shift
+
+    def windows(x: Tensor) -> Tensor:
+        segment = x.shape[1] // frames
+        start = shift * segment
+        x = x.transpose(0, 1)  # [L, B, H, D]
+        x = torch.cat([x[start:], x[: start + (window - 1) * segment]]).flatten(1, 2)  # [(F+S-1)*n, B*H, D]
+        return x.unfold(0, window * segment, segment).transpose(2, 3)  # [F, B*H, S*n, D], no copy
+
+    def direction(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, length, heads, dim = q.shape
+        q = q.unflatten(1, (frames, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)  # [F, B*H, n, D]
+        out = F.scaled_dot_product_attention(q, windows(k), windows(v))
+        return out.unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4).reshape(batch, length, heads, dim)
+
+    return _both_directions(direction)
+
+
+def sdpa_over_copies(shape: Shape) -> Attend:
+    """The same with every window copied, as S rolled copies side by side: more memory, a cheaper backward."""
+    _whole_segments(shape)
+    if shape.window == shape.frames:
+        raise NotApplicable(f"a window of all frames needs no copies: see {BASELINE}")
+    frames, window, shift = shape.frames, shape.window, shape.shift
+
+    def windows(x: Tensor) -> Tensor:
+        x = x.unflatten(1, (frames, -1))  # [B, F, n, H, D]
+        x = torch.cat([x.roll(-(shift + j), 1) for j in range(window)], 2)  # [B, F, S*n, H, D]
+        return x.flatten(0, 1).transpose(1, 2)
+
+    def direction(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        queries = q.unflatten(1, (frames, -1)).flatten(0, 1).transpose(1, 2)  # [B*F, H, n, D]
+        out = F.scaled_dot_product_attention(queries, windows(k), windows(v))
+        return out.transpose(1, 2).reshape(q.shape)
+
+    return _both_directions(direction)
+
+
+def full_sdpa(shape: Shape) -> Attend:
+    """Attention of every video token to every audio position and back: more work, and another result unless S = F."""
+
+    def direction(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return out.transpose(1, 2).contiguous()
+
+    return _both_directions(direction)
+
+
+def frame_loop(shape: Shape) -> Attend:
+    """A Python loop over the frames that gathers each window by index; the indices are made beforehand."""
+    _whole_segments(shape)
+    frames, window, shift, scale = shape.frames, shape.window, shape.shift, shape.scale
+    indices: dict[tuple[int, torch.device], list[Tensor]] = {}
+
+    def window_indices(length: int, device: torch.device) -> list[Tensor]:
+        if (length, device) not in indices:
+            segment = length // frames
+            offsets = torch.arange(window * segment, device=device)
+            indices[length, device] = [((i + shift) * segment + offsets) % length for i in range(frames)]
+        return indices[length, device]
+
+    def direction(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = []
+        for queries, index in zip(q.chunk(frames, 1), window_indices(k.shape[1], k.device), strict=True):
+            keys, values = k.index_select(1, index), v.index_select(1, index)
+            scores = torch.einsum("bqhd,bkhd->bhqk", queries * scale, keys)
+            weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+            out.append(torch.einsum("bhqk,bkhd->bqhd", weights, values))
+        return torch.cat(out, 1)
+
+    return _both_directions(direction)
+
+
+def flex_attention(shape: Shape) -> Attend:
+    """torch.compile'd FlexAttention with a block mask made beforehand for this one shift. CUDA."""
+    _whole_segments(shape)
+    from torch.nn.attention import flex_attention as flex
+
+    video_len, audio_len, frames = shape.frames * shape.pixels, shape.audio_len, shape.frames
+    window, shift = shape.window, shape.shift
+    torch.compiler.reset()  # else the shapes before this one use up the limit on recompilations
+    attend = torch.compile(flex.flex_attention, dynamic=False)
+
+    def mask(q_segment: int, k_segment: int) -> Any:
+        def inside(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (k // k_segment - q // q_segment - shift + 2 * frames) % frames < window
+
+        q_len, k_len = q_segment * frames, k_segment * frames
+        return flex.create_block_mask(inside, None, None, q_len, k_len, device="cuda")
+
+    masks = {video_len: mask(shape.pixels, shape.segment), audio_len: mask(shape.segment, shape.pixels)}
+    if video_len == audio_len:
+        raise NotApplicable("F*P = T: one mask for both directions is not handled here")
+
+    def direction(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return attend(q, k, v, block_mask=masks[q.shape[2]]).transpose(1, 2).contiguous()
+
+    return _both_directions(direction)
+
+
+def _both_directions(direction: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Attend:
+    def attend(video: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
+        (video_q, video_k, video_v), (audio_q, audio_k, audio_v) = video.unbind(2), audio.unbind(2)
+        return direction(video_q, audio_k, audio_v), direction(audio_q, video_k, video_v)
+
+    return attend
+
+
+ATTENDS = {
+    BASELINE: sdpa_over_views,
+    "mmattn": fused,
+    "SDPA over copies": sdpa_over_copies,
+    FULL: full_sdpa,
+    "frame loop": frame_loop,
+    "FlexAttention": flex_attention,
+}
+
+
+@dataclass
+class Inputs:
+    """The tensors of one case, shared by its providers: packed projections and the gradients of both outputs."""
+
+    video: Tensor
+    audio: Tensor
+    d_video: Tensor
+    d_audio: Tensor
+
+    @classmethod
+    def make(cls, shape: Shape, dtype: torch.dtype, device: str, *, grad: bool) -> Inputs:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def random(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator, device=device).to(dtype)
+
+        channels = (shape.heads, shape.dim)
+        lengths = (shape.frames * shape.pixels, shape.audio_len)
+        packed = [random(shape.batch, length, 3, *channels).requires_grad_(grad) for length in lengths]
+        return cls(*packed, *(random(shape.batch, length, *channels) for length in lengths))
+
+
+def make_call(attend: Attend, inputs: Inputs, mode: str) -> harness.Call:
+    """What is timed: the forward without a graph, the backward of a kept graph, or both."""
+    leaves, grads = (inputs.video, inputs.audio), (inputs.d_video, inputs.d_audio)
+    if mode == "forward":
+
+        def forward() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return attend(*leaves)
+
+        return forward
+    if mode == "both":
+        return lambda: torch.autograd.grad(attend(*leaves), leaves, grads)
+    outputs = attend(*leaves)
+    return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+
+
+def memory_probe(shape: Shape, dtype: str, name: str, mode: str, threads: int) -> tuple[harness.Call, harness.Call]:
+    """For a fresh process: the same call at a small size and at the full one."""
+    torch.set_num_threads(threads)
+    small = dataclasses.replace(shape, pixels=min(shape.pixels, 4), audio_len=shape.frames * min(shape.segment, 4))
+    calls = []
+    for size in (small, shape):
+        inputs = Inputs.make(size, getattr(torch, dtype), "cpu", grad=mode != "forward")
+        calls.append(make_call(ATTENDS[name](size), inputs, mode))
+    return calls[0], calls[1]
+
+
+def providers_of(args: argparse.Namespace, shape: Shape, dtype: str, mode: str) -> list[Provider]:
+    """The chosen providers of one case; their inputs are made once, by the first that asks."""
+    made: list[Inputs] = []
+
+    def build(name: str) -> harness.Call:
+        if name == "FlexAttention" and args.device != "cuda":
+            raise NotApplicable("measured on CUDA alone; on the CPU it has no backward")
+        if args.max_gflop and shape.gflop(mode, full=name == FULL) > args.max_gflop:
+            work = shape.gflop(mode, full=name == FULL)
+            raise NotApplicable(f"skipped: {work:.0f} GFLOP a call, more than --max-gflop {args.max_gflop:g}")
+        attend = ATTENDS[name](shape)
+        if not made:
+            made.append(Inputs.make(shape, getattr(torch, dtype), args.device, grad=mode != "forward"))
+        return make_call(attend, made[0], mode)
+
+    def note(name: str) -> str:
+        if name == "mmattn":
+            like = torch.empty(1, 1, 1, shape.dim, dtype=getattr(torch, dtype), device=args.device)
+            return f"impl {dispatch.choose('attention', 'auto', like)}"
+        if name == FULL and shape.window < shape.frames:
+            return f"another result, {shape.gflop(mode, full=True) / shape.gflop(mode):.0f}x the work"
+        return ""
+
+    return [
+        Provider(
+            name,
+            build=lambda name=name: build(name),
+            gflop=shape.gflop(mode, full=name == FULL),
+            gbytes=shape.gbytes(mode, getattr(torch, dtype)),
+            same=name != FULL or shape.window == shape.frames,
+            probe=(memory_probe, (shape, dtype, name, mode, args.threads)),
+            note=note(name),
+        )
+        for name in args.providers
+    ]
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python bench/attn.py",
+        description="Times random-shift attention and its peers, prints a table, writes JSON and a picture of it.",
+        epilog="examples:\n"
+        "  python bench/attn.py --quick\n"
+        "  python bench/attn.py --device cuda --dtype bfloat16 --batch 1 16 --json bench/results/attn-cuda.json\n"
+        "  python bench/attn.py --shapes custom --shape 1,4,16,64,400,8,64 --modes forward --threads 1\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu", help="found by itself")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="float32 bfloat16 on a CPU; bfloat16 on CUDA")
+    parser.add_argument("--shapes", choices=("published", "small", "custom"), default=None, help="default: published")
+    parser.add_argument(
+        "--shape", action="append", type=_shape, metavar="B,H,F,P,T,S,D", default=[], help="repeatable; implies custom"
+    )
+    parser.add_argument("--batch", nargs="+", type=int, metavar="B", help="1 on a CPU; 1 4 16 on CUDA")
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="all; forward and both with --quick")
+    parser.add_argument("--providers", nargs="+", choices=ATTENDS, default=list(ATTENDS), help="all, where they apply")
+    parser.add_argument("--threads", type=int, default=None, help="of the CPU; torch's choice by default")
+    parser.add_argument("--quick", action="store_true", help="fewer samples, and no call above 100 GFLOP on a CPU")
+    parser.add_argument("--rounds", type=int, default=None, help="samples of each provider at most")
+    parser.add_argument("--budget", type=float, default=None, metavar="S", help="seconds a provider and row at most")
+    parser.add_argument("--max-gflop", type=float, default=None, metavar="G", help="skip calls of more work than this")
+    parser.add_argument("--graphs", action="store_true", help="time replays of CUDA graphs, without Python's overhead")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--json", type=Path, default=Path("out/attn.json"), help="default: %(default)s")
+    parser.add_argument("--plot", type=Path, default=None, help="default: the JSON's name with .png")
+    args = parser.parse_args(argv)
+    on_cuda = args.device == "cuda"
+    if on_cuda and not cuda:
+        parser.error("--device cuda: torch finds no CUDA device")
+    if args.graphs and not on_cuda:
+        parser.error("--graphs needs --device cuda")
+    args.shapes = args.shapes or ("custom" if args.shape else "published")
+    if (args.shapes == "custom") != bool(args.shape):
+        parser.error("--shape and --shapes custom go together")
+    args.dtype = args.dtype or (["bfloat16"] if on_cuda else ["float32", "bfloat16"])
+    args.batch = args.batch or ([1, 4, 16] if on_cuda else [1])
+    args.modes = args.modes or (["forward", "both"] if args.quick else list(MODES))
+    args.plot = args.plot or args.json.with_suffix(".png")
+    if args.max_gflop is None and args.quick and not on_cuda:
+        args.max_gflop = 100.0
+    return args
+
+
+def _shape(text: str) -> Shape:
+    try:
+        shape = Shape(*(int(part) for part in text.split(",")))
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not seven integers B,H,F,P,T,S,D") from None
+    if min(dataclasses.astuple(shape)) < 1 or shape.window > shape.frames or shape.audio_len < shape.frames:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected positive sizes, S <= F and T >= F")
+    return shape
+
+
+def shapes_of(args: argparse.Namespace) -> list[Shape]:
+    if args.shapes == "custom":
+        return args.shape
+    sizes = PUBLISHED if args.shapes == "published" else SMALL
+    return [Shape(b, h, 16, p, t, s, 64) for b in args.batch for h, p, t, s in sizes]
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.threads = torch.get_num_threads()
+    settings = harness.Settings(rounds=7, budget_s=0.4, warmup_s=0.0) if args.quick else harness.Settings()
+    settings.rounds, settings.budget_s = args.rounds or settings.rounds, args.budget or settings.budget_s
+    settings.graphs = args.graphs
+    header = harness.describe_machine(args.device)
+    sample = harness.sampler(args.device)
+    header["ceilings"] = harness.measure_ceilings(args.device, args.dtype, sample)
+    rows: list[dict[str, Any]] = []
+    cases = [(s, d, m) for d in args.dtype for s in shapes_of(args) for m in args.modes]
+    with tqdm(cases, file=sys.stderr, unit="case") as progress:
+        for shape, dtype, mode in progress:
+            progress.set_description(f"{shape} {dtype} {mode}")
+            case = {"op": "attention", "shape": str(shape), "dims": dataclasses.asdict(shape), "dtype": dtype}
+            case |= {"mode": mode, "device": args.device}
+            rows += harness.run_case(
+                case,
+                providers_of(args, shape, dtype, mode),
+                sample=sample,
+                settings=settings,
+                baseline=BASELINE,
+                ratios_to=(BASELINE, FULL),
+                memory=not args.no_memory,
+            )
+            harness.add_shares(rows, header["ceilings"])
+            report.write_json(args.json, header, rows)  # after each case, so that a run cut short leaves what it has
+    after = harness.measure_ceilings(args.device, args.dtype, sample)
+    header["ceilings"] = harness.higher(header["ceilings"], after)
+    harness.add_shares(rows, header["ceilings"])
+    report.write_json(args.json, header, rows)
+    print(report.table(header, rows, BASELINE))
+    print(f"\nresults: {args.json}")
+    try:
+        import plot
+    except ImportError as error:
+        print(f"no picture: {error} (pip install matplotlib)", file=sys.stderr)
+    else:
+        plot.draw(args.json, args.plot)
+        print(f"picture: {args.plot}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

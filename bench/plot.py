@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: MIT
+"""Draws a results file: speed relative to a peer, share of the matrix product's rate, peak extra memory.
+
+python bench/plot.py out/attn.json out/attn.png [--dtype bfloat16] [--modes forward both] [--batch 1]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import report
+
+RATIO_TO = "SDPA over views"
+# Okabe and Ito's palette: distinct to colour-blind readers, and in lightness, with mmattn the darkest.
+COLOURS = {
+    "mmattn": "#0072B2",
+    RATIO_TO: "#E69F00",
+    "SDPA over copies": "#F0E442",
+    "full SDPA": "#56B4E9",
+    "frame loop": "#BBBBBB",
+    "FlexAttention": "#CC79A7",
+}
+SPARE = ("#009E73", "#D55E00", "#000000")
+BAR_INCHES = 0.17
+
+
+def draw(
+    source: Path | str,
+    target: Path | str,
+    *,
+    dtypes: list[str] | None = None,
+    modes: list[str] | None = None,
+    batches: list[int] | None = None,
+    ratio_to: str = RATIO_TO,
+) -> None:
+    """Write the picture of results file `source` to `target`; ValueError if no measured row is left to draw."""
+    header, rows = report.read_json(source)
+    rows = [
+        row
+        for row in rows
+        if row.get("ms_p50") is not None
+        and (not dtypes or row["dtype"] in dtypes)
+        and (not modes or row["mode"] in modes)
+        and (not batches or row["dims"].get("batch") in batches)
+    ]
+    if not rows:
+        raise ValueError(f"{source} has no measured row of that kind to draw")
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["dtype"], row["mode"], row["shape"]), []).append(row)
+    providers = sorted({r["provider"] for r in rows}, key=lambda name: [*COLOURS, name].index(name))
+    colours = {name: COLOURS.get(name) or SPARE[i % len(SPARE)] for i, name in enumerate(providers)}
+
+    positions, labels, y = [], [], 0.0
+    for (dtype, mode, shape), members in groups.items():
+        members.sort(key=lambda r: providers.index(r["provider"]))
+        positions.append([y + i for i in range(len(members))])
+        labels.append(f"{shape}\n{dtype}, {'forward + backward' if mode == 'both' else mode}")
+        y += len(members) + 1
+    bars = [
+        (where, row)
+        for group, members in zip(positions, groups.values(), strict=True)
+        for where, row in zip(group, members, strict=True)
+    ]
+
+    height = y * BAR_INCHES + 2.2
+    figure, axes = plt.subplots(1, 3, sharey=True, figsize=(13, height), width_ratios=(5, 3, 3))
+    panels = (
+        (f"speed relative to {ratio_to}", lambda r: r["speed"].get(ratio_to), lambda x: f"{x:.2f}x"),
+        ("share of the matrix product's rate", lambda r: 100 * r["share_of_matmul"], lambda x: report.percent(x / 100)),
+        ("peak extra memory, MB (log scale)", lambda r: r.get("peak_extra_mb"), report.number),
+    )
+    for axis, (title, value, text) in zip(axes, panels, strict=True):
+        measured = [(where, value(row), row) for where, row in bars if value(row) is not None]
+        for where, x, row in measured:
+            own = row["provider"] == "mmattn"
+            axis.barh(where, x, height=0.86, color=colours[row["provider"]])
+            axis.annotate(
+                text(x),
+                (x, where),
+                xytext=(3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+                fontweight="bold" if own else "normal",
+            )
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.grid(axis="x", alpha=0.3, linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.tick_params(axis="y", length=0)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        if axis is axes[2] and len({x for _, x, _ in measured if x > 0}) > 1:
+            axis.set_xscale("log")
+            axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        if measured:
+            low, high = axis.get_xlim()
+            axis.set_xlim(low, high * 1.8 if axis.get_xscale() == "log" else high * 1.12)
+    axes[0].axvline(1, color="black", linewidth=0.8, zorder=0)
+    axes[0].set_yticks([sum(group) / len(group) for group in positions], labels, fontsize=8)
+    axes[0].set_ylim(y - 0.5, -1)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in providers]
+    inch = 1 / height
+    figure.suptitle(report.describe(header), fontsize=11, x=0.01, y=1 - 0.12 * inch, ha="left", va="top")
+    figure.legend(
+        handles,
+        [f"{name} (another result unless S = F)" if name == "full SDPA" else name for name in providers],
+        loc="upper left",
+        bbox_to_anchor=(0.003, 1 - 0.4 * inch),
+        ncols=len(providers),
+        frameon=False,
+        fontsize=9,
+    )
+    figure.text(0.01, 0.12 * inch, f"$ {header['command']}".replace("$", r"\$"), fontsize=7, family="monospace")
+    figure.tight_layout(rect=(0, 0.25 * inch, 1, 1 - 0.7 * inch))
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=130, facecolor="white")
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python bench/plot.py", description="Draws a results file as a PNG.")
+    parser.add_argument("json", type=Path, help="results file, e.g. out/attn.json")
+    parser.add_argument("png", type=Path, help="picture to write, e.g. out/attn.png")
+    parser.add_argument("--dtype", nargs="+", help="only these dtypes")
+    parser.add_argument("--modes", nargs="+", help="only these of forward, backward, both")
+    parser.add_argument("--batch", nargs="+", type=int, help="only these batch sizes")
+    parser.add_argument("--ratio-to", default=RATIO_TO, help="peer that speeds are relative to; default: %(default)s")
+    args = parser.parse_args(argv)
+    draw(args.json, args.png, dtypes=args.dtype, modes=args.modes, batches=args.batch, ratio_to=args.ratio_to)
+    print(f"picture: {args.png}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

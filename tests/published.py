@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: MIT
+"""A cross-attention block with the attribute and key names of the published one, written from its description.
+
+It gathers the keys of one segment after another by index lists. `fixed_shift` stands in for the draw of the release.
+"""
+
+import torch
+from torch import nn
+
+
+class _Norm(nn.Module):
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.GroupNorm = nn.GroupNorm(groups, channels)
+
+    def forward(self, x):
+        return (
+            self.GroupNorm(x.float()).to(x.dtype) if self.GroupNorm.weight.dtype == torch.float32 else self.GroupNorm(x)
+        )
+
+
+class _VideoProjection(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.video_conv = nn.Conv3d(channels, channels, 1)
+
+
+class _AudioProjection(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.audio_conv = nn.Conv1d(channels, channels, 1)
+
+
+class _Windows(nn.Module):
+    """One direction over index lists: q [B, C, Lq]; k, v [B, C, Lk]."""
+
+    def forward(self, q, k, v, heads, frames, window, shift):
+        n_q, n_k = q.shape[2] // frames, k.shape[2] // frames
+        pieces = []
+        for segment in range(frames):
+            rows = slice(segment * n_q, (segment + 1) * n_q if segment < frames - 1 else None)
+            read = [((segment + shift) * n_k + j) % k.shape[2] for j in range(window * n_k)]
+            queries, keys, values = (x.unflatten(1, (heads, -1)) for x in (q[..., rows], k[..., read], v[..., read]))
+            scores = torch.einsum("bhcm,bhcn->bhmn", queries, keys) * queries.shape[2] ** -0.5
+            pieces.append(torch.einsum("bhmn,bhcn->bhcm", scores.softmax(-1), values).flatten(1, 2))
+        return torch.cat(pieces, 2)
+
+
+class PublishedBlock(nn.Module):
+    def __init__(self, channels, num_heads=1, local_window=1, window_shift=True, groups=32):
+        super().__init__()
+        self.channels = channels
+        self.num_heads = num_heads
+        self.local_window = local_window
+        self.window_shift = window_shift
+        self.fixed_shift = 0
+        self.v_norm = _Norm(channels, groups)
+        self.a_norm = _Norm(channels, groups)
+        self.v_qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.a_qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.attention = _Windows()
+        self.video_proj_out = _VideoProjection(channels)
+        self.audio_proj_out = _AudioProjection(channels)
+
+    def forward(self, video, audio):
+        frames = video.shape[1]
+        video_rows = video.transpose(1, 2).flatten(2)  # [B, C, F*H*W]
+        video_q, video_k, video_v = self.v_qkv(self.v_norm(video_rows)).chunk(3, 1)
+        audio_q, audio_k, audio_v = self.a_qkv(self.a_norm(audio)).chunk(3, 1)
+        at = self.num_heads, frames, self.local_window, self.fixed_shift
+        video_new = self.attention(video_q, audio_k, audio_v, *at)
+        audio_new = self.attention(audio_q, video_k, video_v, *at)
+        video_new = video_new.unflatten(2, (frames, *video.shape[3:]))  # [B, C, F, H, W]
+        video_new = self.video_proj_out.video_conv(video_new).transpose(1, 2)
+        return video + video_new, audio + self.audio_proj_out.audio_conv(audio_new)
+
+
+def fill(module, seed=0):
+    """Parameters that make every one of them matter: the published block is born as the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(module.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+            else:
+                parameter.copy_(0.1 * noise + (1 if name.endswith("GroupNorm.weight") else 0))
+    return module

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: MIT
+"""The benchmarks' own correctness: peers, statistics, reasons, results files, tables, pictures. No time is asserted."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "bench"))
+
+import attn
+import harness
+import plot
+import report
+import tables
+
+from mmattn import attention
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SHAPES = {
+    "window of one": attn.Shape(1, 2, 4, 3, 20, 1, 16),
+    "window wraps": attn.Shape(1, 1, 5, 4, 15, 3, 8),
+    "batch, window wraps": attn.Shape(3, 2, 6, 2, 24, 4, 16),
+    "batch, window of all frames": attn.Shape(2, 2, 4, 3, 16, 4, 16),
+}
+SAME = [attn.BASELINE, "SDPA over copies", "frame loop", "mmattn"]
+
+
+def reference(shape):
+    geometry = {"frames": shape.frames, "window": shape.window, "shift": shape.shift, "scale": shape.scale}
+    return lambda video, audio: attention.reference(*video.unbind(2), *audio.unbind(2), **geometry)
+
+
+def results_of(attend, inputs):
+    """Both outputs and both gradients, from the calls that are timed."""
+    return [*attn.make_call(attend, inputs, "forward")(), *attn.make_call(attend, inputs, "both")()]
+
+
+@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_peer_computes_the_definition(name, shape):
+    if name == "SDPA over copies" and shape.window == shape.frames:
+        with pytest.raises(harness.NotApplicable, match="all frames"):
+            attn.ATTENDS[name](shape)
+        return
+    inputs = attn.Inputs.make(shape, torch.float32, "cpu", grad=True)
+    attend = attn.ATTENDS[name](shape)
+    got, expected = results_of(attend, inputs), results_of(reference(shape), inputs)
+    assert [t.shape for t in got] == [t.shape for t in expected]
+    assert harness.relative_difference(got, expected) < 1e-5
+    assert all(out.is_contiguous() for out in got[:2])
+    backward = attn.make_call(attend, inputs, "backward")()
+    assert harness.relative_difference(backward, expected[2:]) < 1e-5
+
+
+def test_peer_full_sdpa_is_the_window_of_all_frames():
+    shape = SHAPES["batch, window of all frames"]
+    inputs = attn.Inputs.make(shape, torch.float32, "cpu", grad=True)
+    assert (
+        harness.relative_difference(results_of(attn.full_sdpa(shape), inputs), results_of(reference(shape), inputs))
+        < 1e-5
+    )
+
+
+@pytest.mark.parametrize("name", [attn.BASELINE, "SDPA over copies", "frame loop"])
+def test_peer_refuses_left_over_audio(name):
+    with pytest.raises(harness.NotApplicable, match="T=21 is no multiple of F=4"):
+        attn.ATTENDS[name](attn.Shape(1, 1, 4, 3, 21, 2, 16))
+
+
+def test_work_of_a_case():
+    shape = attn.Shape(1, 4, 16, 1024, 6400, 1, 64)
+    assert shape.gflop("forward") == pytest.approx(2 * 4 * 64 * 4 * 16384 * 400 * 1e-9)
+    assert shape.gflop("forward", full=True) == pytest.approx(16 * shape.gflop("forward"))
+    assert shape.gflop("both") == pytest.approx(3.5 * shape.gflop("forward"))
+    assert shape.gbytes("forward", torch.bfloat16) == pytest.approx((16384 + 6400) * 4 * 64 * 2 * 4 * 1e-9)
+    assert shape.shift == 7
+    assert attn.Shape(1, 8, 16, 64, 400, 16, 64).shift == 0
+
+
+# A fake clock: a call "takes" the milliseconds that it returns.
+def fake_sample(call):
+    result = call()
+    return result if isinstance(result, float) else 1.0
+
+
+def takes(*ms):
+    """A call that takes these milliseconds in turn, the last one from then on."""
+    left = list(ms)
+    return lambda: left.pop(0) if len(left) > 1 else left[0]
+
+
+def test_harness_interleaves_in_changing_order():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    harness.interleave(calls, fake_sample, harness.Settings(rounds=20))
+    rounds = ["".join(order[i : i + 3]) for i in range(0, 60, 3)]
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert len(set(rounds)) == 6
+
+
+def test_harness_budget_keeps_a_minimum():
+    settings = harness.Settings(rounds=10, budget_s=1.0)
+    samples = harness.interleave({"slow": takes(900.0), "fast": takes(1.0)}, fake_sample, settings)
+    assert len(samples.ms["slow"]) == 3
+    assert len(samples.ms["fast"]) == 10
+
+
+def test_harness_ratio_is_the_median_within_rounds():
+    # The machine slows down tenfold after two rounds; each round's ratio stays 2, that of the medians would not.
+    samples = harness.Samples({"own": [1.0, 1.0, 10.0], "peer": [2.0, 2.0, 20.0, 20.0, 20.0]})
+    assert samples.speed("own", "peer") == 2.0
+    assert samples.speed("peer", "own") == 0.5
+    assert samples.speed("own", "absent") is None
+
+
+def provider(name, build, **options):
+    return harness.Provider(name, build, gflop=3.0, gbytes=0.5, **options)
+
+
+def run_fakes(*providers, **settings):
+    case = {"op": "attention", "shape": "tiny", "dims": {"batch": 1}, "dtype": "float32", "mode": "forward"}
+    case["device"] = "cpu"
+    options = {"settings": harness.Settings(warmup_s=0.0, **settings), "baseline": "peer", "ratios_to": ("peer",)}
+    rows = harness.run_case(case, providers, sample=fake_sample, memory=False, **options)
+    return {row["provider"]: row for row in rows}
+
+
+def test_harness_rows():
+    own = takes(99.0, 10.0, 20.0, 30.0, 40.0, 50.0)  # the first is the warm-up
+    rows = run_fakes(provider("own", lambda: own, same=False), provider("peer", lambda: takes(60.0)), rounds=5)
+    row = rows["own"]
+    assert (row["ms_p20"], row["ms_p50"], row["ms_p80"], row["samples"]) == (18.0, 30.0, 42.0, 5)
+    assert row["gflop_per_s"] == pytest.approx(100.0)
+    assert row["speed"] == {"peer": 2.0}
+    ceilings = {"matmul_gflop_per_s": {"float32": 400.0}, "copy_gbyte_per_s": 50.0}
+    harness.add_shares([row], ceilings)
+    assert row["share_of_matmul"] == pytest.approx(0.25)
+    assert row["share_of_copy"] == pytest.approx(1 / 3)
+
+
+def test_harness_reports_providers_that_fail():
+    def refuses():
+        raise harness.NotApplicable("not on this machine")
+
+    fuel = [1.0, 1.0]
+
+    def fails_later():
+        if not fuel:
+            raise RuntimeError("out of fuel\nmore detail")
+        return fuel.pop()
+
+    tensors = {"wrong": torch.ones(3), "nan": torch.full((3,), torch.nan), "peer": torch.full((3,), 5.0)}
+    rows = run_fakes(
+        provider("refuses", refuses),
+        provider("fails later", lambda: fails_later, same=False),
+        *(provider(name, lambda tensor=tensor: lambda: tensor) for name, tensor in tensors.items()),
+        rounds=4,
+    )
+    assert rows["refuses"]["reason"] == "not on this machine"
+    assert rows["fails later"]["reason"] == "RuntimeError: out of fuel"
+    assert "disagrees with peer" in rows["wrong"]["reason"]
+    assert "disagrees with peer" in rows["nan"]["reason"]
+    assert rows["peer"]["reason"] is None
+    assert all(("ms_p50" in row) == (name == "peer") for name, row in rows.items())
+
+
+def test_harness_measures_memory_in_a_fresh_process():
+    megabytes = 24
+    extra = harness.cpu_peak_extra(allocate, (megabytes,)) / 2**20
+    assert megabytes - 1 < extra < megabytes + 8
+    with pytest.raises(RuntimeError, match=r"ValueError: no such size"):
+        harness.cpu_peak_extra(allocate, (-1,))
+
+
+def allocate(megabytes):
+    """A call that needs this much, after a set-up that has freed twice as much."""
+    if megabytes < 0:
+        raise ValueError("no such size")
+    torch.ones(2 * megabytes << 20, dtype=torch.int8)
+    return lambda: None, lambda: torch.ones(megabytes << 20, dtype=torch.int8)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """bench/attn.py from end to end on tiny custom shapes, one of which the peers cannot take."""
+    folder = tmp_path_factory.mktemp("bench")
+    path = folder / "attn-cpu.json"
+    command = [sys.executable, str(ROOT / "bench/attn.py"), "--device", "cpu", "--json", str(path), "--quick"]
+    command += ["--dtype", "float32", "--threads", "1", "--rounds", "3", "--modes", "both"]
+    command += ["--shape", "1,1,4,3,20,2,16", "--shape", "1,1,4,3,21,2,16"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    return path, done.stdout
+
+
+def test_attn_end_to_end(results):
+    path, printed = results
+    header, rows = report.read_json(path)
+    assert header["threads"] == 1
+    assert header["ceilings"]["matmul_gflop_per_s"]["float32"] > 0
+    by = {(row["dims"]["audio_len"], row["provider"]): row for row in rows}
+    assert len(by) == len(rows) == 2 * len(attn.ATTENDS)
+    for key in ((20, "mmattn"), (20, attn.BASELINE), (21, "mmattn")):
+        assert by[key]["ms_p50"] > 0
+        assert by[key]["share_of_matmul"] > 0
+        assert by[key]["reason"] is None
+    assert by[20, "mmattn"]["speed"][attn.BASELINE] > 0
+    assert by[21, "mmattn"]["speed"][attn.BASELINE] is None
+    assert "no multiple" in by[21, "frame loop"]["reason"]
+    if sys.platform == "linux":
+        assert by[20, "mmattn"]["peak_extra_mb"] is not None, by[20, "mmattn"]["memory_reason"]
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert f"picture: {path.with_suffix('.png')}" in printed
+    assert "FlexAttention: measured on CUDA alone" in printed
+
+
+def test_results_become_table_and_picture(results, tmp_path):
+    header, rows = report.read_json(results[0])
+    report.write_json(tmp_path / "copy.json", header, rows)
+    assert report.read_json(tmp_path / "copy.json") == (header, rows)
+    text = report.table(header, rows, attn.BASELINE)
+    assert text.splitlines()[0] == report.describe(header)
+    assert sum("mmattn" in line and "float32" in line for line in text.splitlines()) == 2
+    picture = tmp_path / "deep" / "picture.png"
+    assert plot.main([str(tmp_path / "copy.json"), str(picture), "--modes", "both"]) == 0
+    assert picture.stat().st_size > 10_000
+    with pytest.raises(ValueError, match="no measured row"):
+        plot.draw(tmp_path / "copy.json", picture, dtypes=["float16"])
+    (tmp_path / "old.json").write_text(json.dumps({"schema": 0, "header": {}, "rows": []}))
+    with pytest.raises(ValueError, match="schema 0; expected"):
+        report.read_json(tmp_path / "old.json")
+
+
+def test_tables_check_detects_a_stale_readme(results, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(
+        "before\n<!-- bench:attn-cpu -->\nstale\n<!-- /bench -->\n"
+        "between\n<!-- bench:absent -->\n<!-- /bench -->\nafter\n"
+    )
+    options = ["--readme", str(readme), "--results", str(results[0].parent)]
+    assert tables.main([*options, "--check"]) == 1
+    assert "stale" in readme.read_text()
+    assert tables.main(options) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- bench:attn-cpu -->\n| shape |")
+    assert "stale" not in text
+    assert "<!-- bench:absent -->\nNot measured yet.\n<!-- /bench -->\nafter\n" in text
+    assert "bench/attn.py" in text
+    assert tables.main([*options, "--check"]) == 0
+    assert tables.main(options) == 0
+    assert readme.read_text() == text
+    readme.write_text(text.replace("float32", "float33", 1))
+    assert tables.main([*options, "--check"]) == 1
+
+
+def test_tables_refuse_a_marker_without_an_end(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- bench:attn-cpu -->\n")
+    assert tables.main(["--readme", str(readme), "--check"]) == 1
+    assert tables.main(["--readme", str(tmp_path / "absent.md")]) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--shapes", "custom"], ["--shape", "1,2,3"], ["--shape", "1,1,4,3,20,5,16"], ["--graphs", "--device", "cpu"]],
+    ids=" ".join,
+)
+def test_attn_refuses_bad_arguments(arguments):
+    with pytest.raises(SystemExit) as error:
+        attn.parse(arguments)
+    assert error.value.code == 2
