@@ -25,7 +25,17 @@ if X86:
         "avx512": AVX512,
         "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
     }
-COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-fno-math-errno", "-g0"]
+COMMON = [
+    "-std=c++17",
+    "-O3",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-psabi",
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+    "-fno-math-errno",
+    "-g0",
+]
 
 
 class build_kernels(build_ext):
@@ -60,9 +70,7 @@ extensions = []
 if Pybind11Extension is not None and os.environ.get("MMATTN_SKIP_EXTENSION") != "1":
     sources = [str(CPU / "bindings.cpp"), *(str(CPU / f"{kernel}.cpp") for kernel in KERNELS)]
     extensions = [
-        Pybind11Extension(
-            "mmattn_kernels._cpu", sources, depends=[str(p) for p in CPU.glob("*.h")], optional=True
-        )
+        Pybind11Extension("mmattn_kernels._cpu", sources, depends=[str(p) for p in CPU.glob("*.h")], optional=True)
     ]
 
 setup(ext_modules=extensions, cmdclass={"build_ext": build_kernels})

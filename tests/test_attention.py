@@ -9,13 +9,13 @@ import pathlib
 import subprocess
 import sys
 
-import mmattn_kernels.cpu
 import pytest
 import torch
 import torch.nn.functional as F
 
 import mmattn
 import mmattn.info
+import mmattn_kernels.cpu
 from mmattn.attention import reference
 from mmattn.testing import assert_close_to_fp64, relative_error
 

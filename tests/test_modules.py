@@ -7,7 +7,6 @@ import gc
 import json
 import pathlib
 
-import mmattn_kernels.cpu
 import pytest
 import torch
 from published import PublishedBlock, fill
@@ -15,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mmattn
+import mmattn_kernels.cpu
 from mmattn import RandomShiftAttention
 from mmattn.testing import relative_error
 

@@ -152,12 +152,12 @@ def main():
         sys.exit("triton_aot.py compiles: unset TRITON_INTERPRET")
     driver.set_active(_Driver())
     if args.recompiles:
-        print(json.dumps(recompiles()))  # noqa: T201
+        print(json.dumps(recompiles()))
         return
     for target in args.targets or TARGETS:
         for head_dim, dtype in SHAPES[target]:
             for row in figures(target, head_dim, dtype):
-                print(json.dumps(row), flush=True)  # noqa: T201
+                print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,10 @@ def _load() -> tuple[ModuleType | None, str | None]:
     except ImportError as error:
         return None, f"the extension mmattn_kernels._cpu does not load ({error}); {BUILD_HINT}"
     if name := os.environ.get("MMATTN_CPU_ISA"):
-        extension.use_instruction_set(name)
+        try:
+            extension.use_instruction_set(name)
+        except ValueError as error:
+            raise ValueError(f"MMATTN_CPU_ISA in the environment: {error}") from None
     return extension, None
 
 

@@ -61,9 +61,7 @@ def backward(
     d_video_out, d_audio_out = _contiguous_channels(d_video_out), _contiguous_channels(d_audio_out)
     video = (video_q, audio_k, audio_v, video_out, d_video_out, d_video_q, d_audio_k, d_audio_v)
     audio = (audio_q, video_k, video_v, audio_out, d_audio_out, d_audio_q, d_video_k, d_video_v)
-    _run(
-        extension().attention_backward, (video, video_lse), (audio, audio_lse), (frames, window, int(shift), scale)
-    )
+    _run(extension().attention_backward, (video, video_lse), (audio, audio_lse), (frames, window, int(shift), scale))
     return d_video_q, d_video_k, d_video_v, d_audio_q, d_audio_k, d_audio_v
 
 

@@ -212,6 +212,7 @@ class AmxBackward {
     const TileRegisters registers;
     const Direction& d = *run.direction;
     for (int64_t i = 0; i < run.ring; i += 32) {
+      for (int64_t j = i + 32; j < i + 64; ++j) prefetch(run.key<T>(d.k, j), dim_), prefetch(run.key<T>(d.v, j), dim_);
       for (const int64_t j : {i, i + 16}) {
         pack_rows_tiles<Parts>(keys_, j / 16, dim_, false, [&](int r) { return run.key<T>(d.k, j + r); });
         pack_rows_tiles<Parts>(values_, j / 16, dim_, false, [&](int r) { return run.key<T>(d.v, j + r); });
@@ -234,8 +235,12 @@ class AmxBackward {
     const int64_t rows = block.queries.hi - block.queries.lo, q_chunks = (rows + 31) / 32, q_blocks = 2 * q_chunks;
     load_queries(run, block, q_chunks);
     bool is_first = true;
+    int64_t next = block.queries.hi;
     run.each_key_range(block, [&](Range range) {
       each_key_block(range, 32, kKeyBlock / 32, [&](int64_t chunk, int64_t chunks) {
+        for (const int64_t end = std::min(next + 16, run.direction->q_len); next < end; ++next)
+          for (const Strided* s : {&run.direction->q, &run.direction->d_out, &run.direction->out})
+            prefetch(row<T>(*s, run.batch, next, run.head), dim_);
         const int64_t k_blocks = 2 * chunks, first = chunk * 32 * padded_;
         tile_gemm<Parts>(k_blocks, 0, q_blocks, d_chunks_, from_block(keys_, 2 * chunk), queries_, score_, kQueryRows, false);
         tile_gemm<Parts>(k_blocks, 0, q_blocks, d_chunks_, from_block(values_, 2 * chunk), d_out_, d_weight_, kQueryRows,

@@ -141,7 +141,9 @@ class Runs {
       : windows_(p, d), blocks_(query_blocks(windows_, rows, unit)) {
     const int64_t count = blocks_.size(), heads = p.batch * p.heads;
     const int64_t cached = kCacheBytes / bytes_per_key - windows_.length;
-    const int64_t segments = cached > 0 ? std::min(cached / windows_.k_segment + 1, windows_.segments) : 1;
+    // Windows of one segment share no key, so longer runs would only push the keys out of the nearer caches.
+    const int64_t segments =
+        cached > 0 && p.window > 1 ? std::min(cached / windows_.k_segment + 1, windows_.segments) : 1;
     const int64_t wanted = (4 * p.threads + 2 * heads - 1) / (2 * heads);
     int64_t runs = std::max((windows_.segments + segments - 1) / segments, wanted);
     if (exclusive) runs = p.window == 1 ? std::min(runs, windows_.segments) : 1;
