@@ -39,7 +39,7 @@ COMMON = [
 
 
 class build_kernels(build_ext):
-    """Compiles each kernel once per instruction set, all in parallel; a failure leaves the rest of the install whole."""
+    """Compiles each kernel once per instruction set, in parallel; a failure leaves the rest of the install whole."""
 
     def build_extension(self, ext):
         openmp = [] if platform.system() == "Darwin" else ["-fopenmp"]

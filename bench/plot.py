@@ -23,12 +23,13 @@ RATIO_TO = "SDPA over views"
 COLOURS = {
     "mmattn": "#0072B2",
     RATIO_TO: "#E69F00",
+    "SDPA over unfold": "#009E73",
     "SDPA over copies": "#F0E442",
     "full SDPA": "#56B4E9",
     "frame loop": "#BBBBBB",
     "FlexAttention": "#CC79A7",
 }
-SPARE = ("#009E73", "#D55E00", "#000000")
+SPARE = ("#D55E00", "#000000")
 BAR_INCHES = 0.17
 
 

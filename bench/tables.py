@@ -28,6 +28,7 @@ TITLES = (
     "GFLOP/s",
     "of matmul",
     f"vs {BAR}",
+    "vs best peer",
     f"vs {FULL}",
     "extra MB: mmattn, views",
 )
@@ -52,7 +53,8 @@ def block(path: Path) -> str:
             continue
         memory = [report.number((providers.get(p) or {}).get("peak_extra_mb")) for p in (OWN, BAR)]
         cells = [shape, dtype, name, report.number(own["ms_p50"]), f"{own['gflop_per_s']:.0f}"]
-        cells += [report.percent(own.get("share_of_matmul")), _times(own, BAR), _times(own, FULL), ", ".join(memory)]
+        cells += [report.percent(own.get("share_of_matmul")), _times(own, BAR), _best(own, providers)]
+        cells += [_times(own, FULL), ", ".join(memory)]
         lines.append("| " + " | ".join(cells) + " |")
     rates = report.describe_ceilings(header)
     caption = f"{report.describe(header)}. Ceilings in the same run: {rates}. `{header['command']}`"
@@ -62,6 +64,16 @@ def block(path: Path) -> str:
 def _times(row: dict[str, Any], peer: str) -> str:
     speed = row["speed"].get(peer)
     return "-" if speed is None else f"{speed:.2f}x"
+
+
+def _best(row: dict[str, Any], providers: dict[str, dict[str, Any]]) -> str:
+    """The ratio to the fastest provider of the same result."""
+    speeds = {p: row["speed"].get(p) for p in providers if p not in (OWN, FULL)}
+    measured = {p: speed for p, speed in speeds.items() if speed is not None}
+    if not measured:
+        return "-"
+    best = min(measured, key=lambda p: measured[p])
+    return f"{measured[best]:.2f}x ({best})"
 
 
 def rewrite(text: str, results: Path) -> str:

@@ -29,7 +29,7 @@ SHAPES = {
     "batch, window wraps": attn.Shape(3, 2, 6, 2, 24, 4, 16),
     "batch, window of all frames": attn.Shape(2, 2, 4, 3, 16, 4, 16),
 }
-SAME = [attn.BASELINE, "SDPA over copies", "frame loop", "mmattn"]
+SAME = [attn.BASELINE, "SDPA over unfold", "SDPA over copies", "frame loop", "mmattn"]
 
 
 def reference(shape):
@@ -68,7 +68,7 @@ def test_peer_full_sdpa_is_the_window_of_all_frames():
     )
 
 
-@pytest.mark.parametrize("name", [attn.BASELINE, "SDPA over copies", "frame loop"])
+@pytest.mark.parametrize("name", [attn.BASELINE, "SDPA over unfold", "SDPA over copies", "frame loop"])
 def test_peer_refuses_left_over_audio(name):
     with pytest.raises(harness.NotApplicable, match="T=21 is no multiple of F=4"):
         attn.ATTENDS[name](attn.Shape(1, 1, 4, 3, 21, 2, 16))

@@ -64,10 +64,11 @@ inline void store_c(float* c, int64_t c_row) {
   if constexpr (M > 1 && N > 1) _tile_stored(3, c + 16 * c_row + 16, bytes);
 }
 
-// C += A B^T over one chunk; `a` and `b` point at the first block's first part. Parts are taken in an order that changes
-// one operand at a time: 14 tile loads for 24 products.
+// C += A B^T over one chunk; `a` and `b` point at the first block's first part. Parts are taken in an order that
+// changes one operand at a time: 14 tile loads for 24 products.
 template <int Parts, int M, int N>
-inline void multiply_chunk(const char* a, int64_t a_block, int64_t a_part, const char* b, int64_t b_block, int64_t b_part) {
+inline void multiply_chunk(const char* a, int64_t a_block, int64_t a_part, const char* b, int64_t b_block,
+                           int64_t b_part) {
   const auto load_a = [&](int part) {
     _tile_loadd(4, a + part * a_part, 64);
     if constexpr (M > 1) _tile_loadd(5, a + part * a_part + a_block, 64);
@@ -95,7 +96,8 @@ inline void multiply_chunk(const char* a, int64_t a_block, int64_t a_part, const
 }
 
 template <int Parts, int M, int N>
-void tile_product(const Tiles& a, int64_t m, const Tiles& b, int64_t n, int64_t chunks, float* c, int64_t c_row, bool add) {
+void tile_product(const Tiles& a, int64_t m, const Tiles& b, int64_t n, int64_t chunks, float* c, int64_t c_row,
+                  bool add) {
   c += m * 16 * c_row + n * 16;
   load_c<M, N>(c, c_row, add);
   for (int64_t k = 0; k < chunks; ++k)
@@ -122,14 +124,17 @@ inline __m512i high_halves(__m512i low, __m512i high) {  // (low >> 16) | (high 
   return _mm512_ternarylogic_epi32(_mm512_srli_epi32(low, 16), high, _mm512_set1_epi32(0xffff0000), 0xF8);
 }
 
-const __m512i kInterleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                             5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+inline __m512i interleave(__m512i halves) {  // (0..31) -> (0, 16, 1, 17, ...)
+  return _mm512_permutexvar_epi16(_mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
+                                                   22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0),
+                                  halves);
+}
 
 // The words of (low[i], high[i]), one vector of them for each part.
 template <int Parts>
 inline void split_words(Vec low, Vec high, __m512i (&word)[Parts]) {
   if constexpr (Parts == 1) {
-    word[0] = _mm512_permutexvar_epi16(kInterleave, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    word[0] = interleave((__m512i)_mm512_cvtne2ps_pbh(high, low));
   } else {
     const __m512i mask = _mm512_set1_epi32(0xffff0000);
     const auto head = [&](Vec v) { return (Vec)_mm512_and_si512((__m512i)v, mask); };
@@ -146,7 +151,9 @@ inline void split_words_positive(Vec low, Vec high, __m512i (&word)[1]) {
   const __m512i half = _mm512_set1_epi32(0x8000);
   word[0] = high_halves(_mm512_add_epi32((__m512i)low, half), _mm512_add_epi32((__m512i)high, half));
 }
-inline void split_words_positive(Vec low, Vec high, __m512i (&word)[3]) { split_words<3>(low, high, word); }
+inline void split_words_positive(Vec low, Vec high, __m512i (&word)[3]) {
+  split_words<3>(low, high, word);
+}
 
 // The words of (low[i], high[i]) as row `r` of the tiles of one block and chunk.
 template <int Parts>
@@ -202,7 +209,7 @@ inline void row_words(const float* p, int64_t n, __m512i (&word)[Parts]) {
 
 inline void row_words(const bf16* p, int64_t n, __m512i (&word)[1]) {
   const __m512i halves = _mm512_maskz_loadu_epi16(n >= 32 ? ~0u : (1u << n) - 1, p);
-  word[0] = _mm512_permutexvar_epi16(kInterleave, halves);
+  word[0] = interleave(halves);
 }
 
 template <int Parts>
@@ -242,8 +249,8 @@ inline void pack_rows_tiles(const Tiles& out, int64_t block, int64_t dim, bool t
   }
 }
 
-// 32 vectors of `dim` channels as one chunk of depth of an operand whose rows are the channels. A second operand has its
-// tiles so, a first has them transposed.
+// 32 vectors of `dim` channels as one chunk of depth of an operand whose rows are the channels. A second operand has
+// its tiles so, a first has them transposed.
 template <int Parts, class Row>
 inline void pack_depth_tiles(const Tiles& out, int64_t chunk, int64_t dim, bool transposed, Row row) {
   for (int64_t block = 0; block * 16 < dim; ++block) {

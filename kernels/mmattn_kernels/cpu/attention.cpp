@@ -76,15 +76,16 @@ class Forward {
     const int64_t rows = block.queries.hi - block.queries.lo;
     const Direction& d = *run.direction;
     for (int64_t r = 0; r < rows; ++r)
-      load_row(queries_ + r * padded_, row<T>(d.q, run.batch, block.queries.lo + r, run.head), dim_, padded_, p_.scale * kLog2e);
+      load_row(queries_ + r * padded_, row<T>(d.q, run.batch, block.queries.lo + r, run.head), dim_, padded_,
+               p_.scale * kLog2e);
     for (int64_t r = 0; r < kQueryRows; ++r) top_[r] = factor_[r] = kMasked, sum_[r] = 0;
     std::memset(out_, 0, rows * padded_ * sizeof(float));
 
     run.each_key_range(block, [&](Range range) {
       each_key_block(range, kLanes, kKeyPanels, [&](int64_t panel, int64_t panels) {
         const int64_t lo = range.lo - panel * kLanes, hi = range.hi - panel * kLanes, last = (panels - 1) * kLanes;
-        gemm<Init::zero>({rows, panels, dim_, queries_, padded_, 1, keys_ + panel * dim_ * kLanes, dim_ * kLanes, kLanes,
-                          scores_, kKeyBlock});
+        gemm<Init::zero>({rows, panels, dim_, queries_, padded_, 1, keys_ + panel * dim_ * kLanes, dim_ * kLanes,
+                          kLanes, scores_, kKeyBlock});
         for (int64_t r = 0; r < rows; ++r) {
           float* s = scores_ + r * kKeyBlock;
           if (lo > 0) store(s, keep_lanes(load(s), lo, kLanes, kMasked));
@@ -178,7 +179,8 @@ class Backward {
       load_row(d_out_ + r * padded_, row<T>(d.d_out, run.batch, position, run.head), dim_, padded_, 1.0f);
       load_row(d_queries_ + r * padded_, row<T>(d.out, run.batch, position, run.head), dim_, padded_, 1.0f);
       Vec total{};
-      for (int64_t v = 0; v < padded_; v += kLanes) total += load(d_out_ + r * padded_ + v) * load(d_queries_ + r * padded_ + v);
+      for (int64_t v = 0; v < padded_; v += kLanes)
+        total += load(d_out_ + r * padded_ + v) * load(d_queries_ + r * padded_ + v);
       delta_[r] = reduce_add(total);
     }
     std::memset(d_queries_, 0, rows * padded_ * sizeof(float));
@@ -207,8 +209,8 @@ class Backward {
                          d_values_ + (first + lo) * padded_, padded_});
         gemm<Init::add>({hi - lo, vecs, rows, d_scores_ + lo, 1, kKeyBlock, queries_, kLanes, padded_,
                          d_keys_ + (first + lo) * padded_, padded_});
-        gemm<Init::add>({rows, vecs, panels * kLanes, d_scores_, kKeyBlock, 1, key_rows_ + first * padded_, kLanes, padded_,
-                         d_queries_, padded_});
+        gemm<Init::add>({rows, vecs, panels * kLanes, d_scores_, kKeyBlock, 1, key_rows_ + first * padded_, kLanes,
+                         padded_, d_queries_, padded_});
       });
     });
     for (int64_t r = 0; r < rows; ++r)
@@ -232,7 +234,9 @@ void attention_backward(const Attention& p) {
   p.is_bf16 ? run_all<AmxBackward<bf16>>(p) : run_all<AmxBackward<float>>(p);
 }
 #else
-void attention_forward(const Attention& p) { p.is_bf16 ? run_all<Forward<bf16>>(p) : run_all<Forward<float>>(p); }
+void attention_forward(const Attention& p) {
+  p.is_bf16 ? run_all<Forward<bf16>>(p) : run_all<Forward<float>>(p);
+}
 
 void attention_backward(const Attention& p) {
   p.is_bf16 ? run_all<Backward<bf16>>(p) : run_all<Backward<float>>(p);

@@ -26,10 +26,10 @@ struct Attention {
   int threads;
 };
 
-#define MMATTN_DECLARE(isa)                     \
-  namespace isa {                               \
-  void attention_forward(const Attention& p);   \
-  void attention_backward(const Attention& p);  \
+#define MMATTN_DECLARE(isa)                    \
+  namespace isa {                              \
+  void attention_forward(const Attention& p);  \
+  void attention_backward(const Attention& p); \
   }
 MMATTN_DECLARE(portable)
 MMATTN_DECLARE(avx2)

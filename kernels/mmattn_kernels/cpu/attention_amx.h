@@ -28,8 +28,12 @@ Tiles tiles_by_row(float* memory, int64_t depth) {
   return {reinterpret_cast<char*>(memory), depth / 32 * Parts * kTileBytes, depth / 32 * kTileBytes, kTileBytes};
 }
 
-Tiles from_block(const Tiles& t, int64_t block) { return {t.at(block, 0, 0), t.block, t.part, t.chunk}; }
-Tiles from_chunk(const Tiles& t, int64_t chunk) { return {t.at(0, 0, chunk), t.block, t.part, t.chunk}; }
+Tiles from_block(const Tiles& t, int64_t block) {
+  return {t.at(block, 0, 0), t.block, t.part, t.chunk};
+}
+Tiles from_chunk(const Tiles& t, int64_t chunk) {
+  return {t.at(0, 0, chunk), t.block, t.part, t.chunk};
+}
 
 // Floats of an operand of `rows` x `depth`.
 template <int Parts>
@@ -90,8 +94,8 @@ class AmxForward {
     run.each_key_range(block, [&](Range range) {
       each_key_block(range, 32, kKeyBlock / 32, [&](int64_t chunk, int64_t chunks) {
         const Range keys{std::max<int64_t>(range.lo - chunk * 32, 0), std::min(range.hi - chunk * 32, chunks * 32)};
-        tile_gemm<Parts>(row_blocks, keys.lo / 16, (keys.hi + 15) / 16, d_chunks_, queries_, from_block(keys_, 2 * chunk),
-                         scores_, kKeyBlock, false);
+        tile_gemm<Parts>(row_blocks, keys.lo / 16, (keys.hi + 15) / 16, d_chunks_, queries_,
+                         from_block(keys_, 2 * chunk), scores_, kKeyBlock, false);
         for (int64_t r = 0; r < rows; ++r) {
           if (is_first) {
             top_[r] = greatest_score(keys, r);
@@ -104,7 +108,8 @@ class AmxForward {
           }
           store(sums_ + r * 16, sum);
         }
-        tile_gemm<Parts>(row_blocks, 0, d_blocks_, chunks, weights_, from_chunk(values_, chunk), out_, padded_, !is_first);
+        tile_gemm<Parts>(row_blocks, 0, d_blocks_, chunks, weights_, from_chunk(values_, chunk), out_, padded_,
+                         !is_first);
         is_first = false;
       });
     });
@@ -174,8 +179,8 @@ class AmxForward {
   float *const top_, *const sums_;  // of each row: what its weights are relative to, and their sum in 16 lanes
 };
 
-// Everything is computed transposed, keys down and queries across, so that the weights P^T come out as the first operand
-// of dV = P^T dO and the log-sum-exp of 16 queries is one vector.
+// Everything is computed transposed, keys down and queries across, so that the weights P^T come out as the first
+// operand of dV = P^T dO and the log-sum-exp of 16 queries is one vector.
 template <class T>
 class AmxBackward {
  public:
@@ -242,9 +247,10 @@ class AmxBackward {
           for (const Strided* s : {&run.direction->q, &run.direction->d_out, &run.direction->out})
             prefetch(row<T>(*s, run.batch, next, run.head), dim_);
         const int64_t k_blocks = 2 * chunks, first = chunk * 32 * padded_;
-        tile_gemm<Parts>(k_blocks, 0, q_blocks, d_chunks_, from_block(keys_, 2 * chunk), queries_, score_, kQueryRows, false);
-        tile_gemm<Parts>(k_blocks, 0, q_blocks, d_chunks_, from_block(values_, 2 * chunk), d_out_, d_weight_, kQueryRows,
+        tile_gemm<Parts>(k_blocks, 0, q_blocks, d_chunks_, from_block(keys_, 2 * chunk), queries_, score_, kQueryRows,
                          false);
+        tile_gemm<Parts>(k_blocks, 0, q_blocks, d_chunks_, from_block(values_, 2 * chunk), d_out_, d_weight_,
+                         kQueryRows, false);
         softmax_gradient({range.lo - chunk * 32, range.hi - chunk * 32}, chunks, q_chunks);
         tile_gemm<Parts>(k_blocks, 0, d_blocks_, q_chunks, weights_, d_out_deep_, d_values_ + first, padded_, true);
         tile_gemm<Parts>(k_blocks, 0, d_blocks_, q_chunks, d_scores_, queries_deep_, d_keys_ + first, padded_, true);

@@ -21,7 +21,9 @@ constexpr int64_t kCacheBytes = 1 << 20;  // packed keys a run may hold: half of
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 constexpr float kMasked = -1e30f;  // finite, so that masked minus maximum is never NaN
 
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+int64_t round_up(int64_t n, int64_t to) {
+  return (n + to - 1) / to * to;
+}
 
 template <class T>
 T* row(const Strided& s, int64_t batch, int64_t position, int64_t head) {
@@ -65,7 +67,8 @@ std::vector<QueryBlock> query_blocks(const Windows& w, int64_t rows, int64_t uni
     const Range q = w.queries(segment);
     const int64_t units = (q.hi - q.lo + unit - 1) / unit, count = (units * unit + rows - 1) / rows;
     for (int64_t i = 0; i < count; ++i)
-      blocks.push_back({segment, {q.lo + units * i / count * unit, std::min(q.hi, q.lo + units * (i + 1) / count * unit)}});
+      blocks.push_back(
+          {segment, {q.lo + units * i / count * unit, std::min(q.hi, q.lo + units * (i + 1) / count * unit)}});
   }
   return blocks;
 }
@@ -79,8 +82,8 @@ struct Run {
   Windows windows;
   const QueryBlock *begin, *end;
 
-  Run(const Direction* d, int64_t batch_, int64_t head_, const Windows& w, const QueryBlock* begin_, const QueryBlock* end_,
-      bool is_last_)
+  Run(const Direction* d, int64_t batch_, int64_t head_, const Windows& w, const QueryBlock* begin_,
+      const QueryBlock* end_, bool is_last_)
       : direction(d),
         batch(batch_),
         head(head_),
@@ -148,15 +151,18 @@ class Runs {
     int64_t runs = std::max((windows_.segments + segments - 1) / segments, wanted);
     if (exclusive) runs = p.window == 1 ? std::min(runs, windows_.segments) : 1;
     runs = std::min(runs, count);
-    std::vector<int64_t> cuts;
+    struct Cut {  // a type of this file, so that no other instruction set's build of its vector can be linked in
+      int64_t at;
+    };
+    std::vector<Cut> cuts;
     for (int64_t i = 0; i <= runs; ++i) {
       int64_t cut = count * i / runs;
       while (exclusive && cut > 0 && cut < count && blocks_[cut - 1].segment == blocks_[cut].segment) --cut;
-      if (cuts.empty() || cut > cuts.back()) cuts.push_back(cut);
+      if (cuts.empty() || cut > cuts.back().at) cuts.push_back({cut});
     }
     for (int64_t i = 0; i < heads; ++i)
       for (size_t j = 0; j + 1 < cuts.size(); ++j) {
-        runs_.emplace_back(&d, i / p.heads, i % p.heads, windows_, &blocks_[cuts[j]], &blocks_[0] + cuts[j + 1],
+        runs_.emplace_back(&d, i / p.heads, i % p.heads, windows_, &blocks_[cuts[j].at], &blocks_[0] + cuts[j + 1].at,
                            j + 2 == cuts.size());
         longest_ = std::max(longest_, runs_.back().ring);
       }

@@ -39,7 +39,10 @@ bool have_amx() {
 #endif
 }
 
-#define MMATTN_SET(isa) InstructionSet{#isa, isa::attention_forward, isa::attention_backward}
+#define MMATTN_SET(isa)                                   \
+  InstructionSet {                                        \
+    #isa, isa::attention_forward, isa::attention_backward \
+  }
 
 // What this CPU runs, slowest first.
 std::vector<InstructionSet> detect() {
@@ -48,8 +51,8 @@ std::vector<InstructionSet> detect() {
   __builtin_cpu_init();
   if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) return sets;
   sets.push_back(MMATTN_SET(avx2));
-  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")))
+  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")))
     return sets;
   sets.push_back(MMATTN_SET(avx512));
   if (__builtin_cpu_supports("avx512bf16") && have_amx()) sets.push_back(MMATTN_SET(amx));
@@ -91,8 +94,9 @@ Attention unpack(const std::array<DirectionArgs, 2>& directions, int64_t batch, 
   Attention p{{}, batch, heads, dim, frames, window, shift, scale, is_bf16, threads};
   for (int i = 0; i < 2; ++i) {
     const auto& [matrices, lse, q_len, k_len] = directions[i];
-    Strided* const fields[] = {&p.directions[i].q,     &p.directions[i].k,   &p.directions[i].v,   &p.directions[i].out,
-                               &p.directions[i].d_out, &p.directions[i].d_q, &p.directions[i].d_k, &p.directions[i].d_v};
+    Strided* const fields[] = {&p.directions[i].q,   &p.directions[i].k,     &p.directions[i].v,
+                               &p.directions[i].out, &p.directions[i].d_out, &p.directions[i].d_q,
+                               &p.directions[i].d_k, &p.directions[i].d_v};
     for (size_t j = 0; j < matrices.size(); ++j) *fields[j] = strided(matrices[j]);
     p.directions[i].lse = reinterpret_cast<float*>(lse);
     p.directions[i].q_len = q_len;

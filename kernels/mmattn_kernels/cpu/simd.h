@@ -34,9 +34,13 @@ inline Vec load(const float* p) {
   return v;
 }
 
-inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+inline void store(float* p, Vec v) {
+  std::memcpy(p, &v, sizeof v);
+}
 
-inline Vec broadcast(float x) { return x - Vec{}; }
+inline Vec broadcast(float x) {
+  return x - Vec{};
+}
 
 inline Vec load(const bf16* p) {
   HalfVec half;
