@@ -32,12 +32,14 @@ def swap(model: nn.Module) -> int:
             f"model is itself a cross-attention block ({type(model).__name__}), which cannot be replaced in place; "
             "use mmattn.RandomShiftAttention.from_published(model)"
         )
-    replaced: dict[nn.Module, RandomShiftAttention] = {}
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):  # named_children() would skip a second registration
-            if child is None or missing_published_attributes(child):
-                continue
-            if child not in replaced:
-                replaced[child] = RandomShiftAttention.from_published(child)
-            setattr(parent, name, replaced[child])
-    return len(replaced)
+    places = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent._modules.items()  # named_children() would skip a second registration
+        if child is not None and not missing_published_attributes(child)
+    ]
+    # All are made before any is put in place, so that one that cannot be made leaves the model as it was.
+    replacements = {child: RandomShiftAttention.from_published(child) for child in {child for *_, child in places}}
+    for parent, name, child in places:
+        setattr(parent, name, replacements[child])
+    return len(replacements)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mmattn import dispatch
 
@@ -85,7 +86,7 @@ def random_shift_attention(
     device_type = video_q.device.type if isinstance(video_q, Tensor) else "cpu"
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        tensors = tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+        tensors = tuple(_autocast(t, dtype) for t in tensors)
     _check(tensors, frames, window, shift)
     if scale is None:
         scale = tensors[0].shape[-1] ** -0.5
@@ -145,7 +146,15 @@ def _attend_windows(
     return out
 
 
+def _autocast(t: Any, dtype: torch.dtype) -> Any:
+    eligible = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+    return t.to(dtype) if eligible else t
+
+
 def _check_window(frames: int, window: int) -> None:
+    for name, value in (("frames", frames), ("window", window)):
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{name} is {value!r}; expected an int")
     if frames < 1:
         raise ValueError(f"frames is {frames}; expected at least 1")
     if not 1 <= window <= frames:
@@ -206,14 +215,20 @@ def _check_shift(shift: int, frames: int, window: int) -> None:
         raise ValueError(f"shift is {shift}; expected 0..frames-window = 0..{frames - window}")
 
 
-def _kernels(impl: str) -> Any:
+def _kernels(impl: str, like: Tensor) -> Any:
+    reason = dispatch.unavailable("attention", impl, like.device.type, like.dtype, like.shape[-1])
+    if impl == "reference" or reason is not None:
+        raise RuntimeError(f"impl {impl!r} has no kernel here: {reason or 'it is plain torch'}")
     return importlib.import_module(f"mmattn_kernels.{impl}.attention")
 
 
 def _geometry(frames: int, window: int, shift: int, shift_tensor: Tensor | None, scale: float) -> dict[str, Any]:
+    # Again: the op can be called directly, `_check` cannot read a tensor while compiling, and kernels trust these.
+    _check_window(frames, window)
     if shift_tensor is not None and shift_tensor.device.type == "cpu":
         shift, shift_tensor = int(shift_tensor), None
-        _check_shift(shift, frames, window)  # `_check` could not read it while compiling, and kernels trust it
+    if shift_tensor is None:
+        _check_shift(shift, frames, window)
     return {
         "frames": frames,
         "window": window,
@@ -235,12 +250,12 @@ torch.library.define(
 
 @torch.library.impl(_OP, "CompositeExplicitAutograd")
 def _forward(*args: Any) -> tuple[Tensor, ...]:
-    return _kernels(args[-1]).forward(*args[:6], **_geometry(*args[6:-1]))
+    return _kernels(args[-1], args[0]).forward(*args[:6], **_geometry(*args[6:-1]))
 
 
 @torch.library.impl(_BACKWARD_OP, "CompositeExplicitAutograd")
 def _backward(*args: Any) -> tuple[Tensor, ...]:
-    return _kernels(args[-1]).backward(*args[:12], **_geometry(*args[12:-1]))
+    return _kernels(args[-1], args[2]).backward(*args[:12], **_geometry(*args[12:-1]))
 
 
 @torch.library.register_fake(_OP)
@@ -304,7 +319,9 @@ def _below_autograd(keyset: Any, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _autograd(keyset: Any, *args: Any) -> tuple[Tensor, ...]:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in args[:6]):
+    # A tangent carries no requires_grad; the Function, having no forward-mode rule, refuses it.
+    in_forward_mode = forward_ad._current_level >= 0
+    if in_forward_mode or (torch.is_grad_enabled() and any(t.requires_grad for t in args[:6])):
         return _RandomShiftAttention.apply(keyset, *args)
     return _below_autograd(keyset, *args)
 

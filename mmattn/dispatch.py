@@ -38,6 +38,8 @@ def unavailable(op: str, impl: str, device: str, dtype: torch.dtype, head_dim: i
         return f"the dtype is {dtype}, and it computes torch.float16, torch.bfloat16 and torch.float32"
     if op == "attention" and head_dim is not None and not 16 <= head_dim <= 128:
         return f"the head dimension is {head_dim}, and it takes 16 to 128"
+    if device == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return f"{torch.cuda.get_device_name()} has compute capability under 8.0, and it needs 8.0"
     return _triton_missing()
 
 
@@ -79,8 +81,9 @@ def _choose(op: str, requested: str, device: str, dtype: torch.dtype, head_dim: 
     elif (key := (op, device, str(dtype))) not in _announced:
         _announced.add(key)
         _logger.info("%s on %s %s runs %s %s", op, device, dtype, chosen, passed_over or "")
-        if device == "cpu" and (missing := _extension_missing()) is not None:
-            warnings.warn(f"mmattn computes {op} by its slow reference: {missing}", stacklevel=4)
+        # fp64 has no kernel anywhere, and whoever computes in it does not ask for speed.
+        if passed_over and dtype != torch.float64 and device != "meta":
+            warnings.warn(f"mmattn computes {op} by its slow reference: {passed_over[0]}", stacklevel=4)
     return chosen
 
 

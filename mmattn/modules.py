@@ -96,8 +96,10 @@ class RandomShiftAttention(nn.Module):
             audio: [B, C, T], T >= F, same dtype and device. [B, T, C] in memory saves a transposing pass.
             shift: R, 0..F-S, an int or an integer tensor of one element on the device of video. None: drawn if
                 random_shift, else 0.
-            generator: source of that draw, at the price of a synchronisation where it lives on an accelerator. None:
-                drawn on the device of video by torch's default generator, which activation checkpointing replays.
+            generator: source of that draw, at the price of a synchronisation where it lives on an accelerator; not
+                under torch.compile. None: drawn on the device of video by torch's default generator, which
+                torch.utils.checkpoint replays as long as it preserves the RNG state, as it does by default. Under any
+                other checkpointing give the shift: `shift=mmattn.draw_shift(frames, window)`.
 
         Returns:
             (video, audio) in the shapes and memory formats given.
@@ -111,7 +113,7 @@ class RandomShiftAttention(nn.Module):
         batch, frames, channels, height, width = video.shape
         if shift is None:
             shift = self._draw(frames, generator, video.device)
-        video_tokens = video.permute(0, 1, 3, 4, 2).reshape(batch, -1, channels).contiguous()
+        video_tokens = video.permute(0, 1, 3, 4, 2).reshape(batch, frames * height * width, channels).contiguous()
         audio_tokens = audio.transpose(1, 2).contiguous()
         video_heads, audio_heads = random_shift_attention(
             *self._heads(video_tokens, self.video_norm, self.video_qkv),
@@ -184,6 +186,9 @@ class RandomShiftAttention(nn.Module):
         return draw_shift(frames, self.window, generator=generator)
 
     def _check(self, video: Tensor, audio: Tensor) -> None:
+        for name, stream in (("video", video), ("audio", audio)):
+            if not isinstance(stream, Tensor):
+                raise TypeError(f"{name} is a {type(stream).__name__}; expected a tensor")
         if video.dim() != 5:
             raise ValueError(f"video has shape {list(video.shape)}; expected five dimensions [B, F, C, H, W]")
         if audio.dim() != 3:
@@ -199,8 +204,15 @@ class RandomShiftAttention(nn.Module):
             raise ValueError(f"video has {frames} frames; expected at least window = {self.window}")
         if audio.dtype != video.dtype:
             raise TypeError(f"audio has dtype {audio.dtype}; expected {video.dtype}, the dtype of video")
+        own = self.video_qkv.weight.dtype
+        if video.dtype != own and not _is_autocast(video.device.type):
+            raise TypeError(f"video has dtype {video.dtype}; expected {own}, the dtype of the module's projections")
         if audio.device != video.device:
             raise ValueError(f"audio is on {audio.device}; expected {video.device}, the device of video")
+
+
+def _is_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def missing_published_attributes(module: nn.Module) -> list[str]:

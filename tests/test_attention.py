@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 import mmattn
 import mmattn.info
 import mmattn_kernels.cpu
+from mmattn import dispatch
 from mmattn.attention import reference
 from mmattn.testing import assert_close_to_fp64, relative_error
 
@@ -668,7 +670,7 @@ for impl in ("cpu", "triton"):
 """
     )
     warning, cpu, triton = out.splitlines()
-    assert "slow reference: the extension mmattn_kernels._cpu is not built; install" in warning
+    assert "slow reference: cpu cannot run attention: the extension mmattn_kernels._cpu is not built" in warning
     assert "impl 'cpu' cannot run attention here: the extension mmattn_kernels._cpu is not built; install" in cpu
     assert "impl 'triton' cannot run attention here: the tensors are on cpu" in triton
 
@@ -716,3 +718,68 @@ def test_info_of_a_chosen_implementation(monkeypatch):
 def test_info_with_an_instruction_set_that_is_not_here():
     out = in_a_fresh_process(None, command=("-m", "mmattn.info"), MMATTN_CPU_ISA="mmx")
     assert "'mmx'" in out and "this CPU and build run portable" in out
+
+
+def test_forward_mode_is_refused():
+    tensors, geometry = _tiny()
+    call = functools.partial(mmattn.random_shift_attention, impl="cpu", **geometry)
+    ones = torch.ones_like(tensors[0])
+    with pytest.raises(RuntimeError):
+        torch.func.jvp(lambda q: call(q, *tensors[1:])[0], (tensors[0],), (ones,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"(?i)forward"):
+        call(torch.autograd.forward_ad.make_dual(tensors[0], ones), *tensors[1:])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"frames": 0}, "frames is 0"),
+        ({"window": 5}, "window is 5"),
+        ({"shift": 9}, "shift is 9"),
+        ({"impl": "reference"}, "plain torch"),
+        ({"dim": 512}, "512"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_the_op_itself_refuses_what_kernels_would_trust(change, message):
+    arguments = {"frames": 4, "window": 1, "shift": 0, "impl": "cpu", "dim": 16} | change
+    tensors = [torch.randn(1, 8, 1, arguments["dim"]) for _ in range(6)]
+    numbers = [arguments[name] for name in ("frames", "window", "shift")]
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        torch.ops.mmattn.random_shift_attention(*tensors, *numbers, None, 1.0, arguments["impl"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"frames": 4.0}, "frames is 4.0"), ({"window": "1"}, "window is '1'"), ({"frames": True}, "frames is True")],
+    ids=["float", "text", "bool"],
+)
+def test_numbers_that_are_no_ints_are_refused(change, message):
+    tensors, geometry = _tiny()
+    with pytest.raises(TypeError, match=message):
+        mmattn.random_shift_attention(*tensors, **geometry | change)
+
+
+def test_a_missing_tensor_is_refused_under_autocast():
+    tensors, geometry = _tiny()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="video_k is a NoneType"):
+        mmattn.random_shift_attention(tensors[0], None, *tensors[2:], **geometry)
+
+
+def test_the_slow_reference_is_announced(monkeypatch):
+    monkeypatch.setattr(dispatch, "_announced", set())
+    tensors, geometry = _tiny()
+    with pytest.warns(UserWarning, match=r"slow reference.*torch\.float16"):
+        mmattn.random_shift_attention(*(t.half() for t in tensors), **geometry)
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm of binutils")
+def test_no_code_of_one_instruction_set_runs_or_is_linked_for_another():
+    library = mmattn_kernels.cpu.extension().__file__
+    symbols = subprocess.run(["nm", "-C", library], capture_output=True, text=True, check=True).stdout
+    assert "_GLOBAL__sub_I_attention" not in symbols, "a static initialiser would run at import on every CPU"
+
+
+def _tiny():
+    tensors = [torch.randn(1, length, 1, 16) for length in (8, 8, 8, 12, 12, 12)]
+    return tensors, {"frames": 4, "window": 2, "shift": 1}

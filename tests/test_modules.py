@@ -481,3 +481,27 @@ def test_forward_waits_for_no_device():
     with contextlib.closing(contextlib.ExitStack()) as stack:
         stack.callback(torch.cuda.set_sync_debug_mode, "default")
         sum(x.sum() for x in made(video, audio)).backward()
+
+
+def test_empty_batch():
+    block = RandomShiftAttention(64)
+    video, audio = block(torch.randn(0, 4, 64, 2, 2), torch.randn(0, 64, 16))
+    assert video.shape == (0, 4, 64, 2, 2) and audio.shape == (0, 64, 16)
+
+
+def test_a_block_that_cannot_be_converted_leaves_the_model_whole():
+    model = nn.ModuleList([PublishedBlock(64, 1, 1), PublishedBlock(64, 1, 1)])
+    model[1].v_norm = nn.Identity()
+    with pytest.raises(AttributeError):
+        mmattn.swap(model)
+    assert all(isinstance(block, PublishedBlock) for block in model)
+
+
+@pytest.mark.parametrize(
+    ("video", "message"),
+    [(None, "video is a NoneType"), (torch.zeros(1, 4, 64, 1, 1, dtype=torch.bfloat16), "dtype torch.bfloat16")],
+    ids=["none", "dtype"],
+)
+def test_inputs_the_projections_cannot_take_are_refused(video, message):
+    with pytest.raises(TypeError, match=message):
+        RandomShiftAttention(64)(video, torch.zeros(1, 64, 8, dtype=torch.bfloat16))

@@ -8,7 +8,7 @@ import importlib
 import os
 from types import ModuleType
 
-BUILD_HINT = "install a C++17 compiler, then `pip install -e .` from a checkout of the repository"
+BUILD_HINT = "install a C++17 compiler and pybind11, then `pip install -e .` from a checkout of the repository"
 
 
 @functools.lru_cache(maxsize=1)
