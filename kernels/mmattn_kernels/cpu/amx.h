@@ -224,45 +224,64 @@ inline void pair_words(const bf16* low, const bf16* high, int64_t n, __m512i (&w
   word[0] = _mm512_or_si512(l, _mm512_slli_epi32(h, 16));
 }
 
-template <int Parts>
-inline void store_tile(const Tiles& out, int64_t block, int64_t chunk, __m512i (&words)[Parts][16], bool transposed) {
-  for (int part = 0; part < Parts; ++part) {
-    if (transposed) transpose_words(words[part]);
-    char* tile = out.at(block, part, chunk);
-    for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + i * 64, words[part][i]);
+// Collects the words of 16 rows of a tile: straight into it, or transposed once all are there.
+template <int Parts, bool kTransposed>
+class TileWriter {
+ public:
+  TileWriter(const Tiles& out, int64_t block, int64_t chunk) : out_(out), block_(block), chunk_(chunk) {}
+
+  void put(int i, const __m512i (&word)[Parts]) {
+    for (int part = 0; part < Parts; ++part) {
+      if constexpr (kTransposed)
+        words_[part][i] = word[part];
+      else
+        _mm512_store_si512(out_.at(block_, part, chunk_) + i * 64, word[part]);
+    }
   }
-}
+
+  void finish() {
+    for (int part = 0; kTransposed && part < Parts; ++part) {
+      transpose_words(words_[part]);
+      for (int i = 0; i < 16; ++i) _mm512_store_si512(out_.at(block_, part, chunk_) + i * 64, words_[part][i]);
+    }
+  }
+
+ private:
+  const Tiles& out_;
+  const int64_t block_, chunk_;
+  __m512i words_[Parts][16];
+};
 
 // 16 vectors of `dim` channels as a block of rows whose depth is the channels. row(i) is a pointer, or null for zeros.
 // The first operand of a product has its tiles so, the second has them transposed.
-template <int Parts, class Row>
-inline void pack_rows_tiles(const Tiles& out, int64_t block, int64_t dim, bool transposed, Row row) {
+template <int Parts, bool kTransposed, class Row>
+inline void pack_rows_tiles(const Tiles& out, int64_t block, int64_t dim, Row row) {
   for (int64_t chunk = 0; chunk * 32 < dim; ++chunk) {
-    __m512i words[Parts][16];
+    TileWriter<Parts, kTransposed> tile(out, block, chunk);
     for (int i = 0; i < 16; ++i) {
       const auto* p = row(i);
-      __m512i word[Parts];
+      __m512i word[Parts] = {};
       if (p) row_words(p + chunk * 32, dim - chunk * 32, word);
-      for (int part = 0; part < Parts; ++part) words[part][i] = p ? word[part] : __m512i{};
+      tile.put(i, word);
     }
-    store_tile<Parts>(out, block, chunk, words, transposed);
+    tile.finish();
   }
 }
 
 // 32 vectors of `dim` channels as one chunk of depth of an operand whose rows are the channels. A second operand has
 // its tiles so, a first has them transposed.
-template <int Parts, class Row>
-inline void pack_depth_tiles(const Tiles& out, int64_t chunk, int64_t dim, bool transposed, Row row) {
+template <int Parts, bool kTransposed, class Row>
+inline void pack_depth_tiles(const Tiles& out, int64_t chunk, int64_t dim, Row row) {
   for (int64_t block = 0; block * 16 < dim; ++block) {
-    __m512i words[Parts][16];
+    TileWriter<Parts, kTransposed> tile(out, block, chunk);
+    const int64_t at = block * 16;
     for (int i = 0; i < 16; ++i) {
       const auto *low = row(i), *high = row(i + 16);
       __m512i word[Parts];
-      const int64_t at = block * 16;
       pair_words(low ? low + at : nullptr, high ? high + at : nullptr, dim - at, word);
-      for (int part = 0; part < Parts; ++part) words[part][i] = word[part];
+      tile.put(i, word);
     }
-    store_tile<Parts>(out, block, chunk, words, transposed);
+    tile.finish();
   }
 }
 

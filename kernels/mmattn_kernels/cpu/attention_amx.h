@@ -22,10 +22,10 @@ Tiles tiles_by_channel(float* memory, int64_t dim) {
   return {reinterpret_cast<char*>(memory), Parts * kTileBytes, kTileBytes, (dim + 15) / 16 * Parts * kTileBytes};
 }
 
-// Tiles of [rows, depth] of a fixed size, all chunks of a part together.
+// Tiles of [rows, depth] of a fixed size, the parts of a tile side by side: 4 KB apart they would share cache sets.
 template <int Parts>
 Tiles tiles_by_row(float* memory, int64_t depth) {
-  return {reinterpret_cast<char*>(memory), depth / 32 * Parts * kTileBytes, depth / 32 * kTileBytes, kTileBytes};
+  return {reinterpret_cast<char*>(memory), depth / 32 * Parts * kTileBytes, kTileBytes, Parts * kTileBytes};
 }
 
 Tiles from_block(const Tiles& t, int64_t block) {
@@ -72,8 +72,8 @@ class AmxForward {
     for (int64_t i = 0; i < run.ring; i += 32) {
       for (int64_t j = i + 32; j < i + 64; ++j) prefetch(run.key<T>(d.k, j), dim_), prefetch(run.key<T>(d.v, j), dim_);
       for (const int64_t j : {i, i + 16})
-        pack_rows_tiles<Parts>(keys_, j / 16, dim_, true, [&](int r) { return run.key<T>(d.k, j + r); });
-      pack_depth_tiles<Parts>(values_, i / 32, dim_, false, [&](int r) { return run.key<T>(d.v, i + r); });
+        pack_rows_tiles<Parts, true>(keys_, j / 16, dim_, [&](int r) { return run.key<T>(d.k, j + r); });
+      pack_depth_tiles<Parts, false>(values_, i / 32, dim_, [&](int r) { return run.key<T>(d.v, i + r); });
     }
     for (const QueryBlock* block = run.begin; block != run.end; ++block) attend(run, *block);
   }
@@ -83,7 +83,7 @@ class AmxForward {
     const Direction& d = *run.direction;
     const int64_t rows = block.queries.hi - block.queries.lo, row_blocks = (rows + 15) / 16;
     for (int64_t b = 0; b < row_blocks; ++b) {
-      pack_rows_tiles<Parts>(queries_, b, dim_, false, [&](int r) -> const T* {
+      pack_rows_tiles<Parts, false>(queries_, b, dim_, [&](int r) -> const T* {
         const int64_t i = block.queries.lo + b * 16 + r;
         return i < block.queries.hi ? row<T>(d.q, run.batch, i, run.head) : nullptr;
       });
@@ -162,7 +162,7 @@ class AmxForward {
       __m512i word[Parts];
       split_words_positive(low, high, word);
       for (int part = 0; part < Parts; ++part) _mm512_store_si512(tile + part * part_stride, word[part]);
-      tile += kTileBytes;
+      tile += weights_.chunk;
     };
     int64_t v = 0;
     if (begin > 0) emit(Vec{}, weight(1)), v = 2;
@@ -219,10 +219,10 @@ class AmxBackward {
     for (int64_t i = 0; i < run.ring; i += 32) {
       for (int64_t j = i + 32; j < i + 64; ++j) prefetch(run.key<T>(d.k, j), dim_), prefetch(run.key<T>(d.v, j), dim_);
       for (const int64_t j : {i, i + 16}) {
-        pack_rows_tiles<Parts>(keys_, j / 16, dim_, false, [&](int r) { return run.key<T>(d.k, j + r); });
-        pack_rows_tiles<Parts>(values_, j / 16, dim_, false, [&](int r) { return run.key<T>(d.v, j + r); });
+        pack_rows_tiles<Parts, false>(keys_, j / 16, dim_, [&](int r) { return run.key<T>(d.k, j + r); });
+        pack_rows_tiles<Parts, false>(values_, j / 16, dim_, [&](int r) { return run.key<T>(d.v, j + r); });
       }
-      pack_depth_tiles<Parts>(keys_deep_, i / 32, dim_, true, [&](int r) { return run.key<T>(d.k, i + r); });
+      pack_depth_tiles<Parts, true>(keys_deep_, i / 32, dim_, [&](int r) { return run.key<T>(d.k, i + r); });
     }
     std::memset(d_keys_, 0, round_up(run.ring, 32) * padded_ * sizeof(float));
     std::memset(d_values_, 0, round_up(run.ring, 32) * padded_ * sizeof(float));
@@ -269,12 +269,12 @@ class AmxBackward {
       return i < rows ? row<T>(s, run.batch, block.queries.lo + i, run.head) : nullptr;
     };
     for (int64_t b = 0; b < 2 * q_chunks; ++b) {
-      pack_rows_tiles<Parts>(queries_, b, dim_, true, [&](int r) { return query(d.q, b * 16 + r); });
-      pack_rows_tiles<Parts>(d_out_, b, dim_, true, [&](int r) { return query(d.d_out, b * 16 + r); });
+      pack_rows_tiles<Parts, true>(queries_, b, dim_, [&](int r) { return query(d.q, b * 16 + r); });
+      pack_rows_tiles<Parts, true>(d_out_, b, dim_, [&](int r) { return query(d.d_out, b * 16 + r); });
     }
     for (int64_t c = 0; c < q_chunks; ++c) {
-      pack_depth_tiles<Parts>(queries_deep_, c, dim_, false, [&](int r) { return query(d.q, c * 32 + r); });
-      pack_depth_tiles<Parts>(d_out_deep_, c, dim_, false, [&](int r) { return query(d.d_out, c * 32 + r); });
+      pack_depth_tiles<Parts, false>(queries_deep_, c, dim_, [&](int r) { return query(d.q, c * 32 + r); });
+      pack_depth_tiles<Parts, false>(d_out_deep_, c, dim_, [&](int r) { return query(d.d_out, c * 32 + r); });
     }
     const float* lse = run.lse(block, p_.heads);
     for (int64_t r = 0; r < q_chunks * 32; ++r) {
@@ -308,8 +308,11 @@ class AmxBackward {
       }
     }
     for (int64_t chunk = 0; chunk < chunks; ++chunk)
-      pack_depth_tiles<Parts>(d_scores_deep_, chunk, q_chunks * 32, false,
-                              [&](int r) -> const float* { return d_weight_ + (chunk * 32 + r) * kQueryRows; });
+      for (int64_t i = 0; i < 16; ++i) {
+        const float* low = d_weight_ + (chunk * 32 + i) * kQueryRows;
+        for (int64_t b = 0; b < 2 * q_chunks; ++b)
+          store_words<Parts>(load(low + b * 16), load(low + 16 * kQueryRows + b * 16), d_scores_deep_, b, chunk, i);
+      }
   }
 
   void store_d_queries(const Run& run, const QueryBlock& block, int64_t b) const {  // from [channel][query]

@@ -160,8 +160,8 @@ class Runs {
       while (exclusive && cut > 0 && cut < count && blocks_[cut - 1].segment == blocks_[cut].segment) --cut;
       if (cuts.empty() || cut > cuts.back().at) cuts.push_back({cut});
     }
-    for (int64_t i = 0; i < heads; ++i)
-      for (size_t j = 0; j + 1 < cuts.size(); ++j) {
+    for (size_t j = 0; j + 1 < cuts.size(); ++j)
+      for (int64_t i = 0; i < heads; ++i) {
         runs_.emplace_back(&d, i / p.heads, i % p.heads, windows_, &blocks_[cuts[j].at], &blocks_[0] + cuts[j + 1].at,
                            j + 2 == cuts.size());
         longest_ = std::max(longest_, runs_.back().ring);
