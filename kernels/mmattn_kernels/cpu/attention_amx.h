@@ -99,6 +99,7 @@ class AmxForward {
         for (int64_t r = 0; r < rows; ++r) {
           if (is_first) {
             top_[r] = greatest_score(keys, r);
+            prefetch(row<T>(d.out, run.batch, block.queries.lo + r, run.head), dim_);
             if (block.queries.hi + r < d.q_len) prefetch(row<T>(d.q, run.batch, block.queries.hi + r, run.head), dim_);
           }
           Vec sum = weigh(keys, r);

@@ -138,7 +138,8 @@ inline Vec exp2(Vec x) {
 #endif
 }
 
-// Asks for n elements ahead of their use: rows of one head lie too far apart for the hardware to foresee the next.
+// Asks for n elements ahead of their use, to be read or written: rows of one head lie too far apart for the hardware to
+// foresee the next.
 template <class T>
 inline void prefetch(const T* p, int64_t n) {
   for (int64_t i = 0; p != nullptr && i < n; i += 64 / sizeof(T)) __builtin_prefetch(p + i);
