@@ -41,8 +41,9 @@ fix: install ## what lint can repair by itself
 	$(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $(SOURCES)
 
-bench: install ## the full benchmark of this machine into bench/results and README (about ten minutes, nothing else running)
-	$(RUN) bench/attn.py --json bench/results/attn-cpu.json --plot docs/attn-cpu.png
+bench: install ## the full benchmark of this machine into bench/results and README (five minutes, nothing else running)
+	$(RUN) bench/attn.py --modes forward both --json bench/results/attn-cpu.json
+	$(RUN) bench/plot.py bench/results/attn-cpu.json docs/attn-cpu.png --modes forward
 	$(RUN) bench/tables.py
 
 tables: install ## README's tables from bench/results

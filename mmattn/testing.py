@@ -18,7 +18,8 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
         AssertionError: if the shapes differ, or `actual` holds a NaN or an infinity.
     """
     _check(actual, expected, "actual")
-    difference, size = (actual.double() - expected.double()).norm(), expected.double().norm()
+    actual, expected = actual.detach().double(), expected.detach().double()
+    difference, size = (actual - expected).norm(), expected.norm()
     return float(difference / size) if difference else 0.0
 
 
