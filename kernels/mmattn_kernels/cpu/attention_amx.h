@@ -89,7 +89,6 @@ class AmxForward {
       });
     }
     std::memset(sums_, 0, rows * 16 * sizeof(float));
-    std::memset(out_, 0, rows * padded_ * sizeof(float));
     bool is_first = true;
     run.each_key_range(block, [&](Range range) {
       each_key_block(range, 32, kKeyBlock / 32, [&](int64_t chunk, int64_t chunks) {
