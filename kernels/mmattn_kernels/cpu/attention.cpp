@@ -23,6 +23,7 @@ void pack_panels(float* panels, const Strided& s, const Run& run, int64_t dim) {
   float line[kLanes][kMaxDim];
   for (int64_t base = 0; base < run.ring; base += kLanes) {
     for (int i = 0; i < kLanes; ++i) {
+      prefetch(run.key<T>(s, base + i + 2 * kLanes), dim);
       if (const T* key = run.key<T>(s, base + i))
         load_row(line[i], key, dim, round_up(dim, kLanes), 1.0f);
       else
@@ -38,6 +39,7 @@ template <class T>
 void pack_rows(float* rows, const Strided& s, const Run& run, int64_t dim) {
   const int64_t padded = round_up(dim, kLanes);
   for (int64_t i = 0; i < round_up(run.ring, kLanes); ++i) {
+    prefetch(run.key<T>(s, i + 32), dim);
     if (const T* key = run.key<T>(s, i))
       load_row(rows + i * padded, key, dim, padded, 1.0f);
     else
@@ -81,6 +83,7 @@ class Forward {
     for (int64_t r = 0; r < kQueryRows; ++r) top_[r] = factor_[r] = kMasked, sum_[r] = 0;
     std::memset(out_, 0, rows * padded_ * sizeof(float));
 
+    bool is_first = true;
     run.each_key_range(block, [&](Range range) {
       each_key_block(range, kLanes, kKeyPanels, [&](int64_t panel, int64_t panels) {
         const int64_t lo = range.lo - panel * kLanes, hi = range.hi - panel * kLanes, last = (panels - 1) * kLanes;
@@ -102,6 +105,10 @@ class Forward {
         }
         for (int64_t r = 0; r < rows; ++r) {
           float* s = scores_ + r * kKeyBlock;
+          if (is_first) {
+            prefetch(row<T>(d.out, run.batch, block.queries.lo + r, run.head), dim_);
+            if (block.queries.hi + r < d.q_len) prefetch(row<T>(d.q, run.batch, block.queries.hi + r, run.head), dim_);
+          }
           const Vec row_top = broadcast(top_[r]);
           Vec total{};
           for (int64_t v = 0; v < panels; ++v) {
@@ -113,6 +120,7 @@ class Forward {
         }
         gemm<Init::rescale>({rows, padded_ / kLanes, panels * kLanes, scores_, kKeyBlock, 1,
                              values_ + panel * kLanes * padded_, kLanes, padded_, out_, padded_, factor_});
+        is_first = false;
       });
     });
     float* lse = run.lse(block, p_.heads);
