@@ -89,6 +89,17 @@ def _whole_segments(shape: Shape) -> None:
         raise NotApplicable(f"needs whole segments: T={shape.audio_len} is no multiple of F={shape.frames}")
 
 
+def _sdpa_by_frame(frames: int, windows: Callable[[Tensor], Tensor]) -> Attend:
+    """SDPA with (batch, frame) as its batch; windows(x) makes [B*F, H, S*n, D] of keys or values [B, L, H, D]."""
+
+    def direction(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        queries = q.unflatten(1, (frames, -1)).flatten(0, 1).transpose(1, 2)  # [B*F, H, n, D]
+        out = F.scaled_dot_product_attention(queries, windows(k), windows(v))
+        return out.transpose(1, 2).reshape(q.shape)
+
+    return _both_directions(direction)
+
+
 def sdpa_over_views(shape: Shape) -> Attend:
     """The bar to beat: torch's SDPA on overlapping views of K and V, rolled by R segments, padded by S-1."""
     _whole_segments(shape)
@@ -104,12 +115,7 @@ def sdpa_over_views(shape: Shape) -> Attend:
         x = x.as_strided(size, (strides[0], segment * strides[1], strides[2], strides[1], strides[3]))
         return x.flatten(0, 1)  # [B*F, H, S*n, D]
 
-    def direction(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        queries = q.unflatten(1, (frames, -1)).flatten(0, 1).transpose(1, 2)  # [B*F, H, n, D]
-        out = F.scaled_dot_product_attention(queries, windows(k), windows(v))
-        return out.transpose(1, 2).reshape(q.shape)
-
-    return _both_directions(direction)
+    return _sdpa_by_frame(frames, windows)
 
 
 def sdpa_over_unfold(shape: Shape) -> Attend:
@@ -152,12 +158,7 @@ def sdpa_over_copies(shape: Shape) -> Attend:
         x = torch.cat([x.roll(-(shift + j), 1) for j in range(window)], 2)  # [B, F, S*n, H, D]
         return x.flatten(0, 1).transpose(1, 2)
 
-    def direction(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        queries = q.unflatten(1, (frames, -1)).flatten(0, 1).transpose(1, 2)  # [B*F, H, n, D]
-        out = F.scaled_dot_product_attention(queries, windows(k), windows(v))
-        return out.transpose(1, 2).reshape(q.shape)
-
-    return _both_directions(direction)
+    return _sdpa_by_frame(frames, windows)
 
 
 def full_sdpa(shape: Shape) -> Attend:

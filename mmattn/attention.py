@@ -84,7 +84,7 @@ def random_shift_attention(
     """
     tensors: tuple[Tensor, ...] = (video_q, video_k, video_v, audio_q, audio_k, audio_v)
     device_type = video_q.device.type if isinstance(video_q, Tensor) else "cpu"
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if is_autocast(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         tensors = tuple(_autocast(t, dtype) for t in tensors)
     _check(tensors, frames, window, shift)
@@ -144,6 +144,11 @@ def _attend_windows(
         left_over = attend(q[:, None, whole:], k_windows[:, -1:], v_windows[:, -1:])
         out = torch.cat([out, left_over[:, 0]], dim=1)
     return out
+
+
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast is on for a device type; False for those that have none, such as meta."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _autocast(t: Any, dtype: torch.dtype) -> Any:

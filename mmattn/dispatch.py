@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
@@ -93,6 +94,7 @@ def _extension_missing() -> str | None:
     return mmattn_kernels.cpu.missing()
 
 
+@functools.lru_cache(maxsize=1)
 def _triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"

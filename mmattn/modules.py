@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmattn.attention import draw_shift, random_shift_attention
+from mmattn.attention import draw_shift, is_autocast, random_shift_attention
 
 # Our submodules under the names of the published block, with the trailing dimensions of its 1x1 convolutions.
 _PUBLISHED = {
@@ -205,14 +205,10 @@ class RandomShiftAttention(nn.Module):
         if audio.dtype != video.dtype:
             raise TypeError(f"audio has dtype {audio.dtype}; expected {video.dtype}, the dtype of video")
         own = self.video_qkv.weight.dtype
-        if video.dtype != own and not _is_autocast(video.device.type):
+        if video.dtype != own and not is_autocast(video.device.type):
             raise TypeError(f"video has dtype {video.dtype}; expected {own}, the dtype of the module's projections")
         if audio.device != video.device:
             raise ValueError(f"audio is on {audio.device}; expected {video.device}, the device of video")
-
-
-def _is_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def missing_published_attributes(module: nn.Module) -> list[str]:

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Matrix products on AMX tiles. An operand is packed as 1 KB tiles of 16 rows of 32 bf16; one of bf16 is a single
 // tile, one of fp32 is three (x = x0 + x1 + x2 exactly, 8 significand bits each). The product of two such triples takes
-// six tile products, smallest first; the three left out are below 2^-24 of the whole, so fp32 in stays fp32 out,
-// at three times the rate of fp32 fused multiply-adds.
+// six tile products; the three left out are about 2^-24 of the whole and below, so fp32 in stays fp32 out.
 //
 // A tile's 32 depths are 16 words of a pair (i, i + 16). Both operands use that order, so it never shows, and a word is
 // one shift and one bitwise select of two fp32 vectors.
@@ -201,7 +200,7 @@ inline Vec load_lanes(const bf16* p, int64_t n) {
   return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16((1u << n) - 1, p)), 16);
 }
 
-// The words of a row's 32 channels (i, i + 16) / of two rows' 16 channels each; bf16 is only moved.
+// The words of 32 channels of a row (row_words) or of 16 channels of two rows (pair_words); bf16 is only moved.
 template <int Parts>
 inline void row_words(const float* p, int64_t n, __m512i (&word)[Parts]) {
   split_words<Parts>(load_lanes(p, n), load_lanes(p + 16, n - 16), word);
