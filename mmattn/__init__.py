@@ -8,11 +8,21 @@ from importlib import metadata as _metadata
 
 from mmattn._swap import swap
 from mmattn.attention import draw_shift, random_shift_attention
+from mmattn.conv import dilated_conv1d
 from mmattn.modules import RandomShiftAttention
+from mmattn.norm import group_norm
 
 try:
     __version__ = _metadata.version("mmattn")
 except _metadata.PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
-__all__ = ["RandomShiftAttention", "__version__", "draw_shift", "random_shift_attention", "swap"]
+__all__ = [
+    "RandomShiftAttention",
+    "__version__",
+    "dilated_conv1d",
+    "draw_shift",
+    "group_norm",
+    "random_shift_attention",
+    "swap",
+]

@@ -7,14 +7,13 @@ kernels of the same name live in `mmattn_kernels`; both are registered here behi
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from mmattn import dispatch
+from mmattn._library import below_autograd, gradients_of, is_autocast, kernels, register_autograd, to_autocast
 
 _OP = "mmattn::random_shift_attention"
 _BACKWARD_OP = "mmattn::random_shift_attention_backward"
@@ -86,7 +85,7 @@ def random_shift_attention(
     device_type = video_q.device.type if isinstance(video_q, Tensor) else "cpu"
     if is_autocast(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        tensors = tuple(_autocast(t, dtype) for t in tensors)
+        tensors = tuple(to_autocast(t, dtype) for t in tensors)
     _check(tensors, frames, window, shift)
     if scale is None:
         scale = tensors[0].shape[-1] ** -0.5
@@ -144,16 +143,6 @@ def _attend_windows(
         left_over = attend(q[:, None, whole:], k_windows[:, -1:], v_windows[:, -1:])
         out = torch.cat([out, left_over[:, 0]], dim=1)
     return out
-
-
-def is_autocast(device_type: str) -> bool:
-    """Whether autocast is on for a device type; False for those that have none, such as meta."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
-def _autocast(t: Any, dtype: torch.dtype) -> Any:
-    eligible = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
-    return t.to(dtype) if eligible else t
 
 
 def _check_window(frames: int, window: int) -> None:
@@ -220,13 +209,6 @@ def _check_shift(shift: int, frames: int, window: int) -> None:
         raise ValueError(f"shift is {shift}; expected 0..frames-window = 0..{frames - window}")
 
 
-def _kernels(impl: str, like: Tensor) -> Any:
-    reason = dispatch.unavailable("attention", impl, like.device.type, like.dtype, like.shape[-1])
-    if impl == "reference" or reason is not None:
-        raise RuntimeError(f"impl {impl!r} has no kernel here: {reason or 'it is plain torch'}")
-    return importlib.import_module(f"mmattn_kernels.{impl}.attention")
-
-
 def _geometry(frames: int, window: int, shift: int, shift_tensor: Tensor | None, scale: float) -> dict[str, Any]:
     # Again: the op can be called directly, `_check` cannot read a tensor while compiling, and kernels trust these.
     _check_window(frames, window)
@@ -255,12 +237,12 @@ torch.library.define(
 
 @torch.library.impl(_OP, "CompositeExplicitAutograd")
 def _forward(*args: Any) -> tuple[Tensor, ...]:
-    return _kernels(args[-1], args[0]).forward(*args[:6], **_geometry(*args[6:-1]))
+    return kernels("attention", args[-1], args[0]).forward(*args[:6], **_geometry(*args[6:-1]))
 
 
 @torch.library.impl(_BACKWARD_OP, "CompositeExplicitAutograd")
 def _backward(*args: Any) -> tuple[Tensor, ...]:
-    return _kernels(args[-1], args[2]).backward(*args[:12], **_geometry(*args[12:-1]))
+    return kernels("attention", args[-1], args[2]).backward(*args[:12], **_geometry(*args[12:-1]))
 
 
 @torch.library.register_fake(_OP)
@@ -279,25 +261,13 @@ def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape) for t in args[2:8])
 
 
-class _Gradients(torch.autograd.Function):
-    """The backward op where a graph of the gradients is asked for: refuses to be differentiated in its turn.
-
-    torch's `once_differentiable` looks at the output gradients alone, and would silently leave out terms.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        return torch.ops.mmattn.random_shift_attention_backward(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError("random_shift_attention is differentiable once; impl='reference' as often as wanted")
+_gradients = gradients_of("random_shift_attention")
 
 
 class _RandomShiftAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, ...]:
-        out = _below_autograd(keyset, *args)
+        out = below_autograd("random_shift_attention", keyset, *args)
         shift_tensor = args[9]
         ctx.geometry = (*args[6:9], args[10], args[11])
         ctx.save_for_backward(*args[:6], *out, shift_tensor)
@@ -311,26 +281,8 @@ class _RandomShiftAttention(torch.autograd.Function):
         frames, window, shift, scale, impl = ctx.geometry
         d_video_out = torch.zeros_like(saved[6]) if d_video_out is None else d_video_out
         d_audio_out = torch.zeros_like(saved[7]) if d_audio_out is None else d_audio_out
-        compute = _Gradients.apply if torch.is_grad_enabled() else torch.ops.mmattn.random_shift_attention_backward
-        grads = compute(d_video_out, d_audio_out, *saved, frames, window, shift, shift_tensor, scale, impl)
+        grads = _gradients(d_video_out, d_audio_out, *saved, frames, window, shift, shift_tensor, scale, impl)
         return None, *grads, None, None, None, None, None, None
 
 
-def _below_autograd(keyset: Any, *args: Any) -> tuple[Tensor, ...]:
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.mmattn.random_shift_attention.default.redispatch(
-            keyset & torch._C._after_autograd_keyset, *args
-        )
-
-
-def _autograd(keyset: Any, *args: Any) -> tuple[Tensor, ...]:
-    # A tangent carries no requires_grad; the Function, having no forward-mode rule, refuses it.
-    in_forward_mode = forward_ad._current_level >= 0
-    if in_forward_mode or (torch.is_grad_enabled() and any(t.requires_grad for t in args[:6])):
-        return _RandomShiftAttention.apply(keyset, *args)
-    return _below_autograd(keyset, *args)
-
-
-# Registered under the op, not around it, so that torch.ops.mmattn.random_shift_attention itself is differentiable.
-_library = torch.library.Library("mmattn", "IMPL")
-_library.impl("random_shift_attention", _autograd, "Autograd", with_keyset=True)
+register_autograd("random_shift_attention", _RandomShiftAttention)

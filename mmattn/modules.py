@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmattn.attention import draw_shift, is_autocast, random_shift_attention
+from mmattn._library import is_autocast
+from mmattn.attention import draw_shift, random_shift_attention
 
 # Our submodules under the names of the published block, with the trailing dimensions of its 1x1 convolutions.
 _PUBLISHED = {

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: MIT
+"""What the ops share between torch.library and their kernels."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from mmattn import dispatch
+
+_library = torch.library.Library("mmattn", "IMPL")
+
+
+def kernels(op: str, impl: str, like: Tensor) -> Any:
+    """The module of kernels of `op`; RuntimeError where it cannot run on tensors like `like`."""
+    reason = dispatch.unavailable(op, impl, like.device.type, like.dtype, like.shape[-1])
+    if impl == "reference" or reason is not None:
+        raise RuntimeError(f"impl {impl!r} has no kernel here: {reason or 'it is plain torch'}")
+    return importlib.import_module(f"mmattn_kernels.{impl}.{op}")
+
+
+def below_autograd(name: str, keyset: Any, *args: Any) -> tuple[Tensor, ...]:
+    """Call the op `name` without recording a graph."""
+    with torch._C._AutoDispatchBelowAutograd():
+        op = getattr(torch.ops.mmattn, name).default
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+def register_autograd(name: str, function: type[torch.autograd.Function]) -> None:
+    """Make the op `name` differentiable by `function`, whose first argument is the dispatcher's keyset.
+
+    Registered under the op, not around it, so that torch.ops.mmattn's own entry is differentiable.
+    """
+
+    def autograd(keyset: Any, *args: Any) -> tuple[Tensor, ...]:
+        # A tangent carries no requires_grad; the Function, having no forward-mode rule, refuses it.
+        in_forward_mode = forward_ad._current_level >= 0
+        wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+        if in_forward_mode or wanted:
+            return function.apply(keyset, *args)
+        return below_autograd(name, keyset, *args)
+
+    _library.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+def gradients_of(name: str) -> Callable[..., tuple[Tensor, ...]]:
+    """The op `{name}_backward`, which refuses to be differentiated in its turn where a graph of the gradients is wanted.
+
+    torch's `once_differentiable` looks at the output gradients alone, and would silently leave out terms.
+    """
+
+    class Gradients(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+            return getattr(torch.ops.mmattn, f"{name}_backward")(*args)
+
+        @staticmethod
+        def backward(ctx: Any, *_: Any) -> Any:
+            raise RuntimeError(f"{name} is differentiable once; impl='reference' as often as wanted")
+
+    def compute(*args: Any) -> tuple[Tensor, ...]:
+        if torch.is_grad_enabled():
+            return Gradients.apply(*args)
+        return getattr(torch.ops.mmattn, f"{name}_backward")(*args)
+
+    return compute
+
+
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast is on for a device type; False for those that have none, such as meta."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def to_autocast(t: Any, dtype: torch.dtype) -> Any:
+    """`t` in `dtype` if it is a floating-point tensor other than float64; anything else as it is."""
+    eligible = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+    return t.to(dtype) if eligible else t

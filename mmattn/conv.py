@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: MIT
+"""Dilated 1-D convolution of tokens [B, L, C], with normalisation, FiLM and SiLU fused in front of it.
+
+`dilated_conv1d` is the public function, `reference` its definition in plain torch. The fused kernels of the same name
+live in `mmattn_kernels`; both are registered here behind one torch.library op.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mmattn import dispatch
+from mmattn import norm as norm_op
+from mmattn._library import below_autograd, gradients_of, is_autocast, kernels, register_autograd, to_autocast
+
+_OP = "mmattn::dilated_conv1d"
+_BACKWARD_OP = "mmattn::dilated_conv1d_backward"
+
+
+def dilated_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dilation: int = 1,
+    norm: tuple[Tensor, Tensor, int] | None = None,
+    film: tuple[Tensor, Tensor] | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    impl: str = "auto",
+) -> Tensor:
+    """Convolve over the positions, padded with zeros to the same length, with everything around it fused.
+
+    out[b, l, o] = bias[o] + residual[b, l, o] + sum_{k, c} weight[o, c, k] * y[b, l + (k - K//2) * dilation, c]
+
+    y = activation(norm(x) * (1 + scale) + shift), computed in fp32 and rounded to the dtype of x, and 0 outside 0..L-1;
+    see `mmattn.group_norm`. Over video tokens [B, F*P, C], frames outermost, dilation P makes it the convolution over
+    the frames; K = 1 makes it a projection.
+
+    Args:
+        x: [B, L, Cin], any strides as long as Cin is contiguous.
+        weight: [Cout, Cin, K] as in torch.nn.Conv1d, K odd, in the dtype of x or float32, and rounded to that of x.
+            Kernels on the CPU keep a packed copy of it for as long as it lives unchanged.
+        bias: [Cout], in the dtype of x or float32, or None.
+        dilation: distance between the taps in positions, at least 1; taps farther than L read zeros.
+        norm: (weight [Cin], bias [Cin], groups) of a group normalisation of x, or None.
+        film: (scale [B, Cin], shift [B, Cin]) or None.
+        activation: None or "silu".
+        residual: [B, L, Cout] in the dtype of x, Cout contiguous, added to the result; or None.
+        eps: of the normalisation.
+        impl: "auto", "reference", "triton" or "cpu". A named one runs or raises; "auto" picks
+            (see `python -m mmattn.info`), and MMATTN_IMPL in the environment sets what it means.
+
+    Returns:
+        [B, L, Cout], contiguous, in the dtype of x, or in autocast's dtype under autocast. Differentiable once in all
+        tensors.
+
+    Raises:
+        TypeError: on a dtype other than those above.
+        ValueError: on any other argument outside the ranges above, naming it, its value and what was expected.
+        RuntimeError: if the named `impl` cannot run here, with the reason.
+    """
+    device_type = x.device.type if isinstance(x, Tensor) else "cpu"
+    if is_autocast(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        x, residual = to_autocast(x, dtype), to_autocast(residual, dtype)
+        # Parameters in float32 stay so: kernels round them as they pack them, once for all calls.
+        weight, bias, norm, film = (_parameter_to_autocast(p, dtype) for p in (weight, bias, norm, film))
+    norm_weight, norm_bias, groups = (None, None, 0) if norm is None else _unpack("norm", norm, "weight, bias, groups")
+    scale, shift = (None, None) if film is None else _unpack("film", film, "scale, shift")
+    _check(x, weight, bias, dilation, residual)
+    _check_prologue(x, (norm_weight, norm_bias, groups), (scale, shift), activation, eps)
+    chosen = dispatch.choose("conv", impl, x)
+    if chosen == "reference":
+        return reference(
+            x,
+            weight,
+            bias,
+            dilation=dilation,
+            norm=norm,
+            film=film,
+            activation=activation,
+            residual=residual,
+            eps=eps,
+        )
+    out, _ = torch.ops.mmattn.dilated_conv1d(
+        x,
+        weight,
+        bias,
+        norm_weight,
+        norm_bias,
+        scale,
+        shift,
+        residual,
+        groups,
+        dilation,
+        activation == "silu",
+        float(eps),
+        chosen,
+    )
+    return out
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dilation: int = 1,
+    norm: tuple[Tensor, Tensor, int] | None = None,
+    film: tuple[Tensor, Tensor] | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The definition of `dilated_conv1d` in plain torch: any device, any float dtype, any order of derivative."""
+    y = _prologue(x, norm, film, activation, eps).transpose(1, 2)
+    padding = dilation * (weight.shape[2] // 2)
+    bias = None if bias is None else bias.to(x.dtype)
+    out = functional.conv1d(y, weight.to(x.dtype), bias, padding=padding, dilation=dilation).transpose(1, 2)
+    return (out if residual is None else out + residual).contiguous()
+
+
+def _prologue(x: Tensor, norm: Any, film: Any, activation: str | None, eps: float) -> Tensor:
+    if norm is None and film is None and activation is None:
+        return x
+    weight, bias, groups = norm or (None, None, 0)
+    scale, shift = film or (None, None)
+    return norm_op.reference(x, weight, bias, groups, scale=scale, shift=shift, activation=activation, eps=eps)
+
+
+def _parameter_to_autocast(p: Any, dtype: torch.dtype) -> Any:
+    if isinstance(p, tuple):
+        return tuple(_parameter_to_autocast(t, dtype) for t in p)
+    return p if isinstance(p, Tensor) and p.dtype == torch.float32 else to_autocast(p, dtype)
+
+
+def _unpack(name: str, value: Any, letters: str) -> Any:
+    count = letters.count(",") + 1
+    if not isinstance(value, tuple) or len(value) != count:
+        what = f"{len(value)} values" if isinstance(value, tuple) else f"a {type(value).__name__}"
+        raise TypeError(f"{name} is {what}; expected a tuple ({letters}) or None")
+    return value
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, residual: Tensor | None) -> None:
+    norm_op.check_tokens("x", x)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight is a {type(weight).__name__}; expected a tensor [Cout, Cin, K]")
+    if weight.dim() != 3 or weight.shape[1] != x.shape[2] or weight.shape[2] % 2 == 0 or weight.shape[0] < 1:
+        raise ValueError(
+            f"weight has shape {list(weight.shape)}; expected [Cout, Cin, K] with Cin = {x.shape[2]}, as in x, K odd"
+        )
+    out_channels = weight.shape[0]
+    norm_op.check_parameter("weight", weight, tuple(weight.shape), "[Cout, Cin, K]", x)
+    if bias is not None:
+        norm_op.check_parameter("bias", bias, (out_channels,), "[Cout]", x)
+    norm_op.check_int("dilation", dilation)
+    if dilation < 1:
+        raise ValueError(f"dilation is {dilation}; expected at least 1")
+    if residual is not None:
+        norm_op.check_tokens("residual", residual)
+        expected = (x.shape[0], x.shape[1], out_channels)
+        if tuple(residual.shape) != expected:
+            raise ValueError(f"residual has shape {list(residual.shape)}; expected [B, L, Cout] = {list(expected)}")
+        if residual.dtype != x.dtype:
+            raise TypeError(f"residual has dtype {residual.dtype}; expected {x.dtype}, the dtype of x")
+        if residual.device != x.device:
+            raise ValueError(f"residual is on {residual.device}; expected {x.device}, the device of x")
+
+
+def _check_prologue(x: Tensor, norm: Any, film: Any, activation: str | None, eps: float) -> None:
+    norm_weight, norm_bias, groups = norm
+    if norm_weight is not None or norm_bias is not None or groups:
+        norm_op.check_norm(x, norm_weight, norm_bias, groups, "norm's ")
+    norm_op.check_film(x, *film, "film's ")
+    norm_op.check_activation(activation)
+    norm_op.check_eps(eps)
+
+
+_PROLOGUE = "Tensor? norm_weight, Tensor? norm_bias, Tensor? scale, Tensor? shift"
+
+torch.library.define(
+    _OP,
+    f"(Tensor x, Tensor weight, Tensor? bias, {_PROLOGUE}, Tensor? residual, int groups, SymInt dilation, bool silu, "
+    "float eps, str impl) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    _BACKWARD_OP,
+    f"(Tensor d_out, Tensor x, Tensor weight, {_PROLOGUE}, Tensor stats, int groups, SymInt dilation, bool silu, "
+    "bool need_x, bool need_weight, bool need_bias, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl(_OP, "CompositeExplicitAutograd")
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    norm_weight, norm_bias, scale, shift, residual, groups, dilation, silu, eps, impl = args
+    # Again: the op can be called directly, and kernels trust these.
+    _check(x, weight, bias, dilation, residual)
+    _check_prologue(x, (norm_weight, norm_bias, groups), (scale, shift), None, eps)
+    return kernels("conv", impl, x).forward(
+        x,
+        weight,
+        bias,
+        norm_weight,
+        norm_bias,
+        scale,
+        shift,
+        residual,
+        groups=groups,
+        dilation=dilation,
+        silu=silu,
+        eps=eps,
+    )
+
+
+@torch.library.impl(_BACKWARD_OP, "CompositeExplicitAutograd")
+def _backward(d_out: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *prologue, stats, groups, dilation, silu, need_x, need_weight, need_bias, impl = args
+    _check(x, weight, None, dilation, d_out)
+    _check_prologue(x, (*prologue[:2], groups), prologue[2:], None, 0.0)
+    return kernels("conv", impl, x).backward(
+        d_out,
+        x,
+        weight,
+        *prologue,
+        stats,
+        groups=groups,
+        dilation=dilation,
+        silu=silu,
+        need_x=need_x,
+        need_weight=need_weight,
+        need_bias=need_bias,
+    )
+
+
+@torch.library.register_fake(_OP)
+def _fake_forward(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    batch, length, _ = x.shape
+    stats = x.new_empty((batch, args[6], 2), dtype=torch.float32)
+    return x.new_empty((batch, length, weight.shape[0])), stats
+
+
+@torch.library.register_fake(_BACKWARD_OP)
+def _fake_backward(d_out: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *_, groups, _dilation, silu, need_x, need_weight, need_bias, _impl = args
+    has_prologue = groups or silu or args[2] is not None or args[3] is not None
+    sums = (x.shape[0], x.shape[2], 2) if need_x and has_prologue else (0,)
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        x.new_empty(weight.shape if need_weight else (0,), dtype=torch.float32),
+        x.new_empty(weight.shape[:1] if need_bias else (0,), dtype=torch.float32),
+        x.new_empty(sums, dtype=torch.float32),
+    )
+
+
+_gradients = gradients_of("dilated_conv1d")
+
+
+class _DilatedConv1d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, ...]:
+        out, stats = below_autograd("dilated_conv1d", keyset, *args)
+        x, weight, bias, *prologue, _residual, groups, dilation, silu, _eps, impl = args
+        ctx.save_for_backward(x, weight, *prologue, stats)
+        ctx.options = groups, dilation, silu
+        ctx.impl, ctx.bias_dtype = impl, None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(stats)
+        return out, stats
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Any, ...]:
+        x, weight, *prologue, stats = ctx.saved_tensors
+        need = ctx.needs_input_grad[1:]  # x, weight, bias, four of the prologue, residual
+        need_x, need_weight, need_bias = need[0] or any(need[3:7]), need[1], need[2]
+        d_out_rows = d_out if d_out.stride(-1) == 1 or d_out.shape[-1] == 1 else d_out.contiguous()
+        d_x, d_weight, d_bias, sums = _gradients(
+            d_out_rows, x, weight, *prologue, stats, *ctx.options, need_x, need_weight, need_bias, ctx.impl
+        )
+        d_prologue = norm_op.parameter_gradients(sums, *prologue) if any(need[3:7]) else (None,) * 4
+        return (
+            None,
+            d_x if need[0] else None,
+            d_weight.to(weight.dtype) if need_weight else None,
+            d_bias.to(ctx.bias_dtype) if need_bias else None,
+            *d_prologue,
+            d_out if need[7] else None,
+            *(None,) * 5,
+        )
+
+
+register_autograd("dilated_conv1d", _DilatedConv1d)
