@@ -9,7 +9,7 @@ from importlib import metadata as _metadata
 from mmattn._swap import swap
 from mmattn.attention import draw_shift, random_shift_attention
 from mmattn.conv import dilated_conv1d
-from mmattn.modules import RandomShiftAttention
+from mmattn.modules import DilatedConvBlock, RandomShiftAttention
 from mmattn.norm import group_norm
 
 try:
@@ -18,6 +18,7 @@ except _metadata.PackageNotFoundError:  # a source tree on the path, not install
     __version__ = "0+unknown"
 
 __all__ = [
+    "DilatedConvBlock",
     "RandomShiftAttention",
     "__version__",
     "dilated_conv1d",

@@ -49,7 +49,7 @@ def register_autograd(name: str, function: type[torch.autograd.Function]) -> Non
 
 
 def gradients_of(name: str) -> Callable[..., tuple[Tensor, ...]]:
-    """The op `{name}_backward`, which refuses to be differentiated in its turn where a graph of the gradients is wanted.
+    """The op `{name}_backward`, which refuses to be differentiated in its turn where a graph of gradients is wanted.
 
     torch's `once_differentiable` looks at the output gradients alone, and would silently leave out terms.
     """

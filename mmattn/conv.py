@@ -176,9 +176,10 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, residu
 
 def _check_prologue(x: Tensor, norm: Any, film: Any, activation: str | None, eps: float) -> None:
     norm_weight, norm_bias, groups = norm
+    scale, shift = film
     if norm_weight is not None or norm_bias is not None or groups:
         norm_op.check_norm(x, norm_weight, norm_bias, groups, "norm's ")
-    norm_op.check_film(x, *film, "film's ")
+    norm_op.check_film(x, scale, shift, "film's ")
     norm_op.check_activation(activation)
     norm_op.check_eps(eps)
 
@@ -222,8 +223,11 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tupl
 @torch.library.impl(_BACKWARD_OP, "CompositeExplicitAutograd")
 def _backward(d_out: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *prologue, stats, groups, dilation, silu, need_x, need_weight, need_bias, impl = args
-    _check(x, weight, None, dilation, d_out)
+    _check(x, weight, None, dilation, None)
     _check_prologue(x, (*prologue[:2], groups), prologue[2:], None, 0.0)
+    norm_op.check_like("d_out", d_out, (*x.shape[:2], weight.shape[0]), x.dtype, x)
+    norm_op.check_like("stats", stats, (x.shape[0], groups, 2), torch.float32, x)
+    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     return kernels("conv", impl, x).backward(
         d_out,
         x,
@@ -278,9 +282,8 @@ class _DilatedConv1d(torch.autograd.Function):
         x, weight, *prologue, stats = ctx.saved_tensors
         need = ctx.needs_input_grad[1:]  # x, weight, bias, four of the prologue, residual
         need_x, need_weight, need_bias = need[0] or any(need[3:7]), need[1], need[2]
-        d_out_rows = d_out if d_out.stride(-1) == 1 or d_out.shape[-1] == 1 else d_out.contiguous()
         d_x, d_weight, d_bias, sums = _gradients(
-            d_out_rows, x, weight, *prologue, stats, *ctx.options, need_x, need_weight, need_bias, ctx.impl
+            d_out, x, weight, *prologue, stats, *ctx.options, need_x, need_weight, need_bias, ctx.impl
         )
         d_prologue = norm_op.parameter_gradients(sums, *prologue) if any(need[3:7]) else (None,) * 4
         return (

@@ -3,23 +3,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mmattn._library import is_autocast
 from mmattn.attention import draw_shift, random_shift_attention
-
-# Our submodules under the names of the published block, with the trailing dimensions of its 1x1 convolutions.
-_PUBLISHED = {
-    "video_norm": ("v_norm.GroupNorm", 0),
-    "audio_norm": ("a_norm.GroupNorm", 0),
-    "video_qkv": ("v_qkv", 1),
-    "audio_qkv": ("a_qkv", 1),
-    "video_out": ("video_proj_out.video_conv", 3),
-    "audio_out": ("audio_proj_out.audio_conv", 1),
-}
+from mmattn.conv import dilated_conv1d
+from mmattn.norm import group_norm
 
 
 class RandomShiftAttention(nn.Module):
@@ -44,6 +37,16 @@ class RandomShiftAttention(nn.Module):
         >>> block = RandomShiftAttention(128, window=4)
         >>> video, audio = block(torch.randn(1, 16, 128, 8, 8), torch.randn(1, 128, 400))
     """
+
+    # Our submodules under their published names, with the trailing dimensions of the 1x1 convolutions.
+    _published: ClassVar[dict[str, tuple[str, int]]] = {
+        "video_norm": ("v_norm.GroupNorm", 0),
+        "audio_norm": ("a_norm.GroupNorm", 0),
+        "video_qkv": ("v_qkv", 1),
+        "audio_qkv": ("a_qkv", 1),
+        "video_out": ("video_proj_out.video_conv", 3),
+        "audio_out": ("audio_proj_out.audio_conv", 1),
+    }
 
     def __init__(
         self,
@@ -153,7 +156,7 @@ class RandomShiftAttention(nn.Module):
                 random_shift=bool(published.window_shift),
                 norm_groups=norm.num_groups,
             )
-        for ours, (theirs, trailing) in _PUBLISHED.items():
+        for ours, (theirs, trailing) in cls._published.items():
             source: Any = block.get_submodule(theirs)
             target: Any = module.get_submodule(ours)
             for name in ("weight", "bias"):
@@ -170,7 +173,7 @@ class RandomShiftAttention(nn.Module):
 
     def _heads(self, tokens: Tensor, norm: nn.GroupNorm, projection: nn.Linear) -> tuple[Tensor, ...]:
         """q, k, v [B, L, H, D] of tokens [B, L, C]: views of one packed projection."""
-        packed = projection(_group_norm(tokens, norm))
+        packed = projection(_normalise(tokens, norm))
         return packed.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
 
     def _draw(self, frames: int, generator: torch.Generator | None, device: torch.device) -> int | Tensor:
@@ -212,6 +215,191 @@ class RandomShiftAttention(nn.Module):
             raise ValueError(f"audio is on {audio.device}; expected {video.device}, the device of video")
 
 
+class DilatedConvBlock(nn.Module):
+    """Residual block of a dilated convolution and a projection over audio, with FiLM between them.
+
+    h = conv(silu(norm1(audio))), K = 3; skip(audio) + project(dropout(silu(norm2(h) * (1 + scale) + shift)))
+
+    The audio half of MM-Diffusion's residual block, arXiv 2212.09478, on `mmattn.dilated_conv1d`. The projection begins
+    at zero, so a new block is its skip: the identity, or a 1x1 convolution where the width changes. `load_state_dict`
+    takes the published key names too (audio_in_layers.*, emb_layers.1.*, audio_out_layers.*, audio_skip_connection.*).
+
+    Args:
+        channels: C of the input.
+        out_channels: Cout; C if None.
+        dilation: distance between the taps of the first convolution, in positions.
+        embedding_channels: E; the block then makes the FiLM itself, as Linear(silu(emb)). None: it is given.
+        norm_groups: groups of the two group normalisations, a divisor of C and of Cout.
+        dropout: share of the values zeroed before the projection, in training alone, 0 <= dropout < 1.
+
+    Raises:
+        ValueError: on an argument outside the ranges above.
+
+    Example:
+        >>> block = DilatedConvBlock(128, 256, dilation=4, embedding_channels=512)
+        >>> audio = block(torch.randn(1, 128, 400), torch.randn(1, 512))
+    """
+
+    _published: ClassVar[dict[str, tuple[str, int]]] = {
+        "norm1": ("audio_in_layers.0.GroupNorm", 0),
+        "conv1": ("audio_in_layers.2.audio_conv", 0),
+        "embedding": ("emb_layers.1", 0),
+        "norm2": ("audio_out_layers.0.GroupNorm", 0),
+        "conv2": ("audio_out_layers.3.audio_conv", 0),
+        "skip": ("audio_skip_connection.audio_conv", 0),
+    }
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int | None = None,
+        *,
+        dilation: int = 1,
+        embedding_channels: int | None = None,
+        norm_groups: int = 32,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        out_channels = channels if out_channels is None else out_channels
+        embedding = 1 if embedding_channels is None else embedding_channels
+        for name, value in (
+            ("channels", channels),
+            ("out_channels", out_channels),
+            ("dilation", dilation),
+            ("embedding_channels", embedding),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; expected at least 1")
+        for name, value in (("channels", channels), ("out_channels", out_channels)):
+            if norm_groups < 1 or value % norm_groups:
+                raise ValueError(f"norm_groups is {norm_groups}; expected a divisor of {name} = {value}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}; expected 0 <= dropout < 1")
+        self.channels = channels
+        self.out_channels = out_channels
+        self.dilation = dilation
+        self.embedding_channels = embedding_channels
+        self.dropout = dropout
+        self.norm1 = nn.GroupNorm(norm_groups, channels)
+        self.conv1 = nn.Conv1d(channels, out_channels, 3, padding=dilation, dilation=dilation)
+        self.embedding = None if embedding_channels is None else nn.Linear(embedding_channels, 2 * out_channels)
+        self.norm2 = nn.GroupNorm(norm_groups, out_channels)
+        self.conv2 = nn.Conv1d(out_channels, out_channels, 1)
+        self.skip = None if out_channels == channels else nn.Conv1d(channels, out_channels, 1)
+        for parameter in self.conv2.parameters():
+            nn.init.zeros_(parameter)
+        self.register_load_state_dict_pre_hook(_rename_published)
+
+    def forward(self, audio: Tensor, film: Tensor | None = None, *, emb: Tensor | None = None) -> Tensor:
+        """Convolve the audio.
+
+        Args:
+            audio: [B, C, T], any strides, in the dtype of the convolutions, or another where those are float32; under
+                autocast any. Channels last in memory, [B, T, C], is read in place; anything else is transposed once.
+            film: [B, 2*Cout], scale before shift, in the dtype of audio or float32; None is no FiLM. Of a block with
+                embedding_channels the second argument is emb instead.
+            emb: [B, E], in the dtype of the embedding's weights, or any under autocast.
+
+        Returns:
+            [B, Cout, T] in the dtype of audio, or of autocast: a view of new memory [B, T, Cout], channels last
+            whatever the input was.
+
+        Raises:
+            ValueError: on a shape other than those above, naming it and what was expected; if film and emb are both
+                given, or emb is missing, or is given to a block without embedding_channels.
+            TypeError: on a dtype other than those above.
+        """
+        self._check(audio)
+        x = audio.transpose(1, 2)  # [B, T, C]
+        if is_autocast(x.device.type) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(x.device.type), memory_format=torch.contiguous_format)
+        elif x.stride(-1) != 1 and self.channels > 1:
+            x = x.contiguous()
+        scale_shift = self._film(x, film, emb)
+        residual = x if self.skip is None else dilated_conv1d(x, self.skip.weight, self.skip.bias)
+        h = dilated_conv1d(
+            x,
+            self.conv1.weight,
+            self.conv1.bias,
+            dilation=self.dilation,
+            norm=(self.norm1.weight, self.norm1.bias, self.norm1.num_groups),
+            activation="silu",
+            eps=self.norm1.eps,
+        )
+        if self.training and self.dropout:
+            scale, shift = scale_shift or (None, None)
+            h = _normalise(h, self.norm2, scale=scale, shift=shift, activation="silu")
+            h = functional.dropout(h, self.dropout)
+            return dilated_conv1d(h, self.conv2.weight, self.conv2.bias, residual=residual).transpose(1, 2)
+        h = dilated_conv1d(
+            h,
+            self.conv2.weight,
+            self.conv2.bias,
+            norm=(self.norm2.weight, self.norm2.bias, self.norm2.num_groups),
+            film=scale_shift,
+            activation="silu",
+            residual=residual,
+            eps=self.norm2.eps,
+        )
+        return h.transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, {self.out_channels}, dilation={self.dilation}, dropout={self.dropout}"
+
+    def _film(self, x: Tensor, film: Tensor | None, emb: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """(scale, shift), [B, Cout] each, for tokens x."""
+        if self.embedding is None:
+            if emb is not None:
+                raise ValueError("emb is given to a block without embedding_channels; expected film, or neither")
+            if film is None:
+                return None
+            _check_vector("film", film, x, 2 * self.out_channels, "2*Cout")
+        else:
+            if film is not None and emb is not None:
+                raise ValueError("film and emb are both given to a block with embedding_channels; expected emb alone")
+            emb = film if emb is None else emb
+            if emb is None:
+                raise ValueError(
+                    f"emb is None; expected [B, E] with E = embedding_channels = {self.embedding_channels}"
+                )
+            _check_vector("emb", emb, x, self.embedding.in_features, "E")
+            own = self.embedding.weight.dtype
+            if emb.dtype != own and not is_autocast(emb.device.type):
+                raise TypeError(f"emb has dtype {emb.dtype}; expected {own}, the dtype of the embedding's weights")
+            film = self.embedding(functional.silu(emb))
+        if film.dtype not in (x.dtype, torch.float32):
+            if not is_autocast(x.device.type):
+                raise TypeError(
+                    f"film has dtype {film.dtype}; expected {x.dtype}, the dtype of audio, or torch.float32"
+                )
+            film = film.to(x.dtype)
+        scale, shift = film.chunk(2, -1)
+        return scale, shift
+
+    def _check(self, audio: Tensor) -> None:
+        if not isinstance(audio, Tensor):
+            raise TypeError(f"audio is a {type(audio).__name__}; expected a tensor [B, C, T]")
+        if audio.dim() != 3:
+            raise ValueError(f"audio has shape {list(audio.shape)}; expected three dimensions [B, C, T]")
+        if audio.shape[1] != self.channels:
+            raise ValueError(f"audio has shape {list(audio.shape)}; expected {self.channels} channels in dimension 1")
+        if audio.shape[2] < 1:
+            raise ValueError(f"audio has shape {list(audio.shape)}; expected at least one position")
+        own = self.conv1.weight.dtype
+        if not audio.is_floating_point() or (
+            own not in (audio.dtype, torch.float32) and not is_autocast(audio.device.type)
+        ):
+            raise TypeError(f"audio has dtype {audio.dtype}; expected {own}, the dtype of the convolutions")
+
+
+def _check_vector(name: str, value: Tensor, x: Tensor, channels: int, letters: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor [B, {letters}]")
+    if tuple(value.shape) != (x.shape[0], channels):
+        expected = [x.shape[0], channels]
+        raise ValueError(f"{name} has shape {list(value.shape)}; expected [B, {letters}] = {expected}")
+
+
 def missing_published_attributes(module: nn.Module) -> list[str]:
     """The attributes that a cross-attention block of the published code has and this module does not."""
     names = (
@@ -220,22 +408,15 @@ def missing_published_attributes(module: nn.Module) -> list[str]:
     return [name for name in names.split() if not hasattr(module, name)]
 
 
-def _group_norm(tokens: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """Group normalisation of tokens [B, L, C] with fp32 statistics over (C/groups, L)."""
-    # Not F.group_norm on a channels_last view: on the CPU (torch 2.13) its backward crashes where the input needs no
-    # gradient, and it takes the variance as E[x^2] - E[x]^2; on CUDA it copies.
-    dtype = torch.promote_types(tokens.dtype, torch.float32)
-    groups = norm.num_groups, norm.num_channels // norm.num_groups
-    mean = tokens.mean(1, dtype=dtype).unflatten(1, groups).mean(2, keepdim=True)  # [B, groups, 1]
-    centered = tokens - mean.expand(-1, *groups).flatten(1).unsqueeze(1)
-    variance = centered.square().mean(1).unflatten(1, groups).mean(2, keepdim=True)
-    factor = (variance + norm.eps).rsqrt() * norm.weight.to(dtype).view(groups)
-    return torch.addcmul(norm.bias.to(dtype), centered, factor.flatten(1).unsqueeze(1)).to(tokens.dtype)
+def _normalise(tokens: Tensor, norm: nn.GroupNorm, **options: Any) -> Tensor:
+    # Under autocast a module of half precision may be given float32.
+    weight, bias = (p if p.dtype == tokens.dtype else p.float() for p in (norm.weight, norm.bias))
+    return group_norm(tokens, weight, bias, norm.num_groups, eps=norm.eps, **options)
 
 
-def _rename_published(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def _rename_published(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Rename the published keys under `prefix` to ours, in place; torch reports whatever is then missing or unknown."""
-    for ours, (theirs, trailing) in _PUBLISHED.items():
+    for ours, (theirs, trailing) in module._published.items():
         for name in ("weight", "bias"):
             old, new = f"{prefix}{theirs}.{name}", f"{prefix}{ours}.{name}"
             if old not in state_dict or new in state_dict:

@@ -34,8 +34,8 @@ def group_norm(
 ) -> Tensor:
     """Normalise each group of channels over its channels and all positions (Wu and He, arXiv 1803.08494).
 
-    `activation(norm(x) * (1 + scale) + shift)`, norm(x) = (x - mean) / sqrt(variance + eps) * weight + bias, computed in
-    fp32 and rounded once. The variance is that of the centred values, so a mean far from zero costs no accuracy.
+    `activation(norm(x) * (1 + scale) + shift)`, norm(x) = (x - mean) / sqrt(variance + eps) * weight + bias, computed
+    in fp32 and rounded once. The variance is that of the centred values, so a mean far from zero costs no accuracy.
 
     Args:
         x: [B, L, C], any strides as long as C is contiguous: audio [B, T, C], or video frames [B, F*H*W, C].
@@ -129,7 +129,7 @@ def check_tokens(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} has shape {list(x.shape)}; expected at least one position and one channel")
     if not x.is_floating_point():
         raise TypeError(f"{name} has dtype {x.dtype}; expected a floating-point dtype")
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
+    if x.stride(-1) != 1 and x.shape[-1] > 1 and x.shape[0]:  # .contiguous() leaves the strides of an empty tensor
         raise ValueError(f"{name} has stride {x.stride(-1)} in its last dimension; expected 1, as after .contiguous()")
 
 
@@ -161,6 +161,13 @@ def check_film(x: Tensor, scale: Tensor | None, shift: Tensor | None, prefix: st
     for name, value in (("scale", scale), ("shift", shift)):
         if value is not None:
             check_parameter(prefix + name, value, shape, "[B, C]", x)
+
+
+def check_like(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, x: Tensor) -> None:
+    """Refuse what is not of this shape and dtype on the device of x."""
+    found, expected = (value.dtype, list(value.shape), value.device), (dtype, list(shape), x.device)
+    if found != expected:
+        raise ValueError("{} is {} {} on {}; expected {} {} on {}".format(name, *found, *expected))
 
 
 def check_activation(activation: str | None) -> None:
@@ -198,17 +205,19 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, scale: Tensor |
 
 @torch.library.impl(_OP, "CompositeExplicitAutograd")
 def _forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *parameters, groups, silu, eps, impl = args
-    _check(x, *parameters[:2], groups, *parameters[2:])  # again: the op can be called directly, and kernels trust these
-    return kernels("norm", impl, x).forward(x, *parameters, groups=groups, silu=silu, eps=eps)
+    weight, bias, scale, shift, groups, silu, eps, impl = args
+    _check(x, weight, bias, groups, scale, shift)  # again: the op can be called directly, and kernels trust these
+    return kernels("norm", impl, x).forward(x, weight, bias, scale, shift, groups=groups, silu=silu, eps=eps)
 
 
 @torch.library.impl(_BACKWARD_OP, "CompositeExplicitAutograd")
 def _backward(d_out: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *parameters, stats, groups, silu, impl = args
-    _check(x, *parameters[:2], groups, *parameters[2:])
+    weight, bias, scale, shift, stats, groups, silu, impl = args
+    _check(x, weight, bias, groups, scale, shift)
+    check_like("d_out", d_out, tuple(x.shape), x.dtype, x)
+    check_like("stats", stats, (x.shape[0], groups, 2), torch.float32, x)
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
-    return kernels("norm", impl, x).backward(d_out, x, *parameters, stats, groups=groups, silu=silu)
+    return kernels("norm", impl, x).backward(d_out, x, weight, bias, scale, shift, stats, groups=groups, silu=silu)
 
 
 @torch.library.register_fake(_OP)
