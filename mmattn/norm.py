@@ -244,8 +244,9 @@ class _GroupNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Any, ...]:
-        d_x, sums = _gradients(d_out, *ctx.saved_tensors, ctx.groups, ctx.silu, ctx.impl)
-        return None, d_x, *parameter_gradients(sums, *ctx.saved_tensors[1:5]), None, None, None, None
+        saved = ctx.saved_tensors  # once: checkpointing refuses a second look
+        d_x, sums = _gradients(d_out, *saved, ctx.groups, ctx.silu, ctx.impl)
+        return None, d_x, *parameter_gradients(sums, *saved[1:5]), None, None, None, None
 
 
 register_autograd("group_norm", _GroupNorm)
