@@ -49,6 +49,21 @@ def poisoned_memory(monkeypatch):
 
 
 @pytest.fixture
+def threads():
+    """Set the number of torch's threads: the fixture is the function, and undoes its effect."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def instruction_set():
     """Choose the CPU kernels' instruction set: the fixture is the function, and undoes its effect."""
     import mmattn_kernels.cpu

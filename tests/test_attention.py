@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import DTYPES, INSTRUCTION_SETS, REFERENCE_AND_AUTO, REFERENCE_AND_CPU, needs_extension
 
 import mmattn
 import mmattn.info
@@ -24,9 +25,6 @@ from mmattn.testing import assert_close_to_fp64, relative_error
 DATA = pathlib.Path(__file__).parent / "data"
 NAMES = ("video_q", "video_k", "video_v", "audio_q", "audio_k", "audio_v")
 GRADS = tuple(f"d_{name}" for name in NAMES)
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "amx")
-
-needs_extension = pytest.mark.skipif(mmattn_kernels.cpu.missing() is not None, reason=str(mmattn_kernels.cpu.missing()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +155,7 @@ def assert_within_budget(found, case, dtype):
         assert_close_to_fp64(x, exact[name], plain[name], name=name, rounding=2 * case.magnitude - 1)
 
 
-@pytest.mark.parametrize("impl", ("reference", pytest.param("cpu", marks=needs_extension)))
+@pytest.mark.parametrize("impl", REFERENCE_AND_CPU)
 def test_published_values(impl, poisoned_memory):
     safetensors = pytest.importorskip("safetensors")
     with safetensors.safe_open(DATA / "attention.safetensors", "pt") as file:
@@ -214,7 +212,7 @@ def test_gradcheck_of_the_reference(case):
     assert torch.autograd.gradgradcheck(lambda *x: attend(case, x, "reference"), leaves)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_and_gradients(name, isa, dtype, instruction_set, poisoned_memory):
@@ -230,7 +228,7 @@ def test_every_small_window(isa, instruction_set, poisoned_memory):
         for window in range(1, frames + 1):
             for shift in range(frames - window + 1):
                 case = Case(frames, 7, audio_len, window, shift, heads=1)
-                for dtype in (torch.float32, torch.bfloat16):
+                for dtype in DTYPES.values():
                     assert_within_budget(packed_gradients(case, dtype), case, dtype)
 
 
@@ -238,14 +236,14 @@ def test_every_small_window(isa, instruction_set, poisoned_memory):
 def test_a_key_out_of_every_window_gets_zero_gradient(isa, instruction_set, poisoned_memory):
     instruction_set(isa)
     case = Case(frames=5, pixels=3, audio_len=24, window=1, shift=0)  # segments of 4: nobody reads 20..23
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES.values():
         found = packed_gradients(case, dtype)
         for name in ("d_audio_k", "d_audio_v"):
             assert not found[name][:, 20:].any() and found[name][:, :20].any(-1).all(), name
 
 
 @needs_extension
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_two_runs_are_bitwise_equal(dtype, poisoned_memory):
     case = CASES["several blocks, partial and wrapping"]
     one, two = packed_gradients(case, dtype), packed_gradients(case, dtype)
@@ -257,7 +255,7 @@ def test_a_nan_is_not_swallowed(isa, instruction_set):
     """Whoever reads it shows it; video frame 0 reads the audio positions 6..11."""
     instruction_set(isa)
     case = Case(window=1)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES.values():
         for name, position in (("video_q", 2), ("audio_k", 7), ("audio_v", 7)):
             qkv = [x.clone() for x in inputs(case, dtype)[0]]
             qkv[NAMES.index(name)][:, position] = float("nan")
@@ -265,15 +263,8 @@ def test_a_nan_is_not_swallowed(isa, instruction_set):
             assert torch.isnan(read).all(), name
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @needs_extension
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("count", (1, 2, 5))
 def test_any_number_of_threads(count, dtype, threads, poisoned_memory):
     threads(count)
@@ -347,7 +338,7 @@ def test_a_second_derivative_is_refused():
         grads[0].sum().backward()
 
 
-@pytest.mark.parametrize("impl", ("reference", pytest.param("cpu", marks=needs_extension)))
+@pytest.mark.parametrize("impl", REFERENCE_AND_CPU)
 def test_empty_batch(impl, poisoned_memory):
     case = Case(batch=0)
     found = packed_gradients(case, torch.float32, impl)
@@ -355,7 +346,7 @@ def test_empty_batch(impl, poisoned_memory):
     assert all(found[f"d_{name}"].shape == x.shape for name, x in zip(NAMES, inputs(case)[0], strict=True))
 
 
-@pytest.mark.parametrize("impl", ("reference", pytest.param("cpu", marks=needs_extension)))
+@pytest.mark.parametrize("impl", REFERENCE_AND_CPU)
 def test_a_tensor_shift_is_an_int_shift(impl, poisoned_memory):
     case = Case(frames=5, audio_len=23, window=2, shift=3)
     as_int = packed_gradients(case, torch.float32, impl)
@@ -417,14 +408,7 @@ def training_step(*args, **at):
     return step
 
 
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("impl", ("reference", pytest.param("auto", marks=needs_extension)))
+@pytest.mark.parametrize("impl", REFERENCE_AND_AUTO)
 @pytest.mark.parametrize("tensor_shift", (False, True), ids=("int shift", "tensor shift"))
 def test_compile(impl, tensor_shift, fresh_dynamo):
     case = Case(audio_len=27)

@@ -1,0 +1,508 @@
+# SPDX-License-Identifier: MIT
+"""Group normalisation with FiLM and SiLU: its definition, the CPU kernels against it, and the function around both."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    DTYPES,
+    INSTRUCTION_SETS,
+    REFERENCE_AND_AUTO,
+    REFERENCE_AND_CPU,
+    needs_extension,
+    strided,
+    with_gradients,
+)
+from torch.utils.checkpoint import checkpoint
+
+import mmattn
+from mmattn import dispatch
+from mmattn.testing import assert_close_to_fp64, relative_error
+
+FILM = ("scale", "shift")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    length: int = 37
+    channels: int = 64
+    groups: int = 32
+    batch: int = 1
+    film: tuple = FILM
+    silu: bool = True
+    eps: float = 1e-5
+    mean: float = 0.3
+    std: float = 1.0
+    strided: bool = False
+    fp32_parameters: bool = False
+
+    @property
+    def options(self):
+        return {"activation": "silu" if self.silu else None, "eps": self.eps}
+
+
+CASES = {
+    "one position": Case(length=1),
+    "one position, one group": Case(length=1, channels=20, groups=1),
+    "two positions": Case(length=2, batch=2),
+    "odd length, two batches": Case(length=41, batch=2),
+    "one channel": Case(length=19, channels=1, groups=1),
+    "channels 20": Case(channels=20, groups=5),
+    "channels 48": Case(channels=48, groups=16, batch=2),
+    "channels 33, groups of 3": Case(channels=33, groups=11),
+    "groups 1": Case(channels=40, groups=1),
+    "groups C": Case(channels=24, groups=24),
+    "groups of 4, 8, 16 lanes wide": Case(channels=256, length=50),
+    "groups of 17": Case(channels=34, groups=2, length=23),
+    "several chunks of positions": Case(channels=32, length=5000, groups=8),
+    "several chunks, one channel a group": Case(channels=32, length=4097, batch=2),
+    "many channels, few positions": Case(channels=1024, length=3),
+    "strided": Case(channels=48, groups=16, batch=2, strided=True),
+    "strided, several chunks": Case(channels=20, groups=4, length=2111, batch=2, strided=True),
+    "strided, one channel": Case(channels=1, groups=1, batch=2, strided=True),
+    "plain": Case(film=(), silu=False, batch=2),
+    "SiLU alone": Case(film=()),
+    "FiLM alone": Case(silu=False, batch=2),
+    "scale alone": Case(film=("scale",), batch=2),
+    "shift alone": Case(film=("shift",), batch=2),
+    "shift alone, no SiLU": Case(film=("shift",), silu=False),
+    "fp32 parameters": Case(batch=2, fp32_parameters=True),
+    "fp32 parameters, no FiLM": Case(film=(), fp32_parameters=True),
+    "eps 0": Case(eps=0.0),
+    "large eps": Case(eps=0.7),
+    "small values": Case(std=1e-3, mean=0.0),
+    "large values": Case(std=300.0, mean=100.0, length=200),
+}  # fmt: skip
+
+
+def inputs(case, dtype=torch.float32, seed=0):
+    """x, weight, bias and what there is of scale and shift, by name; and the gradient of the output."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    x = (case.mean + case.std * draw(case.batch, case.length, case.channels)).to(dtype)
+    own = torch.float32 if case.fp32_parameters else dtype
+    film = (0.5 * draw(case.batch, 2 * case.channels)).to(own)
+    tensors = {
+        "x": strided(x) if case.strided else x,
+        "weight": (1 + 0.3 * draw(case.channels)).to(own),
+        "bias": (0.3 * draw(case.channels)).to(own),
+        **{name: half for name, half in zip(FILM, film.chunk(2, 1), strict=True) if name in case.film},
+    }
+    d_out = draw(case.batch, case.length, case.channels).to(dtype)
+    return tensors, strided(d_out) if case.strided else d_out
+
+
+def plain_torch(tensors, groups, activation, eps, group_norm=F.group_norm):
+    """Independent of the definition in mmattn."""
+    z = group_norm(tensors["x"].transpose(1, 2), groups, tensors["weight"], tensors["bias"], eps).transpose(1, 2)
+    if "scale" in tensors:
+        z = z * (1 + tensors["scale"][:, None])
+    if "shift" in tensors:
+        z = z + tensors["shift"][:, None]
+    return F.silu(z) if activation else z
+
+
+def normalise(case, tensors, impl="cpu", **overrides):
+    tensors = dict(tensors)
+    positional = [tensors.pop(name) for name in ("x", "weight", "bias")]
+    return mmattn.group_norm(*positional, case.groups, **{**tensors, **case.options, "impl": impl, **overrides})
+
+
+@functools.cache
+def expected(case, dtype):
+    """In fp64 by plain torch, and by the reference in dtype, on the same inputs."""
+    tensors, d_out = inputs(case, dtype)
+    exact = with_gradients(lambda t: plain_torch(t, case.groups, **case.options), tensors, d_out, torch.float64)
+    return exact, with_gradients(lambda t: normalise(case, t, "reference"), tensors, d_out)
+
+
+def outputs(case, dtype, impl="cpu", **overrides):
+    tensors, d_out = inputs(case, dtype)
+    return with_gradients(lambda t: normalise(case, t, impl, **overrides), tensors, d_out)
+
+
+def assert_within_budget(found, case, dtype):
+    exact, plain = expected(case, dtype)
+    assert found["out"].is_contiguous() and found.keys() == exact.keys()
+    for name, x in found.items():
+        assert x.dtype == plain[name].dtype, name
+        # A gradient of x is of the size 1/std, and so are the terms of it that cancel.
+        absolute = 1e-6 / min(1.0, case.std) if name == "d_x" else 1e-6
+        assert_close_to_fp64(x, exact[name], plain[name], name=name, absolute=absolute)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reference_is_the_definition(name):
+    case = CASES[name]
+    tensors, d_out = inputs(case, torch.float64)
+    found = with_gradients(lambda t: normalise(case, t, "reference"), tensors, d_out, torch.float64)
+    exact = with_gradients(lambda t: plain_torch(t, case.groups, **case.options), tensors, d_out, torch.float64)
+    for key in exact:
+        size = max(1.0, float(exact[key].abs().max()), 1 / case.std)
+        assert (found[key] - exact[key]).abs().max() < 1e-11 * size, key
+
+
+def test_gradcheck_of_the_reference():
+    case = Case(length=3, channels=4, groups=2, batch=2)
+    tensors, _ = inputs(case, torch.float64)
+    leaves = [x.clone().requires_grad_() for x in tensors.values()]
+
+    def call(*values):
+        return normalise(case, dict(zip(tensors, values, strict=True)), "reference")
+
+    assert torch.autograd.gradcheck(call, leaves) and torch.autograd.gradgradcheck(call, leaves)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_and_gradients(name, isa, dtype, instruction_set, poisoned_memory):
+    instruction_set(isa)
+    assert_within_budget(outputs(CASES[name], dtype), CASES[name], dtype)
+
+
+def by_squares(x, groups, weight, bias, eps):
+    """The variance as E[x^2] - E[x]^2, in the dtype of x."""
+    z = x.unflatten(1, (groups, -1))
+    mean = z.mean((2, 3), keepdim=True)
+    z = (z - mean) * (z.square().mean((2, 3), keepdim=True) - mean.square() + eps).rsqrt()
+    return z.flatten(1, 2) * weight[:, None] + bias[:, None]
+
+
+@pytest.mark.parametrize("isa", ("reference", *INSTRUCTION_SETS))
+@pytest.mark.parametrize("length", (64, 5000))
+def test_a_mean_far_from_zero(length, isa, instruction_set):
+    if isa != "reference":
+        instruction_set(isa)
+    case = Case(length=length, mean=1e3, batch=2)
+    tensors, d_out = inputs(case)
+    found = outputs(case, torch.float32, "reference" if isa == "reference" else "cpu")
+    exact, _ = expected(case, torch.float32)
+    naive = with_gradients(lambda t: plain_torch(t, case.groups, **case.options, group_norm=by_squares), tensors, d_out)
+    for name in ("out", "d_x", "d_weight"):
+        error = relative_error(found[name], exact[name])
+        naive_error = (naive[name] - exact[name]).norm() / exact[name].norm()  # NaN where the variance is below 0
+        assert error < 2e-4 and not naive_error < 20 * error, f"{name}: {error:.1e}, by squares {naive_error:.1e}"
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_statistics_in_fp32(isa, instruction_set):
+    """In bf16 an offset of 100 would swallow them."""
+    instruction_set(isa)
+    case = Case(length=500, mean=100.0, film=(), silu=False)
+    assert_within_budget(outputs(case, torch.bfloat16), case, torch.bfloat16)
+    assert relative_error(outputs(case, torch.bfloat16)["out"], expected(case, torch.bfloat16)[0]["out"]) < 4e-3
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_constant_input(isa, instruction_set, poisoned_memory):
+    """The variance is 0: the output is the affine map's bias, and nothing is NaN."""
+    instruction_set(isa)
+    for value, dtype in ((0.0, torch.float32), (0.7, torch.float32), (1e3, torch.float32), (0.7, torch.bfloat16)):
+        case = Case(std=0.0, mean=value, silu=False, film=(), length=130)
+        found, exact = outputs(case, dtype), outputs(case, torch.float64, "reference")
+        # A mean that is off by some roundings is divided by sqrt(eps).
+        limit = 8 * value * torch.finfo(torch.float32).eps / case.eps**0.5 + torch.finfo(dtype).eps
+        assert (found["out"].double() - exact["out"]).abs().max() <= limit
+        assert all(torch.isfinite(x).all() for x in found.values())
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_the_same_bits_from_any_number_of_threads(dtype, threads, poisoned_memory):
+    for name in ("several chunks of positions", "strided, several chunks", "one position", "odd length, two batches"):
+        found = []
+        for count in (2, 2, 1, 3, 5):
+            threads(count)
+            found.append(outputs(CASES[name], dtype))
+        for other in found[1:]:
+            assert all(torch.equal(other[key], x) for key, x in found[0].items()), name
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_a_nan_or_an_infinity_is_not_swallowed(isa, instruction_set):
+    """It spoils its group, in its sample, and nothing else."""
+    instruction_set(isa)
+    case = Case(channels=32, groups=4, batch=2, length=70)
+    for dtype in DTYPES.values():
+        for value in (float("nan"), float("inf"), -float("inf")):
+            tensors, _ = inputs(case, dtype)
+            clean = normalise(case, tensors)
+            tensors["x"][1, 33, 9] = value
+            found = normalise(case, tensors)
+            assert torch.isnan(found[1, :, 8:16]).any() and not torch.isfinite(found[1, 33, 9])
+            if value != value:
+                assert torch.isnan(found[1, :, 8:16]).all()
+            found[1, :, 8:16] = clean[1, :, 8:16]
+            assert torch.equal(found, clean)
+        for name in ("weight", "bias", *FILM):
+            tensors, _ = inputs(case, dtype)
+            tensors[name][..., 9] = float("nan")
+            assert torch.isnan(normalise(case, tensors)[:, :, 9]).all(), name
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_silu_of_large_arguments(isa, instruction_set):
+    """exp overflows, SiLU and its derivative do not."""
+    instruction_set(isa)
+    case = Case(film=(), length=50)
+    for dtype in DTYPES.values():
+        tensors, d_out = inputs(case, dtype)
+        for size in (30.0, 3e4):
+            tensors["weight"] = torch.full_like(tensors["weight"], size)
+            found = with_gradients(lambda t: normalise(case, t), tensors, d_out)
+            exact = with_gradients(lambda t: plain_torch(t, 32, **case.options), tensors, d_out, torch.float64)
+            plain = with_gradients(lambda t: normalise(case, t, "reference"), tensors, d_out)
+            for name in found:
+                assert_close_to_fp64(found[name], exact[name], plain[name], name=name, absolute=1e-6 * size)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_inputs_are_unchanged(dtype):
+    case = CASES["strided"]
+    tensors, d_out = inputs(case, dtype)
+    before, d_before = {name: x.clone() for name, x in tensors.items()}, d_out.clone()
+    with_gradients(lambda t: normalise(case, t), tensors, d_out)
+    assert torch.equal(d_out, d_before) and all(torch.equal(x, before[name]) for name, x in tensors.items())
+
+
+@needs_extension
+def test_expanded_and_transposed_output_gradients(poisoned_memory):
+    case = Case(batch=2)
+    tensors, d_out = inputs(case)
+    for gradient in (
+        torch.ones(()).expand_as(d_out),
+        d_out[:, :1].expand_as(d_out),
+        d_out[:1].expand_as(d_out),
+        d_out.mT.contiguous().mT,
+    ):
+        exact = with_gradients(lambda t: plain_torch(t, 32, **case.options), tensors, gradient, torch.float64)
+        plain = with_gradients(lambda t: normalise(case, t, "reference"), tensors, gradient)
+        found = with_gradients(lambda t: normalise(case, t), tensors, gradient)
+        for name in exact:
+            assert_close_to_fp64(found[name], exact[name], plain[name], name=name)
+
+
+@needs_extension
+def test_x_may_be_expanded(poisoned_memory):
+    """One sample for several embeddings: no stride between the batches; and one position repeated."""
+    case = Case(batch=3)
+    tensors, _ = inputs(case)
+    for x in (tensors["x"][:1].expand(3, -1, -1), tensors["x"][:, :1].expand(-1, 37, -1)):
+        found, definition = (normalise(case, {**tensors, "x": x}, impl) for impl in ("cpu", "reference"))
+        assert relative_error(found, definition) < 1e-5
+
+
+@needs_extension
+def test_only_some_inputs_require_grad(poisoned_memory):
+    case = Case(batch=2)
+    tensors, d_out = inputs(case)
+    exact, plain = expected(case, torch.float32)
+    for wanted in (("x",), ("weight", "shift"), ("scale",), ("bias",)):
+        leaves = {name: x.detach().requires_grad_(name in wanted) for name, x in tensors.items()}
+        normalise(case, leaves).backward(d_out)
+        assert {name for name, x in leaves.items() if x.grad is not None} == set(wanted)
+        for name in wanted:
+            assert_close_to_fp64(leaves[name].grad, exact[f"d_{name}"], plain[f"d_{name}"], name=name)
+
+
+@needs_extension
+def test_no_grad_and_inference_mode(poisoned_memory):
+    case = Case()
+    leaves = {name: x.requires_grad_() for name, x in inputs(case)[0].items() if name not in FILM}
+    definition = normalise(case, leaves, "reference").detach()
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            out = normalise(case, leaves)
+        assert not out.requires_grad and relative_error(out, definition) < 1e-6
+
+
+@needs_extension
+def test_a_second_derivative_is_refused():
+    tensors, _ = inputs(Case())
+    x = tensors.pop("x").requires_grad_()
+    (grad,) = torch.autograd.grad(normalise(Case(), {"x": x, **tensors}).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="group_norm is differentiable once; impl='reference'"):
+        grad.sum().backward()
+
+
+@needs_extension
+def test_forward_mode_is_refused():
+    tensors, _ = inputs(Case())
+    x = tensors.pop("x")
+    with pytest.raises(RuntimeError):
+        torch.func.jvp(lambda t: normalise(Case(), {"x": t, **tensors}), (x,), (x,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"(?i)forward"):
+        normalise(Case(), {"x": torch.autograd.forward_ad.make_dual(x, x), **tensors})
+
+
+@pytest.mark.parametrize("impl", REFERENCE_AND_CPU)
+def test_empty_batch(impl, poisoned_memory):
+    case = Case(batch=0)
+    found = outputs(case, torch.float32, impl)
+    tensors, _ = inputs(case)
+    assert found.pop("out").shape == (0, 37, 64)
+    assert all(found[f"d_{name}"].shape == x.shape for name, x in tensors.items())
+    assert not found["d_weight"].any() and not found["d_bias"].any()
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float16), ids=("fp64", "fp16"))
+def test_other_dtypes_on_the_cpu_run_the_reference(dtype):
+    found, definition = outputs(Case(), dtype, "auto"), outputs(Case(), dtype, "reference")
+    assert found["out"].dtype == dtype and all(torch.equal(found[name], definition[name]) for name in found)
+
+
+def test_the_slow_reference_is_announced(monkeypatch):
+    monkeypatch.setattr(dispatch, "_announced", set())
+    with pytest.warns(UserWarning, match=r"computes norm by its slow reference: .*torch\.float16"):
+        outputs(Case(), torch.float16, "auto")
+
+
+def op_arguments(case, requires_grad=False):
+    """As the op takes them, none a view of another: opcheck copies each by itself."""
+    tensors, _ = inputs(case)
+    tensors = {name: x.clone().requires_grad_(requires_grad) for name, x in tensors.items()}
+    return tuple(map(tensors.get, ("x", "weight", "bias", *FILM)))
+
+
+@needs_extension
+@pytest.mark.parametrize("requires_grad", (False, True), ids=("inference", "training"))
+@pytest.mark.parametrize("film", ((), FILM), ids=("plain", "film"))
+def test_opcheck(film, requires_grad):
+    tensors = op_arguments(Case(film=film), requires_grad)
+    torch.library.opcheck(torch.ops.mmattn.group_norm.default, (*tensors, 32, True, 1e-5, "cpu"))
+
+
+@needs_extension
+@pytest.mark.parametrize("film", ((), FILM), ids=("plain", "film"))
+def test_opcheck_of_the_backward_op(film):
+    tensors = op_arguments(Case(film=film))
+    _, stats = torch.ops.mmattn.group_norm(*tensors, 32, True, 1e-5, "cpu")
+    d_out = inputs(Case())[1]
+    torch.library.opcheck(torch.ops.mmattn.group_norm_backward.default, (d_out, *tensors, stats, 32, True, "cpu"))
+
+
+BAD_OPS = {
+    "groups": (lambda t: (*t, 7, True, "cpu"), ValueError, "groups is 7"),
+    "shape of the gradient": (lambda t: (t[0][:, 1:], *t[1:7], 32, True, "cpu"), ValueError, r"d_out is .*1, 36, 64"),
+    "dtype of the gradient": (lambda t: (t[0].double(), *t[1:7], 32, True, "cpu"), ValueError, "d_out is torch.fl.*64"),
+    "statistics": (lambda t: (*t[:6], t[6][:, 1:], 32, True, "cpu"), ValueError, r"stats .* expected .*1, 32, 2"),
+    "scale": (lambda t: (*t[:4], t[1][:, 0, 1:], *t[5:7], 32, True, "cpu"), ValueError, r"scale has shape \[1, 63\]"),
+    "implementation": (lambda t: (*t[:7], 32, True, "reference"), RuntimeError, "plain torch"),
+}  # fmt: skip
+
+
+@needs_extension
+@pytest.mark.parametrize("name", BAD_OPS)
+def test_the_backward_op_refuses_what_kernels_would_trust(name):
+    alter, error, message = BAD_OPS[name]
+    tensors = op_arguments(Case())
+    _, stats = torch.ops.mmattn.group_norm(*tensors, 32, True, 1e-5, "cpu")
+    with pytest.raises(error, match=message):
+        torch.ops.mmattn.group_norm_backward(*alter((inputs(Case())[1], *tensors, stats)))
+
+
+@needs_extension
+def test_the_op_refuses_what_kernels_would_trust():
+    x, weight, bias, scale, shift = op_arguments(Case())
+    for message, arguments in {
+        "groups is 30": (x, weight, bias, scale, shift, 30, True, 1e-5, "cpu"),
+        r"weight has shape \[63\]": (x, weight[1:], bias, scale, shift, 32, True, 1e-5, "cpu"),
+        "x has stride": (x.mT.contiguous().mT, weight, bias, scale, shift, 32, True, 1e-5, "cpu"),
+        "plain torch": (x, weight, bias, scale, shift, 32, True, 1e-5, "reference"),
+    }.items():
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            torch.ops.mmattn.group_norm(*arguments)
+
+
+@pytest.mark.parametrize("impl", REFERENCE_AND_AUTO)
+def test_compile(impl, fresh_dynamo):
+    """And a new length compiles nothing anew."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda t: normalise(Case(), t, impl), fullgraph=True, backend=counter)
+    for length in (37, 50, 23, 61):
+        tensors, d_out = inputs(Case(length=length, batch=2))
+        eager = with_gradients(lambda t: normalise(Case(), t, impl), tensors, d_out)
+        found = with_gradients(compiled, tensors, d_out)
+        for name, x in found.items():
+            assert relative_error(x, eager[name]) < 1e-6, name
+    assert counter.frame_count <= 2
+
+
+@needs_extension
+def test_autocast():
+    """It keeps the dtype of x, as normalisations do."""
+    case = Case(batch=2, fp32_parameters=True)
+    for dtype in DTYPES.values():
+        tensors, d_out = inputs(case, dtype)
+        plain = with_gradients(lambda t: normalise(case, t, "auto"), tensors, d_out)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = with_gradients(lambda t: normalise(case, t, "auto"), tensors, d_out)
+        assert all(torch.equal(x, plain[name]) and x.dtype == plain[name].dtype for name, x in found.items())
+
+
+@needs_extension
+@pytest.mark.parametrize("reentrant", (False, True))
+def test_checkpoint(reentrant):
+    def call(*values):
+        return normalise(Case(), dict(zip(inputs(Case())[0], values, strict=True)))
+
+    tensors, d_out = inputs(Case())
+    plain = outputs(Case(), torch.float32)
+    found = with_gradients(lambda t: checkpoint(call, *t.values(), use_reentrant=reentrant), tensors, d_out)
+    assert all(torch.equal(x, plain[name]) for name, x in found.items())
+
+
+def set_to(name, value):
+    return lambda t: {**t, name: value(t[name]) if callable(value) else value}
+
+
+BAD_ARGUMENTS = {
+    "rank": (set_to("x", lambda x: x[0]), {}, ValueError, r"x has shape \[37, 64\]; expected three dimensions"),
+    "not a tensor": (set_to("x", None), {}, TypeError, "x is a NoneType; expected a tensor"),
+    "integers": (set_to("x", torch.Tensor.int), {}, TypeError, "x has dtype torch.int32; expected a floating"),
+    "no positions": (set_to("x", lambda x: x[:, :0]), {}, ValueError, r"x has shape \[1, 0, 64\]; expected at"),
+    "no channels": (set_to("x", lambda x: x[..., :0]), {}, ValueError, r"x has shape \[1, 37, 0\]; expected at"),
+    "last stride": (set_to("x", lambda x: x.mT.contiguous().mT), {}, ValueError, "x has stride 37 in its last"),
+    "weight missing": (set_to("weight", None), {}, TypeError, r"weight is a NoneType; expected a tensor \[C\]"),
+    "weight shape": (set_to("weight", lambda w: w[1:]), {}, ValueError, r"weight has shape \[63\]; expected \[C\]"),
+    "bias shape": (set_to("bias", lambda w: w[None]), {}, ValueError, r"bias has shape \[1, 64\]; expected \[C\]"),
+    "weight dtype": (set_to("weight", torch.Tensor.double), {}, TypeError, "weight has dtype torch.float64; exp"),
+    "bias device": (set_to("bias", lambda b: b.to("meta")), {}, ValueError, "bias is on meta; expected cpu"),
+    "scale shape": (set_to("scale", lambda s: s[0]), {}, ValueError, r"scale has shape \[64\]; expected \[B, C"),
+    "shift batch": (set_to("shift", lambda s: s.repeat(2, 1)), {}, ValueError, r"shift has shape \[2, 64\]; expected"),
+    "shift dtype": (set_to("shift", torch.Tensor.half), {}, TypeError, "shift has dtype torch.float16; expected"),
+    "scale is a number": (set_to("scale", 0.5), {}, TypeError, "scale is a float; expected a tensor"),
+    "groups": (dict, {"groups": 30}, ValueError, "groups is 30; expected a divisor of the number of channels, 64"),
+    "groups of zero": (dict, {"groups": 0}, ValueError, "groups is 0; expected a divisor"),
+    "float groups": (dict, {"groups": 32.0}, TypeError, "groups is 32.0; expected an int"),
+    "activation": (dict, {"activation": "gelu"}, ValueError, "activation is 'gelu'; expected None or 'silu'"),
+    "eps": (dict, {"eps": -1e-5}, ValueError, "eps is -1e-05; expected at least 0"),
+    "NaN eps": (dict, {"eps": float("nan")}, ValueError, "eps is nan; expected at least 0"),
+    "impl": (dict, {"impl": "cuda"}, ValueError, "impl is 'cuda'; expected one of 'auto', 'reference'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_bad_argument(name):
+    alter, overrides, error, message = BAD_ARGUMENTS[name]
+    case = dataclasses.replace(Case(), groups=overrides.get("groups", 32))
+    overrides = {key: value for key, value in overrides.items() if key != "groups"}
+    with pytest.raises(error, match=message):
+        normalise(case, alter(inputs(case)[0]), **{"impl": "auto", **overrides})
+
+
+def test_a_named_impl_that_cannot_run_says_why(monkeypatch):
+    tensors, _ = inputs(Case(), torch.float64)
+    with pytest.raises(RuntimeError, match=r"impl 'cpu' cannot run norm here: the dtype is torch.float64"):
+        normalise(Case(), tensors)
+    monkeypatch.setenv("MMATTN_IMPL", "cpu")
+    with pytest.raises(RuntimeError, match="impl 'cpu' cannot run norm"):
+        normalise(Case(), tensors, "auto")
