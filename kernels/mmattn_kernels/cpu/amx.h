@@ -189,17 +189,6 @@ inline void transpose_words(__m512i (&row)[16]) {
   }
 }
 
-inline Vec load_lanes(const float* p, int64_t n) {  // lanes past n are zero
-  if (n >= 16) return load(p);
-  return n <= 0 ? Vec{} : (Vec)_mm512_maskz_loadu_ps((1u << n) - 1, p);
-}
-
-inline Vec load_lanes(const bf16* p, int64_t n) {
-  if (n >= 16) return load(p);
-  if (n <= 0) return Vec{};
-  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16((1u << n) - 1, p)), 16);
-}
-
 // The words of 32 channels of a row (row_words) or of 16 channels of two rows (pair_words); bf16 is only moved.
 template <int Parts>
 inline void row_words(const float* p, int64_t n, __m512i (&word)[Parts]) {

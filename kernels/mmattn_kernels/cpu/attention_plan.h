@@ -3,14 +3,10 @@
 #pragma once
 
 #include <algorithm>
-#include <new>
-#include <utility>
 #include <vector>
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 #include "attention.h"
+#include "memory.h"
 #include "simd.h"
 
 namespace mmattn::MMATTN_ISA {
@@ -20,10 +16,6 @@ constexpr int64_t kMaxDim = 256;
 constexpr int64_t kCacheBytes = 1 << 20;  // packed keys a run may hold: half of a common second-level cache
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 constexpr float kMasked = -1e30f;  // finite, so that masked minus maximum is never NaN
-
-int64_t round_up(int64_t n, int64_t to) {
-  return (n + to - 1) / to * to;
-}
 
 template <class T>
 T* row(const Strided& s, int64_t batch, int64_t position, int64_t head) {
@@ -180,31 +172,6 @@ class Runs {
   int64_t longest_ = 0;
 };
 
-class Buffer {  // uninitialised floats that begin on a cache line
- public:
-  explicit Buffer(int64_t n) : data_(static_cast<float*>(::operator new[](n * sizeof(float), kLine))) {}
-  ~Buffer() { ::operator delete[](data_, kLine); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  float* data() const { return data_; }
-
- private:
-  static constexpr std::align_val_t kLine{64};
-  float* data_;
-};
-
-// Hands out pieces of a thread's memory; with no memory it only counts.
-class Scratch {
- public:
-  explicit Scratch(float* memory) : memory_(memory) {}
-  float* take(int64_t floats) { return memory_ + std::exchange(used_, used_ + round_up(floats, 16)); }
-  int64_t used() const { return used_; }
-
- private:
-  float* memory_;
-  int64_t used_ = 0;
-};
-
 // Kernel(p, longest ring, scratch) takes its memory from scratch; kernel.run(run) computes one run.
 template <class Kernel>
 void run_all(const Attention& p) {
@@ -220,11 +187,7 @@ void run_all(const Attention& p) {
   const Buffer memory(per_thread * p.threads);
 #pragma omp parallel num_threads(p.threads)
   {
-#if defined(_OPENMP)
-    Scratch scratch(memory.data() + omp_get_thread_num() * per_thread);
-#else
-    Scratch scratch(memory.data());
-#endif
+    Scratch scratch(memory.data() + thread_number() * per_thread);
     const Kernel kernel(p, longest, scratch);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < count; ++i) kernel.run(i < first ? runs[0].all()[i] : runs[1].all()[i - first]);

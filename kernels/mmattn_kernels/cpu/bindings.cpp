@@ -4,11 +4,14 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "attention.h"
+#include "conv.h"
+#include "norm.h"
 #if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -25,6 +28,13 @@ struct InstructionSet {
   const char* name;
   void (*attention_forward)(const Attention&);
   void (*attention_backward)(const Attention&);
+  void (*group_norm_forward)(const GroupNorm&);
+  void (*group_norm_backward)(const GroupNorm&);
+  int64_t (*conv_packed_bytes)(int64_t, int64_t, int64_t, bool);
+  void (*conv_pack)(const ConvWeights&);
+  void (*conv_forward)(const Conv&);
+  void (*conv_weight_gradient)(const Conv&);
+  void (*column_sums)(const Tokens&, int64_t, int64_t, int64_t, bool, float*, int);
 };
 
 bool have_amx() {
@@ -39,9 +49,11 @@ bool have_amx() {
 #endif
 }
 
-#define MMATTN_SET(isa)                                   \
-  InstructionSet {                                        \
-    #isa, isa::attention_forward, isa::attention_backward \
+#define MMATTN_SET(isa)                                                                          \
+  InstructionSet {                                                                               \
+    #isa, isa::attention_forward, isa::attention_backward, isa::group_norm_forward,              \
+        isa::group_norm_backward, isa::conv_packed_bytes, isa::conv_pack, isa::conv_forward,     \
+        isa::conv_weight_gradient, isa::column_sums                                              \
   }
 
 // What this CPU runs, slowest first.
@@ -114,6 +126,113 @@ void run(const std::array<DirectionArgs, 2>& directions, int64_t batch, int64_t 
   kernel(p);
 }
 
+using TokensArgs = std::tuple<uintptr_t, int64_t, int64_t>;  // pointer and strides, see Tokens
+
+// Weight, bias, scale, shift and stats as pointers, groups, eps, silu: see Norm.
+using NormArgs = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, float, bool>;
+
+Tokens tokens(const TokensArgs& t) {
+  return {reinterpret_cast<void*>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)};
+}
+
+float* floats(uintptr_t p) {
+  return reinterpret_cast<float*>(p);
+}
+
+Norm norm(const NormArgs& args) {
+  const auto& [weight, bias, scale, shift, stats, groups, eps, silu] = args;
+  return {floats(weight), floats(bias), floats(scale), floats(shift), floats(stats), groups, eps, silu};
+}
+
+void group_norm_forward(const TokensArgs& x, const TokensArgs& out, const NormArgs& args, int64_t batch, int64_t length,
+                        int64_t channels, bool is_bf16, int threads) {
+  const GroupNorm p{tokens(x), tokens(out), {}, {}, norm(args), nullptr, batch, length, channels, is_bf16, threads};
+  py::gil_scoped_release release;
+  active().group_norm_forward(p);
+}
+
+void group_norm_backward(const TokensArgs& x, const TokensArgs& d_out, const TokensArgs& d_x, const NormArgs& args,
+                         uintptr_t sums, int64_t batch, int64_t length, int64_t channels, bool is_bf16, int threads) {
+  const GroupNorm p{tokens(x), {},     tokens(d_out), tokens(d_x), norm(args), floats(sums),
+                    batch,     length, channels,      is_bf16,     threads};
+  py::gil_scoped_release release;
+  active().group_norm_backward(p);
+}
+
+// Pointer, whether bf16, strides of (out channel, in channel, tap), numbers of them.
+using WeightArgs = std::tuple<uintptr_t, bool, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+int64_t conv_packed_bytes(int64_t out_channels, int64_t in_channels, int64_t taps, bool is_bf16) {
+  return active().conv_packed_bytes(out_channels, in_channels, taps, is_bf16);
+}
+
+void conv_pack(const WeightArgs& args, bool is_bf16, uintptr_t packed, int threads) {
+  const auto& [weight, weight_is_bf16, out_stride, in_stride, tap_stride, out_channels, in_channels, taps] = args;
+  const ConvWeights w{reinterpret_cast<void*>(weight),
+                      weight_is_bf16,
+                      out_stride,
+                      in_stride,
+                      tap_stride,
+                      out_channels,
+                      in_channels,
+                      taps,
+                      is_bf16,
+                      reinterpret_cast<void*>(packed),
+                      threads};
+  py::gil_scoped_release release;
+  active().conv_pack(w);
+}
+
+// Batch, length, in channels, out channels, taps, dilation, bf16, threads.
+using ConvSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, int>;
+
+Conv conv(const TokensArgs& x, const TokensArgs& out, const NormArgs& args, const ConvSizes& sizes) {
+  const auto& [batch, length, in_channels, out_channels, taps, dilation, is_bf16, threads] = sizes;
+  return {tokens(x),   tokens(out),  {},   nullptr,  nullptr, norm(args), batch, length,
+          in_channels, out_channels, taps, dilation, is_bf16, threads};
+}
+
+void conv_forward(const TokensArgs& x, const TokensArgs& out, const TokensArgs& residual, uintptr_t packed,
+                  uintptr_t bias, const NormArgs& args, const ConvSizes& sizes) {
+  Conv p = conv(x, out, args, sizes);
+  p.residual = tokens(residual);
+  p.packed = reinterpret_cast<void*>(packed);
+  p.bias = floats(bias);
+  py::gil_scoped_release release;
+  active().conv_forward(p);
+}
+
+void conv_weight_gradient(const TokensArgs& x, const TokensArgs& d_out, uintptr_t d_weight, const NormArgs& args,
+                          const ConvSizes& sizes) {
+  Conv p = conv(x, d_out, args, sizes);
+  p.d_weight = floats(d_weight);
+  py::gil_scoped_release release;
+  active().conv_weight_gradient(p);
+}
+
+void column_sums(const TokensArgs& t, int64_t batch, int64_t length, int64_t channels, bool is_bf16, uintptr_t out,
+                 int threads) {
+  py::gil_scoped_release release;
+  active().column_sums(tokens(t), batch, length, channels, is_bf16, floats(out), threads);
+}
+
+// A number that changes when the content does: sums of its words times odd multipliers of their places, which see
+// every single change and, but for chance of 2^-64, every other.
+uint64_t fingerprint(uintptr_t pointer, int64_t bytes, int threads) {
+  py::gil_scoped_release release;
+  const char* data = reinterpret_cast<const char*>(pointer);
+  const int64_t words = bytes / 8;
+  uint64_t total = static_cast<uint64_t>(bytes);
+#pragma omp parallel for num_threads(words > 8192 ? threads : 1) reduction(+ : total) schedule(static)
+  for (int64_t i = 0; i < words; ++i) {
+    uint64_t word;
+    std::memcpy(&word, data + i * 8, 8);
+    total += word * (2 * static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15 + 1);
+  }
+  for (int64_t i = words * 8; i < bytes; ++i) total += static_cast<uint8_t>(data[i]) * 0x100000001b3ull * (i + 1);
+  return total;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -127,4 +246,12 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("use_instruction_set", &use_instruction_set);
   m.def("attention_forward", &run<&InstructionSet::attention_forward>);
   m.def("attention_backward", &run<&InstructionSet::attention_backward>);
+  m.def("group_norm_forward", &group_norm_forward);
+  m.def("group_norm_backward", &group_norm_backward);
+  m.def("conv_packed_bytes", &conv_packed_bytes);
+  m.def("conv_pack", &conv_pack);
+  m.def("conv_forward", &conv_forward);
+  m.def("conv_weight_gradient", &conv_weight_gradient);
+  m.def("column_sums", &column_sums);
+  m.def("fingerprint", &fingerprint);
 }

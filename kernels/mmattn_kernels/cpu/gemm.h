@@ -41,8 +41,7 @@ void gemm_tile(const Gemm& g, int64_t row, int64_t vec) {
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      if constexpr (kInit == Init::zero) acc[r][v] = Vec{};
-      if constexpr (kInit == Init::add) acc[r][v] = load(c + r * g.c_row + v * kLanes);
+      acc[r][v] = Vec{};
       if constexpr (kInit == Init::rescale) acc[r][v] = load(c + r * g.c_row + v * kLanes) * g.row_factor[row + r];
     }
   for (int64_t k = 0; k < g.depth; ++k) {
@@ -61,7 +60,11 @@ void gemm_tile(const Gemm& g, int64_t row, int64_t vec) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) store(c + r * g.c_row + v * kLanes, acc[r][v]);
+    for (int v = 0; v < V; ++v) {
+      float* to = c + r * g.c_row + v * kLanes;
+      // Added at the end: sums of sums are more accurate than one long one.
+      store(to, kInit == Init::add ? load(to) + acc[r][v] : acc[r][v]);
+    }
 }
 
 template <Init kInit>

@@ -72,6 +72,26 @@ inline Vec max(Vec a, Vec b) {
 #endif
 }
 
+inline Vec min(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// 1 / x within 2^-22 for x whose reciprocal is a normal number.
+inline Vec reciprocal(Vec x) {
+#if defined(__AVX512F__)
+  const Vec r = _mm512_rcp14_ps(x);
+  return r * (2.0f - x * r);
+#else
+  return 1.0f / x;
+#endif
+}
+
 inline float reduce_add(Vec v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps(v);
@@ -138,11 +158,42 @@ inline Vec exp2(Vec x) {
 #endif
 }
 
+// 1 / (1 + e^-x). A NaN gives a number: whoever multiplies by x has it back.
+template <int Degree = 5>
+inline Vec sigmoid(Vec x) {
+  return reciprocal(1.0f + exp2<Degree>(min(x * -1.44269504088896341f, broadcast(126.0f))));
+}
+
 // Asks for n elements ahead of their use, to be read or written: rows of one head lie too far apart for the hardware to
 // foresee the next.
 template <class T>
 inline void prefetch(const T* p, int64_t n) {
   for (int64_t i = 0; p != nullptr && i < n; i += 64 / sizeof(T)) __builtin_prefetch(p + i);
+}
+
+// The first n of kLanes elements; lanes past them are zero.
+template <class T>
+inline Vec load_lanes(const T* p, int64_t n) {
+  if (n >= kLanes) return load(p);
+  if (n <= 0) return Vec{};
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (Vec)_mm512_maskz_loadu_ps((1u << n) - 1, p);
+#if defined(__AVX512BW__)
+  if constexpr (sizeof(T) == 2)
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16((1u << n) - 1, p)), 16);
+#endif
+#endif
+  T padded[kLanes] = {};
+  std::memcpy(padded, p, n * sizeof(T));
+  return load(padded);
+}
+
+template <class T>
+inline void store_lanes(T* p, Vec v, int64_t n) {
+  if (n >= kLanes) return store(p, v);
+  T padded[kLanes];
+  store(padded, v);
+  std::memcpy(p, padded, n * sizeof(T));
 }
 
 // dst[0:n] = factor * src[0:n], zero up to `padded`.

@@ -1,0 +1,350 @@
+// SPDX-License-Identifier: MIT
+// Dilated convolution over [batch, position, channel] with its prologue and epilogue, as implicit matrix products:
+//   out[l, o] = bias[o] + residual[l, o] + sum over taps k: y[l + (k - K/2) * dilation, :] . weight[o, :, k],
+// y the prologue of x, zero outside the sequence. A block of output rows prepares the rows of y that its taps read
+// once, in a buffer of its thread, and every tap is a matrix product on that buffer (conv_plan.h). The gradient of y is the same
+// convolution with taps and channels swapped; that of the weight is, for each tap, the product of the
+// transposed output gradients with the same buffer.
+#include "conv.h"
+
+#include "conv_plan.h"
+#include "gemm.h"
+#if defined(__AMX_BF16__)
+#include "conv_amx.h"
+#endif
+
+namespace mmattn::MMATTN_ISA {
+namespace {
+
+constexpr int64_t kPanel = kTileVecs * kLanes;
+
+inline float to_float(float x) {
+  return x;
+}
+inline float to_float(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Weights are fp32 panels [panel of out channels][tap][in channel][kPanel].
+class FmaWeights {
+ public:
+  static int64_t panels(int64_t out_channels) { return (out_channels + kPanel - 1) / kPanel; }
+  static int64_t packed_bytes(int64_t out_channels, int64_t in_channels, int64_t taps) {
+    return panels(out_channels) * kPanel * taps * in_channels * sizeof(float);
+  }
+  static void pack(const ConvWeights& w) { w.weight_is_bf16 ? pack<bf16>(w) : pack<float>(w); }
+
+ private:
+  template <class W>
+  static void pack(const ConvWeights& w) {
+    constexpr int64_t kChannels = 32;  // of a strip of the panel that stays in the first-level cache
+    const int64_t strips = (w.in_channels + kChannels - 1) / kChannels;
+#pragma omp parallel for num_threads(w.threads) schedule(static) collapse(2)
+    for (int64_t panel = 0; panel < panels(w.out_channels); ++panel)
+      for (int64_t strip = 0; strip < strips; ++strip)
+        for (int64_t j = 0; j < kPanel; ++j) {
+          const int64_t o = panel * kPanel + j;
+          const W* from = static_cast<const W*>(w.weight) + o * w.out_stride;
+          for (int64_t c = strip * kChannels; c < std::min(w.in_channels, (strip + 1) * kChannels); ++c)
+            for (int64_t k = 0; k < w.taps; ++k)
+              static_cast<float*>(w.packed)[((panel * w.taps + k) * w.in_channels + c) * kPanel + j] =
+                  o < w.out_channels ? round(to_float(from[c * w.in_stride + k * w.tap_stride]), w.is_bf16) : 0.0f;
+        }
+  }
+
+  static float round(float x, bool to_bf16) {
+    if (!to_bf16) return x;
+    bf16 rounded[kLanes];
+    store(rounded, broadcast(x));
+    return to_float(rounded[0]);
+  }
+};
+
+template <class T>
+class FmaConv {
+ public:
+  static constexpr int64_t kMostRows = 192, kDepth = 256;
+
+  static void forward(const Conv& p) {
+    const Coefficients coefficients(p.batch, p.in_channels);
+    prepare<T>(p.norm, p.x, p.batch, p.length, p.in_channels, p.threads, coefficients);
+    const std::vector<Block> blocks = cut(p, kMostRows);
+    const int64_t panels = FmaWeights::panels(p.out_channels);
+    const int64_t splits = channel_splits(blocks.size(), p.threads, panels);
+    const Extent extent(blocks);
+    const int64_t depths = (p.in_channels + kDepth - 1) / kDepth;
+    const int64_t depth = round_up((p.in_channels + depths - 1) / depths, kLanes), stride = depth + kLanes;
+    const int64_t columns = (panels + splits - 1) / splits * kPanel;
+    const int64_t buffer = extent.buffer_rows * stride, per_thread = round_up(buffer + extent.rows * columns, 16) + 16;
+    const Buffer memory(per_thread * p.threads);
+#pragma omp parallel num_threads(p.threads)
+    {
+      float* own = memory.data() + thread_number() * per_thread;
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < static_cast<int64_t>(blocks.size()) * splits; ++i) {
+        const int64_t split = i % splits;
+        run(p, coefficients, blocks[i / splits], panels * split / splits, panels * (split + 1) / splits, depth, own,
+            own + buffer);
+      }
+    }
+  }
+
+ private:
+  static void run(const Conv& p, const Coefficients& coefficients, const Block& block, int64_t panel_begin,
+                  int64_t panel_end, int64_t depth, float* buffer, float* sums) {
+    const int64_t stride = depth + kLanes, columns = (panel_end - panel_begin) * kPanel, middle = block.taps / 2;
+    for (int64_t c = 0; c < p.in_channels; c += depth) {
+      const int64_t end = std::min(p.in_channels, c + depth);
+      fill_rows<T>(p, block, coefficients, c, end, buffer, stride);
+      for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+        const int64_t vecs = std::min<int64_t>(kTileVecs, (p.out_channels - panel * kPanel + kLanes - 1) / kLanes);
+        for (int64_t j = 0; j < block.taps; ++j) {
+          const int64_t k = j == 0 ? middle : j <= middle ? j - 1 : j;  // the middle one first: it has every row
+          const auto [lo, hi] = k == middle ? std::pair<int64_t, int64_t>{0, block.rows} : block.readers(k);
+          if (lo == hi) continue;
+          const float* weights =
+              static_cast<const float*>(p.packed) + ((panel * block.taps + k) * p.in_channels + c) * kPanel;
+          const Gemm g{hi - lo, vecs,  end - c, buffer + (lo + k * block.step) * stride,
+                       stride,  1,     weights, kLanes,
+                       kPanel,  sums + lo * columns + (panel - panel_begin) * kPanel, columns};
+          c == 0 && j == 0 ? gemm<Init::zero>(g) : gemm<Init::add>(g);
+        }
+      }
+    }
+    const int64_t first = panel_begin * kPanel, last = std::min(p.out_channels, panel_end * kPanel);
+    for (int64_t i = 0; i < block.rows; i += kRowUnit)
+      for (int64_t r = i; r < i + block.live(i); ++r) {
+        const int64_t position = block.position(r);
+        T* out = row<T>(p.out, block.batch, position);
+        const T* residual = p.residual.data ? row<T>(p.residual, block.batch, position) : nullptr;
+        for (int64_t o = first; o < last; o += kLanes) {
+          Vec value = load(sums + r * columns + o - first);
+          if (p.bias) value += load_lanes(p.bias + o, last - o);
+          if (residual) value += load_lanes(residual + o, last - o);
+          store_lanes(out + o, value, last - o);
+        }
+      }
+  }
+};
+
+// Of the weight. A thread sums over the blocks of its team, for its range of out channels, into [tap][out][in]; teams
+// share the blocks where the sums are small, members share the channels where they are large. Last, the teams' sums are added in
+// their order.
+template <class T>
+class WeightGradient {
+ public:
+#if defined(__AMX_BF16__)
+  static constexpr bool kAmx = true;
+  using Row = T;
+  static constexpr int64_t kMostRows = sizeof(T) == 2 ? 512 : 256;
+#else
+  static constexpr bool kAmx = false;
+  using Row = float;
+  static constexpr int64_t kMostRows = 192;
+#endif
+  static constexpr int64_t kTeamBytes = 2 << 20;
+
+  static void run(const Conv& p) {
+    const Coefficients coefficients(p.batch, p.in_channels);
+    prepare_from_stats(p, coefficients);
+    const std::vector<Block> blocks = cut(p, kMostRows);
+    const Extent extent(blocks);
+    const int64_t units = (p.out_channels + 31) / 32, count = blocks.size();
+    const int64_t in_padded = round_up(p.in_channels, 32) + 16, sums_of_all = p.taps * units * 32 * in_padded;
+    const bool share_blocks = sums_of_all * static_cast<int64_t>(sizeof(float)) <= kTeamBytes;
+    const int64_t teams = share_blocks ? std::min<int64_t>(p.threads, count) : 1;
+    const int64_t members = std::clamp<int64_t>(p.threads / teams, 1, units);
+    const Buffer sums(teams * sums_of_all);
+    const WeightGradient shape(p, coefficients, extent, in_padded, (units + members - 1) / members * 32);
+    const Buffer memory(shape.per_thread_ * p.threads);
+#pragma omp parallel num_threads(p.threads)
+    {
+#if defined(__AMX_BF16__)
+      const TileRegisters registers;
+#endif
+      float* own = memory.data() + thread_number() * shape.per_thread_;
+#pragma omp for schedule(static, 1)
+      for (int64_t i = 0; i < teams * members; ++i) {
+        const int64_t team = i / members, member = i % members;
+        const int64_t first = units * member / members * 32, end = units * (member + 1) / members * 32;
+        float* own_sums = sums.data() + team * sums_of_all;
+        for (int64_t b = count * team / teams; b < count * (team + 1) / teams; ++b)
+          shape.add_block(blocks[b], first, end, b == count * team / teams, own, own_sums);
+      }
+#pragma omp for schedule(static)
+      for (int64_t o = 0; o < p.out_channels; ++o) shape.write(o, sums.data(), sums_of_all, teams, units * 32);
+    }
+  }
+
+ private:
+  const Conv& p_;
+  const Coefficients& coefficients_;
+  const int64_t in_padded_, columns_, row_stride_, rows_, packed_, per_thread_;
+
+  WeightGradient(const Conv& p, const Coefficients& coefficients, const Extent& extent, int64_t in_padded,
+                 int64_t columns)
+      : p_(p),
+        coefficients_(coefficients),
+        in_padded_(in_padded),
+        columns_(columns),
+        row_stride_(round_up(p.in_channels, 32) + 16),
+        rows_(round_up(extent.buffer_rows * row_stride_ * sizeof(Row) / sizeof(float) + 16, 16)),
+        packed_(kAmx ? (columns + round_up(p.in_channels, 32)) / 16 * (extent.rows / 32 * kTileFloats + 16) + 16
+                     : extent.rows * (columns + kLanes)),
+        per_thread_(rows_ + packed_ + 16) {}
+
+  static constexpr int64_t kTileFloats = sizeof(T) == 2 ? 256 : 768;  // of 16 x 32 numbers in all their parts
+
+  static void prepare_from_stats(const Conv& p, const Coefficients& to) {
+    struct Group {
+      GroupStats stats;
+    };
+    std::vector<Group> groups(p.norm.groups + 1);
+    for (int64_t b = 0; b < p.batch; ++b) {
+      for (int64_t g = 0; g < p.norm.groups; ++g) {
+        const float* s = p.norm.stats + (b * p.norm.groups + g) * 2;
+        groups[g].stats = {s[0], s[1], 0};
+      }
+      set_coefficients(p.norm, to, b, p.in_channels, p.norm.groups ? &groups[0].stats : nullptr);
+    }
+  }
+
+  // The output gradient of a row of the block; null where there is none.
+  const T* d_out(const Block& block, int64_t i) const {
+    if (i % block.run >= block.width || block.position(i) >= block.length) return nullptr;
+    return row<T>(p_.out, block.batch, block.position(i));
+  }
+
+  void add_block(const Block& block, int64_t first, int64_t end, bool is_first, float* own, float* sums) const {
+    Row* rows = reinterpret_cast<Row*>(own);
+    fill_rows<T>(p_, block, coefficients_, 0, p_.in_channels, rows, row_stride_);
+    const int64_t out_rows = round_up(p_.out_channels, 32), count = std::min(end, p_.out_channels) - first;
+#if defined(__AMX_BF16__)
+    constexpr int kP = kParts<T>;
+    const int64_t in_blocks = (p_.in_channels + 15) / 16, out_blocks = (count + 15) / 16, chunks = block.rows / 32;
+    char* packed = reinterpret_cast<char*>(own + rows_);
+    const int64_t block_bytes = kTileBytes * kP * chunks + 64;  // 64 more: rows of tiles begin in different cache sets
+    const Tiles left{packed, block_bytes, kTileBytes, kTileBytes * kP};
+    const Tiles right{packed + round_up(out_blocks * block_bytes, 64), block_bytes, kTileBytes, kTileBytes * kP};
+    for (int64_t c = 0; c < chunks; ++c)
+      pack_depth_tiles<kP, true>(left, c, count, [&](int64_t i) {
+        const T* p = d_out(block, c * 32 + i);
+        return p ? p + first : nullptr;
+      });
+    for (int64_t k = 0; k < block.taps; ++k) {
+      float* to = sums + (k * out_rows + first) * in_padded_;
+      const auto [lo, hi] = block.readers(k);
+      if (lo == hi) {
+        if (is_first) std::memset(to, 0, (end - first) * in_padded_ * sizeof(float));
+        continue;
+      }
+      for (int64_t c = lo / 32; c < hi / 32; ++c)
+        pack_depth_tiles<kP, false>(right, c, p_.in_channels,
+                                    [&](int64_t i) { return rows + (c * 32 + i + k * block.step) * row_stride_; });
+      const Tiles a{left.at(0, 0, lo / 32), left.block, left.part, left.chunk};
+      const Tiles b{right.at(0, 0, lo / 32), right.block, right.part, right.chunk};
+      tile_gemm<kP>(out_blocks, 0, in_blocks, (hi - lo) / 32, a, b, to, in_padded_, !is_first);
+    }
+#else
+    float* gradients = own + rows_;
+    const int64_t stride = columns_ + kLanes;
+    for (int64_t i = 0; i < block.rows; ++i) {
+      const T* p = d_out(block, i);
+      if (p)
+        load_row(gradients + i * stride, p + first, count, count, 1.0f);
+      else
+        std::memset(gradients + i * stride, 0, round_up(count, kLanes) * sizeof(float));
+    }
+    const int64_t vecs = (p_.in_channels + kLanes - 1) / kLanes;
+    for (int64_t k = 0; k < block.taps; ++k) {
+      float* to = sums + (k * out_rows + first) * in_padded_;
+      const auto [lo, hi] = block.readers(k);
+      if (lo == hi) {
+        if (is_first) std::memset(to, 0, (end - first) * in_padded_ * sizeof(float));
+        continue;
+      }
+      const Gemm g{count,  vecs,        hi - lo, gradients + lo * stride, 1, stride, rows + (lo + k * block.step) * row_stride_,
+                   kLanes, row_stride_, to,      in_padded_};
+      is_first ? gemm<Init::zero>(g) : gemm<Init::add>(g);
+    }
+#endif
+  }
+
+  void write(int64_t o, const float* sums, int64_t sums_of_all, int64_t teams, int64_t out_rows) const {
+    for (int64_t k = 0; k < p_.taps; ++k)
+      for (int64_t c = 0; c < p_.in_channels; ++c) {
+        float total = 0;
+        for (int64_t team = 0; team < teams; ++team)
+          total += sums[team * sums_of_all + (k * out_rows + o) * in_padded_ + c];
+        p_.d_weight[(o * p_.in_channels + c) * p_.taps + k] = total;
+      }
+  }
+};
+
+template <class T>
+void sums_of_columns(const Tokens& t, int64_t batch, int64_t length, int64_t channels, float* out, int threads) {
+  const Parts parts(length, channels);
+  const PerChannel partial(batch * parts.count, channels, 1);
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < batch * parts.count; ++i) {
+      float* sums = partial.at(i, 0);
+      std::memset(sums, 0, partial.padded() * sizeof(float));
+      const int64_t begin = parts.begin(i % parts.count), end = parts.end(i % parts.count);
+      for (int64_t first = begin; first < end; first += kSliceRows)
+        for (int64_t c = 0; c < channels; c += kLanes) {
+          Vec sum{};
+          for (int64_t l = first; l < std::min(end, first + kSliceRows); ++l)
+            sum += load_lanes(row<T>(t, i / parts.count, l) + c, channels - c);
+          store(sums + c, load(sums + c) + sum);
+        }
+    }
+#pragma omp for schedule(static)
+    for (int64_t c = 0; c < channels; ++c) {
+      double total = 0;
+      for (int64_t i = 0; i < batch * parts.count; ++i) total += partial.at(i, 0)[c];
+      out[c] = static_cast<float>(total);
+    }
+  }
+}
+
+}  // namespace
+
+#if defined(__AMX_BF16__)
+int64_t conv_packed_bytes(int64_t out_channels, int64_t in_channels, int64_t taps, bool is_bf16) {
+  return is_bf16 ? AmxConv<bf16>::packed_bytes(out_channels, in_channels, taps)
+                 : AmxConv<float>::packed_bytes(out_channels, in_channels, taps);
+}
+void conv_pack(const ConvWeights& w) {
+  w.is_bf16 ? AmxConv<bf16>::pack(w) : AmxConv<float>::pack(w);
+}
+void conv_forward(const Conv& p) {
+  p.is_bf16 ? AmxConv<bf16>::forward(p) : AmxConv<float>::forward(p);
+}
+#else
+int64_t conv_packed_bytes(int64_t out_channels, int64_t in_channels, int64_t taps, bool) {
+  return FmaWeights::packed_bytes(out_channels, in_channels, taps);
+}
+void conv_pack(const ConvWeights& w) {
+  FmaWeights::pack(w);
+}
+void conv_forward(const Conv& p) {
+  p.is_bf16 ? FmaConv<bf16>::forward(p) : FmaConv<float>::forward(p);
+}
+#endif
+
+void conv_weight_gradient(const Conv& p) {
+  p.is_bf16 ? WeightGradient<bf16>::run(p) : WeightGradient<float>::run(p);
+}
+
+void column_sums(const Tokens& t, int64_t batch, int64_t length, int64_t channels, bool is_bf16, float* out,
+                 int threads) {
+  is_bf16 ? sums_of_columns<bf16>(t, batch, length, channels, out, threads)
+          : sums_of_columns<float>(t, batch, length, channels, out, threads);
+}
+
+}  // namespace mmattn::MMATTN_ISA

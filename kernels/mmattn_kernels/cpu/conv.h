@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: MIT
+// What a dilated convolution call needs to know, as mmattn_kernels.cpu.conv passes it.
+#pragma once
+
+#include "norm.h"
+
+namespace mmattn {
+
+// The weight of (out channel, in channel, tap) lies at their sum of multiples of the strides, which may be negative.
+struct ConvWeights {
+  const void* weight;
+  bool weight_is_bf16;
+  int64_t out_stride, in_stride, tap_stride;
+  int64_t out_channels, in_channels, taps;
+  bool is_bf16;  // of the computation
+  void* packed;  // conv_packed_bytes, on a cache line
+  int threads;
+};
+
+struct Conv {
+  Tokens x, out, residual;  // residual may be null; `out` is the gradient of the output in conv_weight_gradient
+  const void* packed;
+  const float* bias;  // null or [out_channels]
+  Norm norm;          // of the prologue
+  int64_t batch, length, in_channels, out_channels, taps, dilation;
+  bool is_bf16;
+  int threads;
+  float* d_weight = nullptr;  // [out_channels, in_channels, taps]
+};
+
+#define MMATTN_DECLARE(isa)                                                                                \
+  namespace isa {                                                                                          \
+  int64_t conv_packed_bytes(int64_t out_channels, int64_t in_channels, int64_t taps, bool is_bf16);        \
+  void conv_pack(const ConvWeights& w);                                                                    \
+  void conv_forward(const Conv& p);                                                                        \
+  void conv_weight_gradient(const Conv& p);                                                                \
+  void column_sums(const Tokens& t, int64_t batch, int64_t length, int64_t channels, bool is_bf16, float*, \
+                   int threads);                                                                           \
+  }
+MMATTN_DECLARE(portable)
+MMATTN_DECLARE(avx2)
+MMATTN_DECLARE(avx512)
+MMATTN_DECLARE(amx)
+#undef MMATTN_DECLARE
+
+}  // namespace mmattn

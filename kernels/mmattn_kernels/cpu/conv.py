@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: MIT
+"""Dilated convolution on the CPU: hands tensors to `conv.cpp` as pointers, sizes and strides.
+
+The same two functions as `mmattn_kernels.triton.conv`. Inputs [B, L, C], any strides with C contiguous, fp32 or bf16;
+parameters of any float dtype; outputs contiguous.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from mmattn_kernels.cpu import extension
+from mmattn_kernels.cpu import norm as norm_kernels
+from mmattn_kernels.cpu.norm import norm_arguments, single, tokens
+
+# Packed copies of weights, dropped with the weights: owner of the memory -> view and packing -> (state, packed).
+_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    *,
+    groups: int,
+    dilation: int,
+    silu: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    batch, length, _ = x.shape
+    out = torch.empty((batch, length, weight.shape[0]), dtype=x.dtype)
+    stats = torch.empty((batch, groups, 2), dtype=torch.float32)
+    if batch:
+        parameters = single(norm_weight, norm_bias, scale, shift)
+        norm = norm_arguments(parameters, stats, groups, silu, eps)
+        _convolve(x, out, residual, _packed_weight(weight, x.dtype == torch.bfloat16), bias, norm, weight.shape, dilation)
+    return out, stats
+
+
+def backward(
+    d_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stats: Tensor,
+    *,
+    groups: int,
+    dilation: int,
+    silu: bool,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, length, in_channels = x.shape
+    out_channels, _, taps = weight.shape
+    is_bf16, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
+    prologue = (norm_weight, norm_bias, scale, shift)
+    has_prologue = bool(groups) or silu or scale is not None or shift is not None
+    d_x = torch.empty(x.shape if need_x else 0, dtype=x.dtype)
+    d_weight = torch.zeros(weight.shape if need_weight else 0, dtype=torch.float32)
+    d_bias = torch.zeros(out_channels if need_bias else 0, dtype=torch.float32)
+    sums = torch.zeros((batch, in_channels, 2) if need_x and has_prologue else 0, dtype=torch.float32)
+    if batch == 0:
+        return d_x, d_weight, d_bias, sums
+    if need_x:
+        swapped = weight.transpose(0, 1)  # the gradient of y: channels swapped, taps in reverse
+        packed = _pack(swapped, is_bf16, reverse=True)
+        nothing = norm_arguments([None] * 4, stats, 0, False, 0.0)
+        _convolve(d_out, d_x, None, packed, None, nothing, swapped.shape, dilation)
+        if has_prologue:
+            d_x, sums = norm_kernels.backward(d_x, x, *prologue, stats, groups=groups, silu=silu, in_place=True)
+    if need_weight:
+        parameters = single(*prologue)
+        norm = norm_arguments(parameters, stats, groups, silu, 0.0)
+        sizes = (batch, length, in_channels, out_channels, taps, int(dilation), is_bf16, threads)
+        extension().conv_weight_gradient(tokens(x), tokens(d_out), d_weight.data_ptr(), norm, sizes)
+    if need_bias:
+        extension().column_sums(tokens(d_out), batch, length, out_channels, is_bf16, d_bias.data_ptr(), threads)
+    return d_x, d_weight, d_bias, sums
+
+
+def _convolve(x, out, residual, packed, bias, norm, weight_shape, dilation) -> None:
+    (bias,) = single(bias)
+    out_channels, in_channels, taps = weight_shape
+    sizes = (*x.shape[:2], in_channels, out_channels, taps, int(dilation), x.dtype == torch.bfloat16)
+    extension().conv_forward(
+        tokens(x),
+        tokens(out),
+        tokens(residual),
+        packed.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        norm,
+        (*sizes, torch.get_num_threads()),
+    )
+
+
+def _packed_weight(weight: Tensor, is_bf16: bool) -> Tensor:
+    """The packed copy of a weight: made anew whenever the weight is not the one that was packed."""
+    owner = weight if weight._base is None else weight._base
+    key = (weight.storage_offset(), weight.shape, weight.stride(), is_bf16, extension().instruction_set())
+    version = None if weight.is_inference() else weight._version
+    # Writing through `.data`, as averages of weights are copied in, raises no version: the content has to tell.
+    state = (weight.data_ptr(), weight.dtype, version, _fingerprint(weight))
+    kept = _packed.setdefault(owner, {})
+    if key not in kept or kept[key][0] != state:
+        kept[key] = (state, _pack(weight, is_bf16))
+    return kept[key][1]
+
+
+def _fingerprint(weight: Tensor) -> int:
+    size = weight.numel() * weight.element_size()
+    if not weight.is_contiguous():
+        weight = weight.contiguous()
+    return extension().fingerprint(weight.data_ptr(), size, torch.get_num_threads())
+
+
+def _pack(weight: Tensor, is_bf16: bool, *, reverse: bool = False) -> Tensor:
+    """The weight [Cout, Cin, K] in the order in which the kernels of the instruction set read it, aligned to 64 bytes."""
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        weight = weight.float()
+    out_channels, in_channels, taps = weight.shape
+    size = extension().conv_packed_bytes(out_channels, in_channels, taps, is_bf16)
+    packed = torch.empty(size + 64, dtype=torch.uint8)
+    packed = packed[-packed.data_ptr() % 64 :][:size]
+    out_stride, in_stride, tap_stride = weight.stride()
+    pointer = weight.data_ptr()
+    if reverse:
+        pointer, tap_stride = pointer + (taps - 1) * tap_stride * weight.element_size(), -tap_stride
+    strides = (out_stride, in_stride, tap_stride)
+    weights = (pointer, weight.dtype == torch.bfloat16, *strides, out_channels, in_channels, taps)
+    extension().conv_pack(weights, is_bf16, packed.data_ptr(), torch.get_num_threads())
+    return packed

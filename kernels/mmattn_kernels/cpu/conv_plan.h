@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: MIT
+// How a dilated convolution is cut into blocks of output rows, and which rows of its input a block reads.
+//
+// A block holds the input rows of all its taps in one buffer, where tap k of output row i is row i + k * step. For a small
+// dilation the rows are consecutive positions and step is the dilation: neighbouring outputs share their taps, and
+// only a margin is read twice. For a large one they are runs of positions a dilation apart, and step is the length of a run:
+// the taps of a run are its neighbouring runs, so nothing is read twice however far the taps reach.
+#pragma once
+
+#include <numeric>
+#include <vector>
+
+#include "conv.h"
+#include "prologue.h"
+
+namespace mmattn::MMATTN_ISA {
+namespace {
+
+constexpr int64_t kRowUnit = 32;  // rows that are computed together: consecutive positions
+
+struct Block {
+  int64_t batch, origin, rows;  // position of the first row; rows are a multiple of kRowUnit
+  int64_t run, width;           // rows of a run, how many of them are in use
+  int64_t step;                 // rows from a tap to the next, 0 if all but the middle one lie outside the sequence
+  int64_t length, taps, dilation;
+
+  int64_t buffer_rows() const { return rows + (taps - 1) * step; }
+  int64_t position(int64_t row) const { return origin + row / run * dilation + row % run; }
+  // Of the kRowUnit rows from `row` on, those that exist.
+  int64_t live(int64_t row) const {
+    return std::clamp<int64_t>(std::min(width - row % run, length - position(row)), 0, kRowUnit);
+  }
+  // Whether tap k of any of these rows lies inside the sequence.
+  bool reads(int64_t row, int64_t k) const {
+    const int64_t first = position(row) + (k - taps / 2) * dilation;
+    return first < length && first + live(row) > 0;
+  }
+  // The rows whose tap k is read, all inside the range; those of it that read outside find zeros.
+  std::pair<int64_t, int64_t> readers(int64_t k) const {
+    int64_t lo = 0, hi = rows;
+    while (lo < hi && !(live(lo) && reads(lo, k))) lo += kRowUnit;
+    while (lo < hi && !(live(hi - kRowUnit) && reads(hi - kRowUnit, k))) hi -= kRowUnit;
+    return {lo, hi};
+  }
+  // visit(buffer row, position or -1 for zeros) for all rows of the buffer.
+  template <class Visit>
+  void each_buffer_row(Visit visit) const {
+    const int64_t total = buffer_rows();
+    for (int64_t first = 0; first < total; first += run) {
+      const int64_t at = origin + first / run * dilation - (step ? taps / 2 * dilation : 0);
+      for (int64_t r = 0; r < std::min(run, total - first); ++r) {
+        const bool inside = r < width && at + r >= 0 && at + r < length;
+        visit(first + r, inside ? at + r : -1);
+      }
+    }
+  }
+};
+
+// Blocks of at most `most` rows, at least as many as threads where the sequence is long enough to share.
+inline std::vector<Block> cut(const Conv& p, int64_t most) {
+  constexpr int64_t kWholeRun = int64_t{1} << 40;
+  const int64_t length = p.length, dilation = p.dilation, taps = p.taps;
+  const int64_t runs = (length + dilation - 1) / dilation, span = std::min(dilation, length);
+  const int64_t padded_span = round_up(span, kRowUnit);
+  // Rows computed in vain by runs, against rows prepared twice without them, at about a quarter of the cost.
+  const int64_t runs_of_block = std::min(runs, most / kRowUnit);
+  const double vain = static_cast<double>(padded_span) / span - 1;
+  const double with_runs = vain + (runs_of_block < runs ? 0.25 * (taps - 1) / runs_of_block : 0);
+  const double without = 0.25 * (taps - 1) * std::min(dilation, length) / std::min(most, length);
+  std::vector<Block> blocks;
+  if (taps > 1 && with_runs < without) {
+    int64_t run = std::max(std::min(most / runs_of_block / kRowUnit * kRowUnit, padded_span), kRowUnit);
+    const int64_t groups = (runs + runs_of_block - 1) / runs_of_block;
+    while (run > kRowUnit && (padded_span + run - 1) / run * groups * p.batch < p.threads) run -= kRowUnit;
+    for (int64_t b = 0; b < p.batch; ++b)
+      for (int64_t g = 0; g < groups; ++g)
+        for (int64_t r = 0; r < span; r += run) {
+          const int64_t first = runs * g / groups, count = runs * (g + 1) / groups - first;
+          blocks.push_back({b, first * dilation + r, count * run, run, std::min(run, span - r), run, length, taps, dilation});
+        }
+    return blocks;
+  }
+  int64_t count = (length + most - 1) / most;
+  if (count >= p.threads || length >= 256 * p.threads) count = round_up(count * p.batch, p.threads) / p.batch;
+  const int64_t units = (length + kRowUnit - 1) / kRowUnit;
+  count = std::min(count, units);
+  for (int64_t b = 0; b < p.batch; ++b)
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t first = units * i / count * kRowUnit, end = units * (i + 1) / count * kRowUnit;
+      const int64_t step = dilation < length ? dilation : 0;
+      blocks.push_back({b, first, end - first, kWholeRun, kWholeRun, step, length, taps, dilation});
+    }
+  return blocks;
+}
+
+// What the blocks need at most.
+struct Extent {
+  int64_t rows = 0, buffer_rows = 0;
+  explicit Extent(const std::vector<Block>& blocks) {
+    for (const Block& b : blocks) {
+      rows = std::max(rows, b.rows);
+      buffer_rows = std::max(buffer_rows, b.buffer_rows());
+    }
+  }
+};
+
+// Into how many ranges of output channels each of `blocks` blocks is split, so that no thread waits long for the others.
+inline int64_t channel_splits(int64_t blocks, int64_t threads, int64_t most) {
+  if (blocks >= 4 * threads) return 1;
+  return std::clamp<int64_t>(threads / std::gcd(blocks, threads), 1, most);
+}
+
+// y of channels [begin, end) of all rows of a block's buffer, `stride` numbers apart, zero up to whole vectors.
+template <Prologue kPrologue, class T, class Out>
+void fill_rows(const Conv& p, const Block& block, const Coefficients& coefficients, int64_t begin, int64_t end, Out* to,
+               int64_t stride) {
+  block.each_buffer_row([&](int64_t r, int64_t position) {
+    Out* out = to + r * stride;
+    if (position < 0) {
+      std::memset(static_cast<void*>(out), 0, round_up(end - begin, kLanes) * sizeof(Out));
+      return;
+    }
+    const T* x = row<T>(p.x, block.batch, position);
+    for (int64_t c = begin; c < end; c += kLanes, out += kLanes)
+      store(out, apply<kPrologue, kDegree<T>>(load_lanes(x + c, end - c), coefficients, block.batch, c));
+  });
+}
+
+template <class T, class Out>
+void fill_rows(const Conv& p, const Block& block, const Coefficients& coefficients, int64_t begin, int64_t end, Out* to,
+               int64_t stride) {
+  switch (prologue_of(p.norm)) {
+    case Prologue::none:
+      return fill_rows<Prologue::none, T>(p, block, coefficients, begin, end, to, stride);
+    case Prologue::affine:
+      return fill_rows<Prologue::affine, T>(p, block, coefficients, begin, end, to, stride);
+    case Prologue::silu:
+      return fill_rows<Prologue::silu, T>(p, block, coefficients, begin, end, to, stride);
+  }
+}
+
+}  // namespace
+}  // namespace mmattn::MMATTN_ISA

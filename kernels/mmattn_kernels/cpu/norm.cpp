@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: MIT
+// Group normalisation with FiLM and SiLU, forward and backward, over [batch, position, channel]:
+//   y = activate((h * weight + bias) * (1 + scale) + shift),  h = (x - mean) * rstd.
+// Forward reads x twice, once for the moments of its groups. Backward reads x and d_y twice: once for the sums of dz and
+// dz * h over the positions, from which all parameters' gradients follow, and once to write
+//   d_x = rstd * (gain * dz - S1 - h * S2),  gain = weight * (1 + scale),  S = means over the group of gain * (dz, dz * h).
+#include "norm.h"
+
+#include "prologue.h"
+
+namespace mmattn::MMATTN_ISA {
+namespace {
+
+// Work on parts of the positions: each thread walks its share backwards, so that it meets the last of what a walk
+// forwards left in its cache.
+template <class Visit>
+void each_part_backwards(int64_t count, Visit visit) {
+  const int64_t thread = thread_number(), threads = thread_count();
+  for (int64_t i = count * (thread + 1) / threads; i-- > count * thread / threads;) visit(i);
+}
+
+template <class T, bool kSilu>
+void forward(const GroupNorm& p) {
+  const Coefficients coefficients(p.batch, p.channels);
+  prepare<T>(p.norm, p.x, p.batch, p.length, p.channels, p.threads, coefficients);
+  const Parts parts(p.length, p.channels);
+#pragma omp parallel num_threads(p.threads)
+  each_part_backwards(p.batch * parts.count, [&](int64_t i) {
+    const int64_t b = i / parts.count, part = i % parts.count;
+    const float *mean = coefficients.mean(b), *factor = coefficients.factor(b), *offset = coefficients.offset(b);
+    for (int64_t l = parts.begin(part); l < parts.end(part); ++l) {
+      const T* x = row<T>(p.x, b, l);
+      T* out = row<T>(p.out, b, l);
+      for (int64_t c = 0; c < p.channels; c += kLanes) {
+        const Vec z = (load_lanes(x + c, p.channels - c) - load(mean + c)) * load(factor + c) + load(offset + c);
+        store_lanes(out + c, activate<kSilu, kDegree<T>>(z), p.channels - c);
+      }
+    }
+  });
+}
+
+template <class T, bool kSilu>
+void backward(const GroupNorm& p) {
+  const Norm& norm = p.norm;
+  const Coefficients coefficients(p.batch, p.channels);
+  const int64_t groups = norm.groups, size = groups ? p.channels / groups : p.channels;
+  const auto rstd = [&](int64_t b, int64_t c) { return groups ? norm.stats[(b * groups + c / size) * 2 + 1] : 1.0f; };
+  for (int64_t b = 0; b < p.batch; ++b) {
+    struct Group {
+      GroupStats stats;
+    };
+    std::vector<Group> stats(groups + 1);
+    for (int64_t g = 0; g < groups; ++g) {
+      const float* s = norm.stats + (b * groups + g) * 2;
+      stats[g].stats = {s[0], s[1], 0};
+    }
+    set_coefficients(norm, coefficients, b, p.channels, groups ? &stats[0].stats : nullptr);
+  }
+  const Parts parts(p.length, p.channels);
+  const int64_t padded = coefficients.padded(), count = p.batch * parts.count;
+  const PerChannel partial(count, p.channels, 2);  // sums of dz and dz * (x - mean) over each part
+  const PerChannel steps(p.batch, p.channels, 2);  // constant and slope: d_x = factor * dz - constant - (x - mean) * slope
+#pragma omp parallel num_threads(p.threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t b = i / parts.count, part = i % parts.count;
+      const float *mean = coefficients.mean(b), *factor = coefficients.factor(b), *offset = coefficients.offset(b);
+      float *sums = partial.at(i, 0), *products = partial.at(i, 1);
+      std::memset(sums, 0, padded * sizeof(float));
+      std::memset(products, 0, padded * sizeof(float));
+      for (int64_t first = parts.begin(part); first < parts.end(part); first += kSliceRows) {
+        const int64_t rows = std::min(kSliceRows, parts.end(part) - first);
+        for (int64_t c = 0; c < p.channels; c += kLanes) {
+          const Vec m = load(mean + c), a = load(factor + c), o = load(offset + c);
+          Vec sum{}, product{};
+          for (int64_t r = 0; r < rows; ++r) {
+            const Vec centred = load_lanes(row<T>(p.x, b, first + r) + c, p.channels - c) - m;
+            const Vec d_y = load_lanes(row<T>(p.d_out, b, first + r) + c, p.channels - c);
+            const Vec d_z = activate_backward<kSilu>(centred * a + o, d_y);
+            sum += d_z;
+            product += d_z * centred;
+          }
+          store(sums + c, load(sums + c) + sum);
+          store(products + c, load(products + c) + product);
+        }
+      }
+    }
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < p.batch; ++b) {
+      float* sums = p.sums + b * p.channels * 2;
+      const float* factor = coefficients.factor(b);
+      for (int64_t c = 0; c < p.channels; ++c) {
+        double sum = 0, product = 0;
+        for (int64_t part = 0; part < parts.count; ++part) {
+          sum += partial.at(b * parts.count + part, 0)[c];
+          product += partial.at(b * parts.count + part, 1)[c];
+        }
+        sums[c * 2] = static_cast<float>(sum);
+        sums[c * 2 + 1] = static_cast<float>(product * rstd(b, c));
+      }
+      float *constant = steps.at(b, 0), *slope = steps.at(b, 1);
+      std::memset(constant, 0, padded * sizeof(float));
+      std::memset(slope, 0, padded * sizeof(float));
+      for (int64_t g = 0; g < groups; ++g) {
+        double sum = 0, product = 0;  // factor is rstd * gain
+        for (int64_t c = g * size; c < (g + 1) * size; ++c) {
+          sum += static_cast<double>(factor[c]) * sums[c * 2];
+          product += static_cast<double>(factor[c]) * sums[c * 2 + 1];
+        }
+        for (int64_t c = g * size; c < (g + 1) * size; ++c) {
+          constant[c] = static_cast<float>(sum / (size * p.length));
+          slope[c] = static_cast<float>(product / (size * p.length) * rstd(b, c));
+        }
+      }
+    }
+    each_part_backwards(count, [&](int64_t i) {
+      const int64_t b = i / parts.count, part = i % parts.count;
+      const float *mean = coefficients.mean(b), *factor = coefficients.factor(b), *offset = coefficients.offset(b);
+      const float *constant = steps.at(b, 0), *slope = steps.at(b, 1);
+      for (int64_t l = parts.begin(part); l < parts.end(part); ++l) {
+        const T *x = row<T>(p.x, b, l), *d_out = row<T>(p.d_out, b, l);
+        T* d_x = row<T>(p.d_x, b, l);
+        for (int64_t c = 0; c < p.channels; c += kLanes) {
+          const int64_t n = p.channels - c;
+          const Vec centred = load_lanes(x + c, n) - load(mean + c), a = load(factor + c);
+          const Vec d_z = activate_backward<kSilu>(centred * a + load(offset + c), load_lanes(d_out + c, n));
+          store_lanes(d_x + c, a * d_z - load(constant + c) - centred * load(slope + c), n);
+        }
+      }
+    });
+  }
+}
+
+}  // namespace
+
+void group_norm_forward(const GroupNorm& p) {
+  if (p.norm.silu)
+    p.is_bf16 ? forward<bf16, true>(p) : forward<float, true>(p);
+  else
+    p.is_bf16 ? forward<bf16, false>(p) : forward<float, false>(p);
+}
+
+void group_norm_backward(const GroupNorm& p) {
+  if (p.norm.silu)
+    p.is_bf16 ? backward<bf16, true>(p) : backward<float, true>(p);
+  else
+    p.is_bf16 ? backward<bf16, false>(p) : backward<float, false>(p);
+}
+
+}  // namespace mmattn::MMATTN_ISA

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: MIT
+// What a group normalisation call needs to know, as mmattn_kernels.cpu.norm passes it.
+#pragma once
+
+#include <cstdint>
+
+namespace mmattn {
+
+struct Tokens {  // [batch, position, channel], strides in elements, channels contiguous; null where absent
+  void* data;
+  int64_t batch, position;
+};
+
+// y = activation((h * weight + bias) * (1 + scale) + shift), h = (x - mean) / sqrt(variance + eps) of each group.
+struct Norm {
+  const float *weight, *bias;   // [channels], null without groups
+  const float *scale, *shift;   // [batch, channels], each may be null
+  float* stats;                 // [batch, groups, 2]: mean, 1 / sqrt(variance + eps)
+  int64_t groups;               // 0: h = x
+  float eps;
+  bool silu;
+};
+
+struct GroupNorm {
+  Tokens x, out, d_out, d_x;  // forward: x, out; backward: x, d_out, d_x, which may be d_out
+  Norm norm;
+  float* sums;  // [batch, channels, 2], backward: sums over the positions of dz and dz * h, z the activation's argument
+  int64_t batch, length, channels;
+  bool is_bf16;
+  int threads;
+};
+
+#define MMATTN_DECLARE(isa)                     \
+  namespace isa {                               \
+  void group_norm_forward(const GroupNorm& p);  \
+  void group_norm_backward(const GroupNorm& p); \
+  }
+MMATTN_DECLARE(portable)
+MMATTN_DECLARE(avx2)
+MMATTN_DECLARE(avx512)
+MMATTN_DECLARE(amx)
+#undef MMATTN_DECLARE
+
+}  // namespace mmattn

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: MIT
+"""Group normalisation on the CPU: hands tensors to `norm.cpp` as pointers, sizes and strides.
+
+The same two functions as `mmattn_kernels.triton.norm`. Inputs [B, L, C], any strides with C contiguous, fp32 or bf16;
+parameters of any float dtype; outputs contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmattn_kernels.cpu import extension
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    *,
+    groups: int,
+    silu: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    out = torch.empty(x.shape, dtype=x.dtype)
+    stats = torch.empty((x.shape[0], groups, 2), dtype=torch.float32)
+    if x.numel():
+        parameters = single(weight, bias, scale, shift)
+        sizes = (*x.shape, x.dtype == torch.bfloat16, torch.get_num_threads())
+        extension().group_norm_forward(
+            tokens(x), tokens(out), norm_arguments(parameters, stats, groups, silu, eps), *sizes
+        )
+    return out, stats
+
+
+def backward(
+    d_out: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stats: Tensor,
+    *,
+    groups: int,
+    silu: bool,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x, written over `d_out` if `in_place`, and [B, C, 2] sums over the positions of dz and dz * h."""
+    d_x = d_out if in_place else torch.empty(x.shape, dtype=x.dtype)
+    sums = torch.zeros((x.shape[0], x.shape[2], 2), dtype=torch.float32)
+    if x.numel():
+        parameters = single(weight, bias, scale, shift)
+        sizes = (*x.shape, x.dtype == torch.bfloat16, torch.get_num_threads())
+        norm = norm_arguments(parameters, stats, groups, silu, 0.0)
+        extension().group_norm_backward(tokens(x), tokens(d_out), tokens(d_x), norm, sums.data_ptr(), *sizes)
+    return d_x, sums
+
+
+def single(*parameters: Tensor | None) -> list[Tensor | None]:
+    """The parameters as the kernels read them: contiguous float32. Keep the list while a kernel runs."""
+    return [None if p is None else p.detach().to(torch.float32).contiguous() for p in parameters]
+
+
+def norm_arguments(parameters: list[Tensor | None], stats: Tensor, groups: int, silu: bool, eps: float) -> Any:
+    pointers = (0 if p is None else p.data_ptr() for p in parameters)
+    return *pointers, stats.data_ptr(), groups, eps, silu
+
+
+def tokens(x: Tensor | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:2])
