@@ -4,9 +4,6 @@
 import dataclasses
 import json
 import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,10 +13,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
+from triton_common import DEVICE, MATRIX_INSTRUCTION, SHARED_LIMIT, TARGETS, TESTS, ahead_of_time
+
 from mmattn_kernels.triton import attention
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TESTS = pathlib.Path(__file__).parent
 GRADS = ("d_video_q", "d_video_k", "d_video_v", "d_audio_q", "d_audio_k", "d_audio_v")
 
 
@@ -266,30 +263,17 @@ def test_every_configuration_is_complete():
                     assert config.keys() - {"maxnreg"} == {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages"}
 
 
-def ahead_of_time(*args):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent / "kernels"), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, TESTS / "triton_aot.py", *args]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "mfma"}
-
-
-@pytest.mark.parametrize("target", SHARED_LIMIT)
+@pytest.mark.parametrize("target", TARGETS)
 def test_compiles_ahead_of_time(target):
-    rows = ahead_of_time(target)
+    rows = ahead_of_time("--op", "attention", target)
     assert {row["kernel"] for row in rows} == {"forward", "backward_dq", "backward_dkdv"}
     for row in rows:
         assert row["shared"] <= SHARED_LIMIT[target], row
-        assert row["spills"] <= (0 if row["head_dim"] == 64 else 4), row
+        assert row["spills"] <= (0 if row["size"] == 64 else 4), row
         if row["dtype"] in ("float16", "bfloat16"):
             assert row["mma"] == MATRIX_INSTRUCTION[target], row
 
 
 def test_lengths_and_shift_compile_nothing_anew():
-    (counts,) = ahead_of_time("--recompiles")
-    assert counts == {"first": 3, "changed": [], "tensor": 3}
+    (counts,) = ahead_of_time("--op", "attention", "--recompiles")
+    assert counts == {"op": "attention", "first": 3, "changed": [], "tensor": 3}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Compiles the Triton attention kernels for GPUs that are not there, and prints what came out as JSON lines.
+"""Compiles the Triton kernels for GPUs that are not there, and prints what came out as JSON lines.
 
-    PYTHONPATH=kernels python tests/triton_aot.py [sm_80 sm_90 sm_100 gfx942] [--recompiles]
+    PYTHONPATH=kernels python tests/triton_aot.py [--op attention|norm|conv] [sm_80 sm_90 sm_100 gfx942] [--recompiles]
 
 The launchers run as they would on the GPU, on CPU tensors, with a driver that only names the target: so the signature,
 the alignments and the configuration are the real ones, and the launch stops after compiling. Needs TRITON_INTERPRET
@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from mmattn_kernels.triton import attention
+from mmattn_kernels.triton import _host, attention, norm
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), "NVIDIA A100-SXM4-80GB"),
@@ -30,10 +30,13 @@ TARGETS = {
     "sm_100": (GPUTarget("cuda", 100, 32), "NVIDIA B200"),
     "gfx942": (GPUTarget("hip", "gfx942", 64), "AMD Instinct MI300X"),
 }
-# Head dimension and dtype; the published model has 64. "tf32" is float32 with torch's matrix products set to it.
-SHAPES = {target: [(64, "bfloat16"), (64, "float16")] for target in TARGETS}
-SHAPES["sm_90"] += [(d, "bfloat16") for d in (16, 32, 48, 128)]
-SHAPES["sm_90"] += [(64, "float32"), (128, "float32"), (64, "tf32")]
+# Head dimension or number of channels, and dtype; the published model has heads of 64. "tf32" is float32 with torch's
+# matrix products set to it.
+SHAPES = {op: {target: [(size, "bfloat16")] for target in TARGETS} for op, size in {"norm": 256}.items()}
+SHAPES["attention"] = {target: [(64, "bfloat16"), (64, "float16")] for target in TARGETS}
+SHAPES["attention"]["sm_90"] += [(d, "bfloat16") for d in (16, 32, 48, 128)]
+SHAPES["attention"]["sm_90"] += [(64, "float32"), (128, "float32"), (64, "tf32")]
+SHAPES["norm"]["sm_90"] += [(256, "float32")]
 original_run, original_compile = JITFunction.run, JITFunction._do_compile
 TOOLS = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -57,7 +60,7 @@ class _Driver:
 def record(target_name, compiled=None):
     """From here on, launches compile for the target (or, given `compiled`, only note there what they would compile)."""
     driver.active.target, device_name = TARGETS[target_name]
-    attention._device_name = lambda device: device_name
+    _host.device_name = lambda device: device_name
     kernels = []
 
     def run(self, *args, warmup, **kwargs):
@@ -72,16 +75,36 @@ def record(target_name, compiled=None):
     return kernels
 
 
-def launch(*, head_dim, dtype, frames=4, pixels=6, audio_len=27, heads=2, batch=2, window=2, shift=1):
+def launch_attention(size, dtype, *, frames=4, pixels=6, audio_len=27, heads=2, batch=2, window=2, shift=1):
     """One forward and one backward call on a packed projection, as the modules make it."""
 
     def projection(length):
-        return torch.zeros(batch, length, 3, heads, head_dim, dtype=dtype).unbind(2)
+        return torch.zeros(batch, length, 3, heads, size, dtype=dtype).unbind(2)
 
     qkv = *projection(frames * pixels), *projection(audio_len)
-    at = {"frames": frames, "window": window, "shift": shift, "scale": head_dim**-0.5}
+    at = {"frames": frames, "window": window, "shift": shift, "scale": size**-0.5}
     out = attention.forward(*qkv, **at)
     attention.backward(*out[:2], *qkv, *out, **at)
+
+
+def launch_norm(size, dtype, *, length=50, batch=2):
+    """One forward and one backward call as the audio block makes it: scale and shift are halves of one tensor."""
+    x = torch.zeros(batch, length, size, dtype=dtype)
+    parameters = torch.ones(size), torch.zeros(size), *torch.zeros(batch, 2 * size, dtype=dtype).chunk(2, 1)
+    out, stats = norm.forward(x, *parameters, groups=32, silu=True, eps=1e-5)
+    norm.backward(out, x, *parameters, stats, groups=32, silu=True)
+
+
+LAUNCH = {"attention": launch_attention, "norm": launch_norm}
+# What may change without a kernel compiling anew.
+CHANGES = {
+    "attention": (
+        {"shift": 0}, {"shift": 2}, {"shift": 16}, {"window": 1}, {"window": 4}, {"frames": 16}, {"frames": 1},
+        {"pixels": 1}, {"pixels": 16}, {"audio_len": 16}, {"audio_len": 25}, {"heads": 1}, {"heads": 16},
+        {"batch": 1}, {"batch": 16},
+    ),
+    "norm": ({"length": 1}, {"length": 16}, {"length": 33}, {"length": 70000}, {"batch": 1}, {"batch": 16}),
+}  # fmt: skip
 
 
 def _usage(kernel):
@@ -98,6 +121,7 @@ def _usage(kernel):
         figures["spills"] = len(re.findall(r"\b(?:STL|LDL)\b", sass))
         instructions = ("wgmma", "tcgen05.mma", "mma.sync")
         figures["mma"] = next((i for i in instructions if i in asm["ptx"]), None)
+        figures["wide_loads"] = len(re.findall(r"LDG\.E\.128", sass))
         figures["wide_copies"] = len(re.findall(r"cp\.async\.cg[^;]*0x10", asm["ptx"]))
     else:
         text = asm["amdgcn"]
@@ -112,52 +136,53 @@ def _tool(name, *args):
     return subprocess.run([TOOLS / name, *args], check=True, capture_output=True, text=True).stdout
 
 
-def figures(target_name, head_dim, dtype):
+def figures(op, target_name, size, dtype):
     kernels = record(target_name)
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
-    launch(head_dim=head_dim, dtype=getattr(torch, "float32" if dtype == "tf32" else dtype))
-    for function, kernel in kernels:
+    LAUNCH[op](size, getattr(torch, "float32" if dtype == "tf32" else dtype))
+    for function, kernel in {id(kernel): (function, kernel) for function, kernel in kernels}.values():
         yield {
-            "target": target_name, "head_dim": head_dim, "dtype": dtype,
+            "op": op, "target": target_name, "size": size, "dtype": dtype,
             "kernel": function.__name__.removesuffix("_kernel").removeprefix("_"),
             "warps": kernel.metadata.num_warps, **_usage(kernel),
         }  # fmt: skip
 
 
-def recompiles():
-    """Which kernels compile anew in calls that differ in lengths, frames, window, shift, heads and batch alone."""
+def recompiles(op):
+    """Which kernels compile anew in calls that differ in what CHANGES lists alone."""
     compiled = []
     record("sm_90", compiled)
-    launch(head_dim=64, dtype=torch.bfloat16)
-    first = len(compiled)
-    changes = (
-        {"shift": 0}, {"shift": 2}, {"shift": 16}, {"window": 1}, {"window": 4}, {"frames": 16}, {"frames": 1},
-        {"pixels": 1}, {"pixels": 16}, {"audio_len": 16}, {"audio_len": 25}, {"heads": 1}, {"heads": 16},
-        {"batch": 1}, {"batch": 16},
-    )  # fmt: skip
-    for change in changes:
-        launch(head_dim=64, dtype=torch.bfloat16, **change)
-    before_tensor = len(compiled)
-    for value in (0, 1, 16):
-        launch(head_dim=64, dtype=torch.bfloat16, shift=torch.tensor([0, value])[1:])
-    return {"first": first, "changed": compiled[first:before_tensor], "tensor": len(compiled) - before_tensor}
+    size = SHAPES[op]["sm_90"][0][0]
+    LAUNCH[op](size, torch.bfloat16)
+    counts = {"op": op, "first": len(compiled)}
+    for change in CHANGES[op]:
+        LAUNCH[op](size, torch.bfloat16, **change)
+    counts["changed"] = compiled[counts["first"] :]
+    if op == "attention":
+        before = len(compiled)
+        for value in (0, 1, 16):
+            launch_attention(size, torch.bfloat16, shift=torch.tensor([0, value])[1:])
+        counts["tensor"] = len(compiled) - before
+    return counts
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("targets", nargs="*", metavar="target", help=f"of {', '.join(TARGETS)}; default all")
+    parser.add_argument("--op", choices=LAUNCH, help="default all")
     parser.add_argument("--recompiles", action="store_true", help="count recompilations instead")
     args = parser.parse_args()
     if not isinstance(attention._forward_kernel, JITFunction):
         sys.exit("triton_aot.py compiles: unset TRITON_INTERPRET")
     driver.set_active(_Driver())
-    if args.recompiles:
-        print(json.dumps(recompiles()))
-        return
-    for target in args.targets or TARGETS:
-        for head_dim, dtype in SHAPES[target]:
-            for row in figures(target, head_dim, dtype):
-                print(json.dumps(row), flush=True)
+    for op in [args.op] if args.op else LAUNCH:
+        if args.recompiles:
+            print(json.dumps(recompiles(op)))
+            continue
+        for target in args.targets or TARGETS:
+            for size, dtype in SHAPES[op][target]:
+                for row in figures(op, target, size, dtype):
+                    print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

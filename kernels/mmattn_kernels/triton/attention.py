@@ -15,7 +15,6 @@ them, which are again one circular range. Every output element has one writer: n
 Scores and sums are fp32, the exponential is base 2, P and dS are rounded to the input dtype for their product.
 """
 
-import contextlib
 import functools
 import json
 import pathlib
@@ -23,6 +22,8 @@ import pathlib
 import torch
 import triton
 import triton.language as tl
+
+from mmattn_kernels.triton import _host
 
 # Changing a length or the shift must not compile anew, not even for a value of 1 or a multiple of 16.
 _RUNTIME = (
@@ -391,33 +392,8 @@ def _tables():
 
 
 def _config(kernel, head_dim, dtype, device_name):
-    """Blocks, warps and stages of one kernel: "forward", "backward_dq" or "backward_dkdv".
-
-    From the table whose name begins the device's name, the longest first; what no such table has is in "default".
-    Lengths, frames, window and shift have no say.
-    """
-    width, bucket = f"{dtype.itemsize * 8}-bit", str(max(triton.next_power_of_2(head_dim), 16))
-    names = sorted((name for name in _tables() if device_name.startswith(name)), key=len)
-    for name in (*reversed(names), "default"):
-        config = _tables()[name].get(kernel, {}).get(width, {}).get(bucket)
-        if config:
-            return config
-    raise KeyError(f"attention.json has no {kernel} for {width}, head_dim {head_dim}")
-
-
-@functools.cache
-def _device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _precision(dtype):
-    """How fp32 products are taken: as torch's own matrix products on this device are."""
-    if dtype != torch.float32 or torch.version.hip:
-        return "ieee"
-    matmul = torch.backends.cuda.matmul
-    # torch >= 2.9 keeps the setting here, and raises on the older name once the newer one has been used.
-    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return "tf32" if tf32 else "ieee"
+    """Blocks, warps and stages of one kernel: "forward", "backward_dq" or "backward_dkdv"."""
+    return _host.lookup(_tables(), kernel, dtype, device_name, str(max(triton.next_power_of_2(head_dim), 16)))
 
 
 def _strides(**tensors):
@@ -434,7 +410,7 @@ def _launch(kernel, name, inputs, others, *, frames, window, shift, scale):
     video_q, audio_q = inputs["video_q"], inputs["audio_q"]
     batch, video_len, heads, head_dim = video_q.shape
     audio_len = audio_q.shape[1]
-    config = _config(name, head_dim, video_q.dtype, _device_name(video_q.device))
+    config = _config(name, head_dim, video_q.dtype, _host.device_name(video_q.device))
     if name == "backward_dkdv":
         audio_tiles = _tile_count(audio_len, audio_len, frames, window, config["BLOCK_N"])
         video_tiles = _tile_count(video_len, video_len, frames, window, config["BLOCK_N"])
@@ -442,8 +418,7 @@ def _launch(kernel, name, inputs, others, *, frames, window, shift, scale):
         audio_tiles = _tile_count(audio_len, video_len, frames, window, config["BLOCK_M"])
         video_tiles = _tile_count(video_len, audio_len, frames, window, config["BLOCK_M"])
     is_tensor = isinstance(shift, torch.Tensor)
-    on_device = torch.cuda.device(video_q.device) if video_q.is_cuda else contextlib.nullcontext()
-    with on_device:
+    with _host.on_device(video_q):
         kernel[(batch * heads * (audio_tiles + video_tiles),)](
             **inputs,
             **others,
@@ -460,7 +435,7 @@ def _launch(kernel, name, inputs, others, *, frames, window, shift, scale):
             scale=float(scale),
             HEAD_DIM=head_dim,
             BLOCK_D=max(triton.next_power_of_2(head_dim), 16),
-            PRECISION=_precision(video_q.dtype),
+            PRECISION=_host.precision(video_q.dtype),
             SHIFT_IS_TENSOR=is_tensor,
             **config,
         )

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: MIT
+"""What the tests of the Triton kernels share."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TESTS = pathlib.Path(__file__).parent
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "mfma"}
+
+
+def ahead_of_time(*args):
+    """The lines of triton_aot.py, in a process of its own: Triton reads TRITON_INTERPRET once."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent / "kernels"), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, TESTS / "triton_aot.py", *args]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
