@@ -74,7 +74,7 @@ def dilated_conv1d(
     norm_weight, norm_bias, groups = (None, None, 0) if norm is None else _unpack("norm", norm, "weight, bias, groups")
     scale, shift = (None, None) if film is None else _unpack("film", film, "scale, shift")
     _check(x, weight, bias, dilation, residual)
-    _check_prologue(x, (norm_weight, norm_bias, groups), (scale, shift), activation, eps)
+    _check_prologue(x, norm, scale, shift, activation, eps)
     chosen = dispatch.choose("conv", impl, x)
     if chosen == "reference":
         return reference(
@@ -174,14 +174,20 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, residu
             raise ValueError(f"residual is on {residual.device}; expected {x.device}, the device of x")
 
 
-def _check_prologue(x: Tensor, norm: Any, film: Any, activation: str | None, eps: float) -> None:
-    norm_weight, norm_bias, groups = norm
-    scale, shift = film
-    if norm_weight is not None or norm_bias is not None or groups:
+def _check_prologue(
+    x: Tensor, norm: Any, scale: Tensor | None, shift: Tensor | None, activation: str | None, eps: float
+) -> None:
+    if norm is not None:
+        norm_weight, norm_bias, groups = norm
         norm_op.check_norm(x, norm_weight, norm_bias, groups, "norm's ")
     norm_op.check_film(x, scale, shift, "film's ")
     norm_op.check_activation(activation)
     norm_op.check_eps(eps)
+
+
+def _norm_of(weight: Tensor | None, bias: Tensor | None, groups: int) -> Any:
+    """The op's way of saying None is three arguments."""
+    return None if weight is None and bias is None and groups == 0 else (weight, bias, groups)
 
 
 _PROLOGUE = "Tensor? norm_weight, Tensor? norm_bias, Tensor? scale, Tensor? shift"
@@ -203,7 +209,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tupl
     norm_weight, norm_bias, scale, shift, residual, groups, dilation, silu, eps, impl = args
     # Again: the op can be called directly, and kernels trust these.
     _check(x, weight, bias, dilation, residual)
-    _check_prologue(x, (norm_weight, norm_bias, groups), (scale, shift), None, eps)
+    _check_prologue(x, _norm_of(norm_weight, norm_bias, groups), scale, shift, None, eps)
     return kernels("conv", impl, x).forward(
         x,
         weight,
@@ -222,9 +228,9 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tupl
 
 @torch.library.impl(_BACKWARD_OP, "CompositeExplicitAutograd")
 def _backward(d_out: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *prologue, stats, groups, dilation, silu, need_x, need_weight, need_bias, impl = args
+    norm_weight, norm_bias, scale, shift, stats, groups, dilation, silu, need_x, need_weight, need_bias, impl = args
     _check(x, weight, None, dilation, None)
-    _check_prologue(x, (*prologue[:2], groups), prologue[2:], None, 0.0)
+    _check_prologue(x, _norm_of(norm_weight, norm_bias, groups), scale, shift, None, 0.0)
     norm_op.check_like("d_out", d_out, (*x.shape[:2], weight.shape[0]), x.dtype, x)
     norm_op.check_like("stats", stats, (x.shape[0], groups, 2), torch.float32, x)
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
@@ -232,7 +238,10 @@ def _backward(d_out: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Ten
         d_out,
         x,
         weight,
-        *prologue,
+        norm_weight,
+        norm_bias,
+        scale,
+        shift,
         stats,
         groups=groups,
         dilation=dilation,

@@ -134,7 +134,9 @@ def assert_within_budget(found, case, dtype):
         assert x.dtype == plain[name].dtype, name
         # A gradient of x is of the size 1/std, and so are the terms of it that cancel.
         absolute = 1e-6 / min(1.0, case.std) if name == "d_x" else 1e-6
-        assert_close_to_fp64(x, exact[name], plain[name], name=name, absolute=absolute)
+        # torch sums by pairs; sums by lanes round a few times more.
+        rounding = 4.0 if x.dtype == torch.float32 and name not in ("out", "d_x") else 1.0
+        assert_close_to_fp64(x, exact[name], plain[name], name=name, rounding=rounding, absolute=absolute)
 
 
 @pytest.mark.parametrize("name", CASES)

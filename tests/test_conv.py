@@ -1,0 +1,856 @@
+# SPDX-License-Identifier: MIT
+"""The dilated convolution: its definition, the CPU kernels against it, and the function around both."""
+
+import dataclasses
+import functools
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    DTYPES,
+    INSTRUCTION_SETS,
+    REFERENCE_AND_AUTO,
+    REFERENCE_AND_CPU,
+    needs_extension,
+    strided,
+    with_gradients,
+)
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import mmattn
+from mmattn import dispatch
+from mmattn.testing import assert_close_to_fp64, relative_error
+
+NAMES = ("x", "weight", "bias", "norm_weight", "norm_bias", "scale", "shift", "residual")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    length: int = 37
+    channels: tuple = (32, 32)
+    taps: int = 3
+    dilation: int = 2
+    batch: int = 1
+    groups: int = 0
+    film: bool = False
+    silu: bool = False
+    residual: bool = False
+    bias: bool = True
+    strided: bool = False
+    fp32_parameters: bool = False
+    mean: float = 0.2
+
+    @property
+    def options(self):
+        return {"dilation": self.dilation, "activation": "silu" if self.silu else None}
+
+
+BLOCK = {"groups": 8, "film": True, "silu": True, "residual": True}
+CASES = {
+    "one position": Case(length=1),
+    "one position, everything": Case(length=1, dilation=1, batch=2, **BLOCK),
+    "one channel": Case(channels=(1, 1), batch=2),
+    "one channel in": Case(channels=(1, 64), dilation=1),
+    "one channel out": Case(channels=(64, 1), dilation=1, groups=32, silu=True),
+    "channels 3 to 20": Case(channels=(3, 20)),
+    "channels 20 to 3": Case(channels=(20, 3), residual=True, strided=True),
+    "channels 33 to 48": Case(channels=(33, 48), groups=11, silu=True, batch=2),
+    "channels 48 to 33": Case(channels=(48, 33), **BLOCK),
+    "channels 64 to 64": Case(channels=(64, 64), length=70, **BLOCK),
+    "channels 20 to 64": Case(channels=(20, 64), groups=4, silu=True),
+    "channels 160 to 130": Case(channels=(160, 130), length=67, **BLOCK),
+    "projection": Case(taps=1, dilation=1, batch=2),
+    "projection, everything": Case(taps=1, dilation=1, channels=(48, 20), batch=2, strided=True, **BLOCK),
+    "projection, one position": Case(taps=1, length=1, channels=(33, 3)),
+    "projection with a dilation": Case(taps=1, dilation=7, channels=(20, 33)),
+    "five taps": Case(taps=5, channels=(20, 33), groups=4, silu=True),
+    "seven taps": Case(taps=7, dilation=3, channels=(33, 20), residual=True, batch=2),
+    "dilation 1": Case(dilation=1, length=50, **BLOCK),
+    "dilation 16": Case(dilation=16, length=70, batch=2, **BLOCK),
+    "dilation 37": Case(dilation=37, length=100, channels=(20, 48), residual=True),
+    "dilation below the length": Case(dilation=36, **BLOCK),
+    "dilation of the length": Case(dilation=37, **BLOCK),
+    "dilation above the length": Case(dilation=38, batch=2, **BLOCK),
+    "dilation far above the length": Case(dilation=100_000, length=20, batch=2, groups=8, silu=True),
+    "five taps, the outer ones outside": Case(taps=5, dilation=20, length=33, batch=2),
+    "length 15": Case(length=15, dilation=1, batch=2, **BLOCK),
+    "length 16": Case(length=16, dilation=1, **BLOCK),
+    "length 17": Case(length=17, dilation=1, **BLOCK),
+    "length 31": Case(length=31, dilation=5),
+    "length 32": Case(length=32, dilation=5, batch=2),
+    "length 33": Case(length=33, dilation=5),
+    "several blocks": Case(length=1500, channels=(20, 16), groups=4, silu=True),
+    "several blocks, everything": Case(length=1543, channels=(16, 20), batch=2, strided=True, **BLOCK),
+    "several blocks, dilation 100": Case(length=1500, dilation=100, channels=(16, 33), **BLOCK),
+    "several blocks, dilation 512": Case(length=1100, dilation=512, channels=(20, 16), batch=2, silu=True),
+    "several blocks, projection": Case(length=1500, taps=1, channels=(33, 20), residual=True),
+    "nothing": Case(bias=False),
+    "nothing, strided": Case(bias=False, batch=2, strided=True, channels=(20, 33)),
+    "norm alone": Case(groups=32, batch=2),
+    "film alone": Case(film=True, batch=2),
+    "silu alone": Case(silu=True, batch=2, strided=True),
+    "film and silu": Case(film=True, silu=True),
+    "norm and silu": Case(groups=8, silu=True, bias=False, batch=2),
+    "norm, film, silu, residual, no bias": Case(bias=False, batch=2, **BLOCK),
+    "residual alone, strided": Case(residual=True, strided=True, batch=2),
+    "fp32 parameters": Case(fp32_parameters=True, batch=2, **BLOCK),
+    "fp32 parameters, no prologue": Case(fp32_parameters=True, channels=(20, 48)),
+}  # fmt: skip
+
+
+def inputs(case, dtype=torch.float32, seed=0):
+    """What there is of the tensors in NAMES, and the gradient of the output."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    (c_in, c_out), own = case.channels, torch.float32 if case.fp32_parameters else dtype
+    rows = strided if case.strided else lambda t: t
+    film = (0.5 * draw(case.batch, 2 * c_in)).to(own).chunk(2, 1)
+    tensors = {
+        "x": rows((case.mean + draw(case.batch, case.length, c_in)).to(dtype)),
+        "weight": (draw(c_out, c_in, case.taps) / (c_in * case.taps) ** 0.5).to(own),
+        "bias": draw(c_out).to(own) if case.bias else None,
+        "norm_weight": (1 + 0.3 * draw(c_in)).to(own) if case.groups else None,
+        "norm_bias": (0.3 * draw(c_in)).to(own) if case.groups else None,
+        "scale": film[0] if case.film else None,
+        "shift": film[1] if case.film else None,
+        "residual": rows(draw(case.batch, case.length, c_out).to(dtype)) if case.residual else None,
+    }
+    d_out = draw(case.batch, case.length, c_out).to(dtype)
+    return {name: x for name, x in tensors.items() if x is not None}, rows(d_out)
+
+
+def plain_torch(case, tensors):
+    """Independent of the definition in mmattn."""
+    y = tensors["x"].transpose(1, 2)
+    if case.groups:
+        y = F.group_norm(y, case.groups, tensors["norm_weight"], tensors["norm_bias"])
+    if case.film:
+        y = y * (1 + tensors["scale"][..., None]) + tensors["shift"][..., None]
+    if case.silu:
+        y = F.silu(y)
+    padding = case.dilation * (case.taps // 2)
+    out = F.conv1d(y, tensors["weight"], tensors.get("bias"), padding=padding, dilation=case.dilation).transpose(1, 2)
+    return out + tensors["residual"] if case.residual else out
+
+
+def convolve(case, tensors, impl="cpu", **overrides):
+    norm = (tensors["norm_weight"], tensors["norm_bias"], case.groups) if "norm_weight" in tensors else None
+    film = (tensors["scale"], tensors["shift"]) if "scale" in tensors else None
+    options = {**case.options, "norm": norm, "film": film, "residual": tensors.get("residual"), "impl": impl}
+    return mmattn.dilated_conv1d(tensors["x"], tensors["weight"], tensors.get("bias"), **{**options, **overrides})
+
+
+@functools.cache
+def expected(case, dtype):
+    """In fp64 by plain torch, and by the reference in dtype, on the same inputs."""
+    tensors, d_out = inputs(case, dtype)
+    exact = with_gradients(lambda t: plain_torch(case, t), tensors, d_out, torch.float64)
+    return exact, with_gradients(lambda t: convolve(case, t, "reference"), tensors, d_out)
+
+
+def outputs(case, dtype, impl="cpu"):
+    tensors, d_out = inputs(case, dtype)
+    return with_gradients(lambda t: convolve(case, t, impl), tensors, d_out)
+
+
+def assert_close(found, exact, plain):
+    assert found["out"].is_contiguous() and found.keys() == exact.keys()
+    for name, x in found.items():
+        assert x.dtype == plain[name].dtype, name
+        # torch sums by pairs; sums by lanes round a few times more.
+        rounding = 4.0 if x.dtype == torch.float32 else 1.0
+        assert_close_to_fp64(x, exact[name], plain[name], name=name, rounding=rounding)
+
+
+def assert_within_budget(found, case, dtype):
+    assert_close(found, *expected(case, dtype))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reference_is_the_definition(name):
+    tensors, d_out = inputs(CASES[name], torch.float64)
+    found = with_gradients(lambda t: convolve(CASES[name], t, "reference"), tensors, d_out, torch.float64)
+    exact = with_gradients(lambda t: plain_torch(CASES[name], t), tensors, d_out, torch.float64)
+    for key in exact:
+        assert (found[key] - exact[key]).abs().max() < 1e-11 * max(1.0, float(exact[key].abs().max())), key
+
+
+def test_reference_against_the_sum():
+    """Tap by tap and position by position, as the docstring writes it."""
+    case = Case(length=9, channels=(2, 3), taps=5, dilation=3)
+    tensors, _ = inputs(case, torch.float64)
+    x, weight, bias = (tensors[name] for name in ("x", "weight", "bias"))
+    expected_out = torch.zeros(1, 9, 3, dtype=torch.float64) + bias
+    for position in range(9):
+        for tap in range(5):
+            read = position + (tap - 2) * 3
+            if 0 <= read < 9:
+                expected_out[0, position] += weight[:, :, tap] @ x[0, read]
+    assert relative_error(convolve(case, tensors, "reference"), expected_out) < 1e-14
+
+
+def test_gradcheck_of_the_reference():
+    case = Case(length=3, channels=(4, 2), dilation=1, groups=2, film=True, silu=True, residual=True)
+    tensors, _ = inputs(case, torch.float64)
+    leaves = [x.clone().requires_grad_() for x in tensors.values()]
+
+    def call(*values):
+        return convolve(case, dict(zip(tensors, values, strict=True)), "reference")
+
+    assert torch.autograd.gradcheck(call, leaves) and torch.autograd.gradgradcheck(call, leaves)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_and_gradients(name, isa, dtype, instruction_set, poisoned_memory):
+    instruction_set(isa)
+    assert_within_budget(outputs(CASES[name], dtype), CASES[name], dtype)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_every_small_shape(isa, instruction_set, poisoned_memory):
+    """Bounds are where off-by-ones live: short lengths around every dilation, and channels around a vector."""
+    instruction_set(isa)
+    for length in (2, 3, 5, 8):
+        for dilation in (1, 2, 3, 5, 7, 9):
+            case = Case(length=length, dilation=dilation, channels=(3, 5), groups=1, silu=True, batch=2)
+            assert_within_budget(outputs(case, torch.float32), case, torch.float32)
+    for width in (15, 16, 17, 31, 32, 33, 34, 63, 65):
+        case = Case(length=width + 1, channels=(width, 98 - width), dilation=1, groups=width, silu=True)
+        for dtype in DTYPES.values():
+            assert_within_budget(outputs(case, dtype), case, dtype)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_the_convolution_over_frames(isa, instruction_set, poisoned_memory):
+    """Over tokens [B, F*P, C], frames outermost, dilation P is Conv1d over the frames of each pixel."""
+    instruction_set(isa)
+    batch, frames, pixels, channels = 2, 5, 12, 20
+    video = torch.randn(batch, frames, pixels, channels)
+    layer = nn.Conv1d(channels, 33, 3, padding=1)
+    rows = video.permute(0, 2, 3, 1).reshape(batch * pixels, channels, frames)
+    over_frames = layer(rows).view(batch, pixels, 33, frames).permute(0, 3, 1, 2)
+    found = mmattn.dilated_conv1d(video.flatten(1, 2), layer.weight, layer.bias, dilation=pixels, impl="cpu")
+    assert relative_error(found.view_as(over_frames), over_frames) < 1e-6
+
+
+@pytest.mark.parametrize("isa", ("reference", *INSTRUCTION_SETS))
+def test_a_mean_far_from_zero(isa, instruction_set):
+    if isa != "reference":
+        instruction_set(isa)
+    case = Case(length=1500, mean=1e3, groups=8, silu=True)
+    found = outputs(case, torch.float32, "reference" if isa == "reference" else "cpu")
+    exact, _ = expected(case, torch.float32)
+    for name, x in found.items():
+        assert relative_error(x, exact[name]) < 2e-4, name
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_two_runs_are_bitwise_equal(dtype, poisoned_memory):
+    for name in ("several blocks, everything", "several blocks, dilation 100", "channels 160 to 130"):
+        one, two = outputs(CASES[name], dtype), outputs(CASES[name], dtype)
+        assert all(torch.equal(one[key], two[key]) for key in one), name
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("count", (1, 2, 3, 4))
+def test_any_number_of_threads(count, dtype, threads, poisoned_memory):
+    threads(count)
+    for name in ("several blocks, everything", "channels 160 to 130", "one position, everything", "projection"):
+        assert_within_budget(outputs(CASES[name], dtype), CASES[name], dtype)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_a_nan_or_an_infinity_reaches_whoever_reads_it(isa, instruction_set):
+    """And nobody else: what pads the input is no copy of it."""
+    instruction_set(isa)
+    case = Case(length=50, dilation=7, batch=2)
+    for dtype in DTYPES.values():
+        for value in (float("nan"), float("inf")):
+            tensors, _ = inputs(case, dtype)
+            clean = convolve(case, tensors)
+            tensors["x"][1, 20, 5] = value
+            found = convolve(case, tensors)
+            readers = [13, 20, 27]
+            assert not torch.isfinite(found[1, readers]).any()
+            found[1, readers] = clean[1, readers]
+            assert torch.equal(found, clean)
+        for name in ("weight", "bias"):
+            tensors, _ = inputs(case, dtype)
+            tensors[name][3] = float("nan")
+            found = convolve(case, tensors)
+            assert torch.isnan(found[:, :, 3]).all() and torch.isfinite(found[:, :, 4:]).all(), name
+        tensors, _ = inputs(case, dtype)
+        tensors["weight"][:, :, 0] = float("inf")  # the first tap reads padding at the first positions: inf * 0 is NaN
+        assert not torch.isfinite(convolve(case, tensors)[:, 7:]).any()
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_inputs_are_unchanged(dtype):
+    case = CASES["several blocks, everything"]
+    tensors, d_out = inputs(case, dtype)
+    before, d_before = {name: x.clone() for name, x in tensors.items()}, d_out.clone()
+    with_gradients(lambda t: convolve(case, t), tensors, d_out)
+    assert torch.equal(d_out, d_before) and all(torch.equal(x, before[name]) for name, x in tensors.items())
+
+
+@needs_extension
+def test_expanded_and_transposed_output_gradients(poisoned_memory):
+    case = Case(batch=2, **BLOCK)
+    tensors, d_out = inputs(case)
+    for gradient in (
+        torch.ones(()).expand_as(d_out),
+        d_out[:, :1].expand_as(d_out),
+        d_out[:1].expand_as(d_out),
+        d_out.mT.contiguous().mT,
+    ):
+        exact = with_gradients(lambda t: plain_torch(case, t), tensors, gradient, torch.float64)
+        plain = with_gradients(lambda t: convolve(case, t, "reference"), tensors, gradient)
+        assert_close(with_gradients(lambda t: convolve(case, t), tensors, gradient), exact, plain)
+
+
+@needs_extension
+def test_strided_and_expanded_parameters(poisoned_memory):
+    case = Case(batch=3, channels=(32, 24), **BLOCK)
+    tensors, d_out = inputs(case)
+    tensors["x"] = tensors["x"][:1].expand(3, -1, -1)
+    tensors["weight"] = tensors["weight"].permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    tensors["bias"] = torch.randn(48)[::2]
+    tensors["norm_weight"] = torch.tensor(1.3).expand(32)
+    tensors["scale"] = tensors["scale"][:1].expand(3, -1)
+    plain = convolve(case, tensors, "reference")
+    assert relative_error(convolve(case, tensors), plain) < 1e-6
+    leaves = {name: tensors[name].detach().requires_grad_() for name in ("weight", "bias", "norm_weight", "scale")}
+    found = {}
+    for impl in ("cpu", "reference"):
+        out = convolve(case, {**tensors, **leaves}, impl)
+        found[impl] = torch.autograd.grad(out, list(leaves.values()), d_out)
+    for name, x, y in zip(leaves, found["cpu"], found["reference"], strict=True):
+        assert relative_error(x, y) < 1e-5, name
+
+
+@needs_extension
+@pytest.mark.parametrize("name", NAMES)
+def test_only_one_input_requires_grad(name, poisoned_memory):
+    case = Case(batch=2, **BLOCK)
+    tensors, d_out = inputs(case)
+    exact, plain = expected(case, torch.float32)
+    leaves = {key: x.detach().requires_grad_(key == name) for key, x in tensors.items()}
+    convolve(case, leaves).backward(d_out)
+    assert [key for key, x in leaves.items() if x.grad is not None] == [name]
+    key = f"d_{name}"
+    assert_close_to_fp64(leaves[name].grad, exact[key], plain[key], name=key, rounding=4.0)
+
+
+@needs_extension
+def test_only_the_weights_require_grad_of_a_plain_convolution(poisoned_memory):
+    case = Case(batch=2)
+    tensors, d_out = inputs(case)
+    exact, plain = expected(case, torch.float32)
+    for wanted in (("weight",), ("bias",), ("x",), ("weight", "bias")):
+        leaves = {key: x.detach().requires_grad_(key in wanted) for key, x in tensors.items()}
+        convolve(case, leaves).backward(d_out)
+        assert {key for key, x in leaves.items() if x.grad is not None} == set(wanted)
+        for key in wanted:
+            assert_close_to_fp64(leaves[key].grad, exact[f"d_{key}"], plain[f"d_{key}"], name=key, rounding=4.0)
+
+
+@needs_extension
+def test_no_grad_and_inference_mode(poisoned_memory):
+    case = Case(**BLOCK)
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs(case)[0].items()}
+    definition = convolve(case, leaves, "reference").detach()
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            out = convolve(case, leaves)
+        assert not out.requires_grad and relative_error(out, definition) < 1e-6
+
+
+class Packing:
+    """A weight in use: the result is that of its current values, and it was packed as often as it should."""
+
+    def __init__(self, monkeypatch):
+        import mmattn_kernels.cpu.conv
+
+        self.count = 0
+        pack = mmattn_kernels.cpu.conv._pack
+
+        def counted(*args, **options):
+            self.count += 1
+            return pack(*args, **options)
+
+        monkeypatch.setattr(mmattn_kernels.cpu.conv, "_pack", counted)
+        self.x = torch.randn(1, 40, 32)
+
+    def check(self, weight, packed=None, x=None):
+        """Without gradients: backward packs the weight its own way."""
+        x, before = self.x if x is None else x, self.count
+        with torch.no_grad():
+            found = mmattn.dilated_conv1d(x, weight, dilation=2, impl="cpu")
+            definition = mmattn.dilated_conv1d(x, weight, dilation=2, impl="reference")
+        assert relative_error(found, definition) < (1e-6 if x.dtype == torch.float32 else 1e-2)
+        assert packed is None or self.count - before == packed
+
+
+@pytest.fixture
+def packing(monkeypatch, instruction_set):
+    return Packing(monkeypatch)
+
+
+def parameter(*shape):
+    return nn.Parameter(torch.randn(shape) * 0.1)
+
+
+def test_a_weight_is_packed_once(packing):
+    weight = parameter(32, 32, 3)
+    packing.check(weight, packed=1)
+    for _ in range(3):
+        packing.check(weight, packed=0)
+    packing.check(weight, packed=1, x=packing.x.bfloat16())
+    packing.check(weight, packed=0, x=packing.x.bfloat16())
+    packing.check(weight, packed=0)
+    packing.check(weight.detach(), packed=None)
+
+
+def test_a_weight_is_packed_once_in_the_forward_of_training(packing):
+    weight, x = parameter(32, 32, 3), packing.x
+    mmattn.dilated_conv1d(x, weight, impl="cpu")
+    before = packing.count
+    mmattn.dilated_conv1d(x, weight, impl="cpu")
+    assert packing.count == before
+
+
+def test_a_weight_changed_in_place_is_packed_anew(packing):
+    weight = parameter(32, 32, 3)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    packing.check(weight, packed=1)
+    for _ in range(2):
+        mmattn.dilated_conv1d(packing.x, weight, impl="cpu").square().sum().backward()
+        optimizer.step()
+        packing.check(weight)
+        packing.check(weight, packed=0)
+    for change in (
+        lambda w: w.mul_(-1),
+        lambda w: w.data.copy_(torch.randn(32, 32, 3)),
+        lambda w: w.data.mul_(2),
+        lambda w: w.data[31, 31, 2:].add_(3.0),
+        lambda w: w.data[0, 0, :1].neg_(),
+        lambda w: w.data.zero_(),
+        lambda w: w.data.view(-1)[1].fill_(1e-3),
+        lambda w: w.detach().numpy().__setitem__((5, 5, 1), 7.0),
+        lambda w: setattr(w, "data", torch.randn(32, 32, 3)),
+        lambda w: setattr(w, "data", torch.randn(3, 32, 32).permute(1, 2, 0)),
+        lambda w: setattr(w, "data", torch.randn(32, 32, 5)),
+        lambda w: nn.init.normal_(w),
+    ):
+        with torch.no_grad():
+            change(weight)
+        packing.check(weight, packed=1)
+        packing.check(weight, packed=0)
+
+
+def test_swapped_values_are_seen(packing):
+    """What a sum or an exclusive or of the values would miss."""
+    weight = parameter(32, 32, 3)
+    packing.check(weight)
+    for one, two in (((0, 0, 0), (0, 0, 1)), ((0, 0, 0), (31, 31, 2)), ((0, 0, 0), (16, 0, 0)), ((3, 1, 1), (4, 2, 0))):
+        kept = weight.data[one].clone()
+        weight.data[one] = weight.data[two]
+        weight.data[two] = kept
+        packing.check(weight, packed=1)
+    weight.data.copy_(weight.data.flip(0))
+    packing.check(weight, packed=1)
+
+
+def test_adam_with_many_weights(packing):
+    """The foreach and fused optimizers write in place as well."""
+    for options in ({"foreach": True}, {"fused": True}):
+        weights = [parameter(32, 32, 3) for _ in range(3)]
+        optimizer = torch.optim.AdamW(weights, lr=0.1, **options)
+        for _ in range(3):
+            optimizer.zero_grad()
+            x = packing.x
+            for weight in weights:
+                x = mmattn.dilated_conv1d(x, weight, impl="cpu")
+            x.square().mean().backward()
+            optimizer.step()
+            for weight in weights:
+                packing.check(weight)
+
+
+def test_a_new_weight_at_an_old_address(packing):
+    """Freed and made anew: the memory is the same, the values are not."""
+    addresses = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        weight = parameter(32, 32, 3)
+        addresses.add(weight.data_ptr())
+        packing.check(weight, packed=1)
+        del weight
+    assert len(addresses) < 20, "no address was used twice, so this tests nothing"
+
+
+def test_the_packed_copy_goes_with_the_weight(packing):
+    from mmattn_kernels.cpu import conv
+
+    gc.collect()
+    before = len(conv._packed)
+    weights = [parameter(32, 32, 3) for _ in range(4)]
+    linear = nn.Linear(32, 32)
+    for weight in weights:
+        packing.check(weight)
+    packing.check(linear.weight.unsqueeze(-1))
+    assert len(conv._packed) == before + 5
+    del weights, weight, linear
+    gc.collect()
+    assert len(conv._packed) == before
+
+
+def test_a_changed_weight_keeps_one_packed_copy(packing):
+    """Otherwise training would fill the memory."""
+    from mmattn_kernels.cpu import conv
+
+    weight = parameter(32, 32, 3)
+    for _ in range(5):
+        packing.check(weight)
+        with torch.no_grad():
+            weight.add_(0.1)
+    kept = [copies for owner, copies in conv._packed.items() if owner is weight]
+    assert len(kept) == 1 and len(kept[0]) == 1
+
+
+def test_views_of_a_parameter(packing):
+    linear = nn.Linear(32, 48)
+    packing.check(linear.weight.unsqueeze(-1), packed=1)
+    packing.check(linear.weight.unsqueeze(-1), packed=0)
+    with torch.no_grad():
+        linear.weight.neg_()
+    packing.check(linear.weight.unsqueeze(-1), packed=1)
+    linear.weight.data.add_(1)
+    packing.check(linear.weight.unsqueeze(-1), packed=1)
+    halves = [linear.weight[:24].unsqueeze(-1), linear.weight[24:].unsqueeze(-1)]
+    for _ in range(2):
+        for half in halves:
+            packing.check(half)
+    packing.check(halves[0], packed=0)
+    packing.check(halves[1], packed=0)
+    square = parameter(32, 32)
+    packing.check(square.unsqueeze(-1), packed=1)
+    packing.check(square.t().unsqueeze(-1), packed=1)
+    packing.check(square.unsqueeze(-1))
+
+
+def test_weights_of_inference_mode(packing):
+    with torch.inference_mode():
+        weight = torch.randn(32, 32, 3)
+        packing.check(weight, packed=1)
+        packing.check(weight, packed=0)
+        weight.mul_(3)
+        packing.check(weight, packed=1)
+        packing.check(weight[:16], packed=1)
+    ordinary = parameter(32, 32, 3)
+    packing.check(ordinary, packed=1)
+    with torch.inference_mode():
+        packing.check(ordinary)
+        packing.check(ordinary, packed=0)
+
+
+def test_another_instruction_set_packs_its_own_way(packing, instruction_set):
+    import mmattn_kernels.cpu
+
+    weight = parameter(48, 32, 3)
+    for name in (*mmattn_kernels.cpu.extension().instruction_sets(), "portable"):
+        instruction_set(name)
+        for x in (packing.x, packing.x.bfloat16()):
+            packing.check(weight, x=x)
+            packing.check(weight, packed=0, x=x)
+
+
+def test_weights_used_by_two_threads(packing):
+    """As servers do: two Python threads, the same and different weights."""
+    import concurrent.futures
+
+    weights = [parameter(32, 32, 3) for _ in range(4)]
+
+    def work(seed):
+        for i in range(30):
+            packing.check(weights[(i + seed) % 4])
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        list(pool.map(work, range(3)))
+
+
+@needs_extension
+def test_a_second_derivative_is_refused():
+    for case in (Case(), Case(**BLOCK)):
+        tensors = {name: x.detach().requires_grad_() for name, x in inputs(case)[0].items()}
+        out = convolve(case, tensors)
+        (grad,) = torch.autograd.grad(out.square().sum(), tensors["weight"], create_graph=True)
+        with pytest.raises(RuntimeError, match="dilated_conv1d is differentiable once; impl='reference'"):
+            grad.sum().backward()
+
+
+@needs_extension
+def test_forward_mode_is_refused():
+    tensors, _ = inputs(Case())
+    x = tensors.pop("x")
+    with pytest.raises(RuntimeError):
+        torch.func.jvp(lambda t: convolve(Case(), {"x": t, **tensors}), (x,), (x,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"(?i)forward"):
+        convolve(Case(), {"x": torch.autograd.forward_ad.make_dual(x, x), **tensors})
+
+
+@pytest.mark.parametrize("impl", REFERENCE_AND_CPU)
+@pytest.mark.parametrize("options", ({}, BLOCK), ids=("plain", "everything"))
+def test_empty_batch(options, impl, poisoned_memory):
+    case = Case(batch=0, channels=(32, 20), **options)
+    found = outputs(case, torch.float32, impl)
+    assert found.pop("out").shape == (0, 37, 20)
+    assert all(found[f"d_{name}"].shape == x.shape for name, x in inputs(case)[0].items())
+    assert not found["d_weight"].any() and not found["d_bias"].any()
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float16), ids=("fp64", "fp16"))
+@pytest.mark.filterwarnings("ignore:mmattn computes conv by its slow reference")
+def test_other_dtypes_on_the_cpu_run_the_reference(dtype):
+    case = Case(**BLOCK)
+    found, definition = outputs(case, dtype, "auto"), outputs(case, dtype, "reference")
+    assert found["out"].dtype == dtype and all(torch.equal(found[name], definition[name]) for name in found)
+
+
+def test_the_slow_reference_is_announced(monkeypatch):
+    monkeypatch.setattr(dispatch, "_announced", set())
+    with pytest.warns(UserWarning, match=r"computes conv by its slow reference: .*torch\.float16"):
+        outputs(Case(), torch.float16, "auto")
+
+
+def op_tensors(case, requires_grad=False):
+    """As the op takes them, none a view of another: opcheck copies each by itself."""
+    tensors = {name: x.clone().requires_grad_(requires_grad) for name, x in inputs(case)[0].items()}
+    return [tensors.get(name) for name in NAMES]
+
+
+OPCHECKED = {"plain": Case(bias=False), "everything": Case(channels=(32, 20), **BLOCK)}
+
+
+@needs_extension
+@pytest.mark.parametrize("requires_grad", (False, True), ids=("inference", "training"))
+@pytest.mark.parametrize("name", OPCHECKED)
+def test_opcheck(name, requires_grad):
+    case = OPCHECKED[name]
+    arguments = (*op_tensors(case, requires_grad), case.groups, 2, case.silu, 1e-5, "cpu")
+    torch.library.opcheck(torch.ops.mmattn.dilated_conv1d.default, arguments)
+
+
+def backward_arguments(case, needed=(True, True, True)):
+    tensors = op_tensors(case)
+    _, stats = torch.ops.mmattn.dilated_conv1d(*tensors, case.groups, 2, case.silu, 1e-5, "cpu")
+    x, weight, _bias, *prologue, _residual = tensors
+    return inputs(case)[1], x, weight, *prologue, stats, case.groups, 2, case.silu, *needed, "cpu"
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    "needed", ((True, True, True), (True, False, False), (False, True, False), (False, False, True))
+)
+@pytest.mark.parametrize("name", OPCHECKED)
+def test_opcheck_of_the_backward_op(name, needed):
+    arguments = backward_arguments(OPCHECKED[name], needed)
+    torch.library.opcheck(torch.ops.mmattn.dilated_conv1d_backward.default, arguments)
+
+
+BAD_OPS = {
+    "shape of the gradient": (0, lambda t: t[:, 1:], ValueError, r"d_out is .*1, 36, 20"),
+    "dtype of the gradient": (0, torch.Tensor.double, ValueError, "d_out is torch.float64"),
+    "weight": (2, lambda t: t[:, 1:], ValueError, r"weight has shape \[20, 31, 3\]"),
+    "norm's weight missing": (3, lambda t: None, TypeError, "norm's weight is a NoneType"),
+    "scale": (5, lambda t: t[:, 1:], ValueError, r"film's scale has shape \[1, 31\]"),
+    "statistics": (7, lambda t: t[:, 1:], ValueError, r"stats is .*1, 7, 2.* expected .*1, 8, 2"),
+    "dilation": (9, lambda d: 0, ValueError, "dilation is 0"),
+    "implementation": (-1, lambda _: "reference", RuntimeError, "plain torch"),
+}  # fmt: skip
+
+
+@needs_extension
+@pytest.mark.parametrize("name", BAD_OPS)
+def test_the_backward_op_refuses_what_kernels_would_trust(name):
+    position, alter, error, message = BAD_OPS[name]
+    arguments = list(backward_arguments(OPCHECKED["everything"]))
+    arguments[position] = alter(arguments[position])
+    with pytest.raises(error, match=message):
+        torch.ops.mmattn.dilated_conv1d_backward(*arguments)
+
+
+@needs_extension
+def test_the_op_refuses_what_kernels_would_trust():
+    tensors = op_tensors(OPCHECKED["everything"])
+    for message, change in {
+        "dilation is 0": {9: 0},
+        "groups is 7": {8: 7},
+        r"weight has shape \[20, 32, 2\]": {1: tensors[1][..., :2]},
+        r"residual has shape \[1, 36, 20\]": {7: tensors[7][:, 1:]},
+        "x has stride": {0: tensors[0].mT.contiguous().mT},
+        "plain torch": {12: "reference"},
+    }.items():
+        arguments = [*tensors, 8, 2, True, 1e-5, "cpu"]
+        for position, value in change.items():
+            arguments[position] = value
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            torch.ops.mmattn.dilated_conv1d(*arguments)
+
+
+@pytest.mark.parametrize("impl", REFERENCE_AND_AUTO)
+def test_compile(impl, fresh_dynamo):
+    """And a new length or dilation compiles nothing anew, once the compiler has seen that they change."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    case = Case(batch=2, channels=(32, 24), **BLOCK)
+
+    def call(tensors, dilation):
+        return convolve(case, tensors, impl, dilation=dilation)
+
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    frames = []
+    for length, dilation in ((37, 2), (50, 3), (23, 9), (61, 4), (70, 100)):
+        tensors, d_out = inputs(dataclasses.replace(case, length=length))
+        eager = with_gradients(lambda t, d=dilation: call(t, d), tensors, d_out)
+        found = with_gradients(lambda t, d=dilation: compiled(t, d), tensors, d_out)
+        for name, x in found.items():
+            assert relative_error(x, eager[name]) < 2e-6, name
+        frames.append(counter.frame_count)
+    if impl == "auto":
+        assert frames[2] == frames[-1]
+
+
+@needs_extension
+def test_compile_sees_a_changed_weight(fresh_dynamo):
+    weight, x = parameter(32, 32, 3), torch.randn(1, 40, 32)
+    compiled = torch.compile(lambda t: mmattn.dilated_conv1d(t, weight), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for _ in range(3):
+            assert relative_error(compiled(x), mmattn.dilated_conv1d(x, weight, impl="reference")) < 1e-6
+            weight.mul_(-2)
+
+
+@needs_extension
+@pytest.mark.parametrize("fp32_parameters", (False, True), ids=("in the dtype of x", "in fp32"))
+def test_autocast(fp32_parameters):
+    """x is rounded to autocast's dtype, and parameters in fp32 are rounded by whoever reads them."""
+    case = Case(batch=2, channels=(32, 24), fp32_parameters=fp32_parameters, **BLOCK)
+    tensors, d_out = inputs(case)
+    low, _ = inputs(case, torch.bfloat16)
+    low = {name: x if name in ("x", "residual") else tensors[name] for name, x in low.items()}
+    plain = with_gradients(lambda t: convolve(case, t, "auto"), low, d_out)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = convolve(case, tensors, "auto")
+        found = with_gradients(lambda t: convolve(case, t, "auto"), tensors, d_out)
+    assert out.dtype == torch.bfloat16 and torch.equal(found["out"], plain["out"])
+    for name in tensors:
+        assert found[f"d_{name}"].dtype == torch.float32
+        assert relative_error(found[f"d_{name}"], plain[f"d_{name}"]) < 1e-6, name
+    with torch.autocast("cpu", torch.bfloat16):
+        double = convolve(case, {name: x.double() for name, x in tensors.items()}, "auto")
+    assert double.dtype == torch.float64
+
+
+@needs_extension
+def test_a_missing_tensor_is_refused_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="x is a NoneType"):
+        mmattn.dilated_conv1d(None, torch.zeros(1, 1, 1))
+
+
+@needs_extension
+@pytest.mark.parametrize("reentrant", (False, True))
+def test_checkpoint(reentrant):
+    case = Case(**BLOCK)
+    tensors, d_out = inputs(case)
+
+    def call(*values):
+        return convolve(case, dict(zip(tensors, values, strict=True)))
+
+    plain = outputs(case, torch.float32)
+    found = with_gradients(lambda t: checkpoint(call, *t.values(), use_reentrant=reentrant), tensors, d_out)
+    assert all(torch.equal(x, plain[name]) for name, x in found.items())
+
+
+def set_to(name, value):
+    return lambda t: {**t, name: value(t[name]) if callable(value) else value}
+
+
+BAD_TENSORS = {
+    "rank": (set_to("x", lambda x: x[0]), ValueError, r"x has shape \[37, 32\]; expected three dimensions"),
+    "not a tensor": (set_to("x", None), TypeError, "x is a NoneType; expected a tensor"),
+    "integers": (set_to("x", torch.Tensor.int), TypeError, "x has dtype torch.int32; expected a floating"),
+    "no positions": (set_to("x", lambda x: x[:, :0]), ValueError, r"x has shape \[1, 0, 32\]; expected at least"),
+    "last stride": (set_to("x", lambda x: x.mT.contiguous().mT), ValueError, "x has stride 37 in its last dimension"),
+    "weight missing": (set_to("weight", None), TypeError, r"weight is a NoneType; expected a tensor \[Cout"),
+    "weight rank": (set_to("weight", lambda w: w[..., 0]), ValueError, r"weight has shape \[20, 32\]; expected \[Cout"),
+    "weight channels": (set_to("weight", lambda w: w[:, 1:]), ValueError, r"weight has shape \[20, 31, 3\]; .* Cin"),
+    "even taps": (set_to("weight", lambda w: w[..., 1:]), ValueError, r"weight has shape \[20, 32, 2\]; .* K odd"),
+    "no taps": (set_to("weight", lambda w: w[..., :0]), ValueError, r"weight has shape \[20, 32, 0\]; .* K odd"),
+    "no outputs": (set_to("weight", lambda w: w[:0]), ValueError, r"weight has shape \[0, 32, 3\]"),
+    "weight dtype": (set_to("weight", torch.Tensor.half), TypeError, "weight has dtype torch.float16; expected"),
+    "weight device": (set_to("weight", lambda w: w.to("meta")), ValueError, "weight is on meta; expected cpu"),
+    "bias shape": (set_to("bias", lambda b: b[1:]), ValueError, r"bias has shape \[19\]; expected \[Cout\] = \[20\]"),
+    "norm's weight": (set_to("norm_weight", lambda w: w[1:]), ValueError, r"norm's weight has shape \[31\]; expected"),
+    "norm's bias": (set_to("norm_bias", None), TypeError, "norm's bias is a NoneType; expected a tensor"),
+    "film's scale": (set_to("scale", lambda s: s[:, 1:]), ValueError, r"film's scale has shape \[1, 31\]; expected"),
+    "film's shift": (set_to("shift", torch.Tensor.double), TypeError, "film's shift has dtype torch.float64"),
+    "residual rank": (set_to("residual", lambda r: r[0]), ValueError, r"residual has shape \[37, 20\]; expected three"),
+    "residual": (set_to("residual", lambda r: r[..., 1:]), ValueError, r"residual has shape \[1, 37, 19\]; expected"),
+    "residual dtype": (set_to("residual", torch.Tensor.half), TypeError, "residual has dtype torch.float16; expected"),
+    "residual device": (set_to("residual", lambda r: r.to("meta")), ValueError, "residual is on meta; expected cpu"),
+    "residual stride": (set_to("residual", lambda r: r.mT.contiguous().mT), ValueError, "residual has stride 37"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_TENSORS)
+def test_bad_tensor(name):
+    alter, error, message = BAD_TENSORS[name]
+    case = Case(channels=(32, 20), **BLOCK)
+    with pytest.raises(error, match=message):
+        convolve(case, alter(inputs(case)[0]), "auto")
+
+
+PAIR = (torch.ones(32), torch.zeros(32))
+BAD_ARGUMENTS = {
+    "dilation": ({"dilation": 0}, ValueError, "dilation is 0; expected at least 1"),
+    "float dilation": ({"dilation": 2.0}, TypeError, "dilation is 2.0; expected an int"),
+    "bool dilation": ({"dilation": True}, TypeError, "dilation is True; expected an int"),
+    "norm as a list": ({"norm": [*PAIR, 8]}, TypeError, r"norm is a list; expected a tuple \(weight, bias, groups\)"),
+    "norm without groups": ({"norm": PAIR}, TypeError, r"norm is 2 values; expected a tuple \(weight, bias, groups\)"),
+    "norm's groups": ({"norm": (*PAIR, 5)}, ValueError, "norm's groups is 5; expected a divisor of .* 32"),
+    "no groups": ({"norm": (*PAIR, 0)}, ValueError, "norm's groups is 0; expected a divisor"),
+    "float groups": ({"norm": (*PAIR, 8.0)}, TypeError, "norm's groups is 8.0; expected an int"),
+    "no groups, no norm": ({"norm": (None, None, 0)}, ValueError, "norm's groups is 0"),
+    "film as a tensor": ({"film": torch.zeros(1, 64)}, TypeError, r"film is a Tensor; expected a tuple \(scale"),
+    "film of three": ({"film": (None,) * 3}, TypeError, r"film is 3 values; expected a tuple \(scale, shift\)"),
+    "activation": ({"activation": "relu"}, ValueError, "activation is 'relu'; expected None or 'silu'"),
+    "eps": ({"eps": -1.0}, ValueError, "eps is -1.0; expected at least 0"),
+    "impl": ({"impl": "cuda"}, ValueError, "impl is 'cuda'; expected one of 'auto', 'reference'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_bad_argument(name):
+    overrides, error, message = BAD_ARGUMENTS[name]
+    with pytest.raises(error, match=message):
+        convolve(Case(), inputs(Case())[0], **{"impl": "auto", **overrides})
+
+
+def test_a_named_impl_that_cannot_run_says_why(monkeypatch):
+    tensors, _ = inputs(Case(), torch.float64)
+    with pytest.raises(RuntimeError, match=r"impl 'cpu' cannot run conv here: the dtype is torch.float64"):
+        convolve(Case(), tensors)
+    monkeypatch.setenv("MMATTN_IMPL", "cpu")
+    with pytest.raises(RuntimeError, match="impl 'cpu' cannot run conv"):
+        convolve(Case(), tensors, "auto")
