@@ -13,26 +13,29 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import cli
 import harness
 import report
 import torch
 import torch.nn.functional as F
 from harness import NotApplicable, Provider
 from torch import Tensor
-from tqdm import tqdm
 
 import mmattn
-from mmattn import dispatch
 
 BASELINE = "SDPA over views"
 FULL = "full SDPA"
-MODES = ("forward", "backward", "both")
+HEADER = {
+    "op": "attention",
+    "baseline": BASELINE,
+    "bound": "matmul",
+    "versus": [BASELINE, report.BEST, FULL],
+    "other_result": {FULL: "unless S = F"},
+}
 WORK = {"forward": 1.0, "backward": 2.5, "both": 3.5}
 TENSORS_MOVED = {"forward": 4, "backward": 8, "both": 12}  # forward q k v o; backward q k v o dO dQ dK dV
-DTYPES = ("float32", "bfloat16", "float16")
 Attend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -266,19 +269,8 @@ class Inputs:
 
 
 def make_call(attend: Attend, inputs: Inputs, mode: str) -> harness.Call:
-    """What is timed: the forward without a graph, the backward of a kept graph, or both."""
-    leaves, grads = (inputs.video, inputs.audio), (inputs.d_video, inputs.d_audio)
-    if mode == "forward":
-
-        def forward() -> tuple[Tensor, ...]:
-            with torch.no_grad():
-                return attend(*leaves)
-
-        return forward
-    if mode == "both":
-        return lambda: torch.autograd.grad(attend(*leaves), leaves, grads)
-    outputs = attend(*leaves)
-    return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+    """What is timed, on these inputs."""
+    return harness.timed(attend, (inputs.video, inputs.audio), (inputs.d_video, inputs.d_audio), mode)
 
 
 def memory_probe(shape: Shape, dtype: str, name: str, mode: str, threads: int) -> tuple[harness.Call, harness.Call]:
@@ -299,9 +291,6 @@ def providers_of(args: argparse.Namespace, shape: Shape, dtype: str, mode: str) 
     def build(name: str) -> harness.Call:
         if name == "FlexAttention" and args.device != "cuda":
             raise NotApplicable("measured on CUDA alone; on the CPU it has no backward")
-        if args.max_gflop and shape.gflop(mode, full=name == FULL) > args.max_gflop:
-            work = shape.gflop(mode, full=name == FULL)
-            raise NotApplicable(f"skipped: {work:.0f} GFLOP a call, more than --max-gflop {args.max_gflop:g}")
         attend = ATTENDS[name](shape)
         if not made:
             made.append(Inputs.make(shape, getattr(torch, dtype), args.device, grad=mode != "forward"))
@@ -309,8 +298,7 @@ def providers_of(args: argparse.Namespace, shape: Shape, dtype: str, mode: str) 
 
     def note(name: str) -> str:
         if name == "mmattn":
-            like = torch.empty(1, 1, 1, shape.dim, dtype=getattr(torch, dtype), device=args.device)
-            return f"impl {dispatch.choose('attention', 'auto', like)}"
+            return cli.chosen("attention", args.device, dtype, shape.dim)
         if name == FULL and shape.window < shape.frames:
             return f"another result, {shape.gflop(mode, full=True) / shape.gflop(mode):.0f}x the work"
         return ""
@@ -330,50 +318,13 @@ def providers_of(args: argparse.Namespace, shape: Shape, dtype: str, mode: str) 
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python bench/attn.py",
-        description="Times random-shift attention and its peers, prints a table, writes JSON and a picture of it.",
-        epilog="examples:\n"
-        "  python bench/attn.py --quick\n"
-        "  python bench/attn.py --device cuda --dtype bfloat16 --batch 1 16 --json bench/results/attn-cuda.json\n"
-        "  python bench/attn.py --shapes custom --shape 1,4,16,64,400,8,64 --modes forward --threads 1\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    examples = (
+        "--quick",
+        "--device cuda --dtype bfloat16 --batch 1 16 --json bench/results/attn-cuda.json",
+        "--shapes custom --shape 1,4,16,64,400,8,64 --modes forward --threads 1",
     )
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu", help="found by itself")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="float32 bfloat16 on a CPU; bfloat16 on CUDA")
-    parser.add_argument("--shapes", choices=("published", "small", "custom"), default=None, help="default: published")
-    parser.add_argument(
-        "--shape", action="append", type=_shape, metavar="B,H,F,P,T,S,D", default=[], help="repeatable; implies custom"
-    )
-    parser.add_argument("--batch", nargs="+", type=int, metavar="B", help="1 on a CPU; 1 4 16 on CUDA")
-    parser.add_argument("--modes", nargs="+", choices=MODES, help="all; forward and both with --quick")
-    parser.add_argument("--providers", nargs="+", choices=ATTENDS, default=list(ATTENDS), help="all, where they apply")
-    parser.add_argument("--threads", type=int, default=None, help="of the CPU; torch's choice by default")
-    parser.add_argument("--quick", action="store_true", help="fewer samples, and no call above 100 GFLOP on a CPU")
-    parser.add_argument("--rounds", type=int, default=None, help="samples of each provider at most")
-    parser.add_argument("--budget", type=float, default=None, metavar="S", help="seconds a provider and row at most")
-    parser.add_argument("--max-gflop", type=float, default=None, metavar="G", help="skip calls of more work than this")
-    parser.add_argument("--graphs", action="store_true", help="time replays of CUDA graphs, without Python's overhead")
-    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
-    parser.add_argument("--json", type=Path, default=Path("out/attn.json"), help="default: %(default)s")
-    parser.add_argument("--plot", type=Path, default=None, help="default: the JSON's name with .png")
-    args = parser.parse_args(argv)
-    on_cuda = args.device == "cuda"
-    if on_cuda and not cuda:
-        parser.error("--device cuda: torch finds no CUDA device")
-    if args.graphs and not on_cuda:
-        parser.error("--graphs needs --device cuda")
-    args.shapes = args.shapes or ("custom" if args.shape else "published")
-    if (args.shapes == "custom") != bool(args.shape):
-        parser.error("--shape and --shapes custom go together")
-    args.dtype = args.dtype or (["bfloat16"] if on_cuda else ["float32", "bfloat16"])
-    args.batch = args.batch or ([1, 4, 16] if on_cuda else [1])
-    args.modes = args.modes or (["forward", "both"] if args.quick else list(MODES))
-    args.plot = args.plot or args.json.with_suffix(".png")
-    if args.max_gflop is None and args.quick and not on_cuda:
-        args.max_gflop = 100.0
-    return args
+    parser = cli.make_parser("attn", "random-shift attention", examples, ATTENDS, _shape, "B,H,F,P,T,S,D")
+    return cli.parse(parser, argv)
 
 
 def _shape(text: str) -> Shape:
@@ -395,47 +346,7 @@ def shapes_of(args: argparse.Namespace) -> list[Shape]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    args.threads = torch.get_num_threads()
-    settings = harness.Settings(rounds=7, budget_s=0.4, warmup_s=0.0) if args.quick else harness.Settings()
-    settings.rounds, settings.budget_s = args.rounds or settings.rounds, args.budget or settings.budget_s
-    settings.graphs = args.graphs
-    header = harness.describe_machine(args.device)
-    sample = harness.sampler(args.device)
-    header["ceilings"] = harness.measure_ceilings(args.device, args.dtype, sample)
-    rows: list[dict[str, Any]] = []
-    cases = [(s, d, m) for d in args.dtype for s in shapes_of(args) for m in args.modes]
-    with tqdm(cases, file=sys.stderr, unit="case") as progress:
-        for shape, dtype, mode in progress:
-            progress.set_description(f"{shape} {dtype} {mode}")
-            case = {"op": "attention", "shape": str(shape), "dims": dataclasses.asdict(shape), "dtype": dtype}
-            case |= {"mode": mode, "device": args.device}
-            rows += harness.run_case(
-                case,
-                providers_of(args, shape, dtype, mode),
-                sample=sample,
-                settings=settings,
-                baseline=BASELINE,
-                ratios_to=tuple(ATTENDS),
-                memory=not args.no_memory,
-            )
-            harness.add_shares(rows, header["ceilings"])
-            report.write_json(args.json, header, rows)  # after each case, so that a run cut short leaves what it has
-    after = harness.measure_ceilings(args.device, args.dtype, sample)
-    header["ceilings"] = harness.higher(header["ceilings"], after)
-    harness.add_shares(rows, header["ceilings"])
-    report.write_json(args.json, header, rows)
-    print(report.table(header, rows, BASELINE))
-    print(f"\nresults: {args.json}")
-    try:
-        import plot
-    except ImportError as error:
-        print(f"no picture: {error} (pip install matplotlib)", file=sys.stderr)
-    else:
-        plot.draw(args.json, args.plot)
-        print(f"picture: {args.plot}")
-    return 0
+    return cli.run(args, HEADER, shapes_of(args), providers_of)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,17 @@ class Provider:
 
 @dataclass
 class Settings:
-    """How long to measure: `rounds` samples at most, `budget_s` seconds a provider and row, but 3 samples at least."""
+    """How long to measure: `rounds` samples at most, `budget_s` seconds a provider and row, but 3 samples at least.
+
+    Calls of more work than `max_gflop` are left out.
+    """
 
     rounds: int = 30
     budget_s: float = 3.0
     warmup_s: float = 0.3
     minimum: int = 3
     graphs: bool = False
+    max_gflop: float | None = None
 
 
 @dataclass
@@ -164,6 +168,21 @@ def sampler(device: str) -> Callable[[Call], float]:
     return on_cuda
 
 
+def timed(function: Callable[..., Any], leaves: Sequence[Tensor], grads: Sequence[Tensor], mode: str) -> Call:
+    """What is timed of a function: its forward without a graph, the backward of a kept graph, or both."""
+    if mode == "forward":
+
+        def forward() -> Any:
+            with torch.no_grad():
+                return function(*leaves)
+
+        return forward
+    if mode == "both":
+        return lambda: torch.autograd.grad(function(*leaves), leaves, grads)
+    outputs = function(*leaves)
+    return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+
+
 def warm_up(call: Call, sample: Callable[[Call], float], seconds: float, most: int = 50) -> Any:
     """Run the call once, then again until `seconds` have passed; returns the first result."""
     kept = []
@@ -212,6 +231,9 @@ def run_case(
     on_cuda = case.get("device") == "cuda"
     for provider in providers:
         try:
+            if settings.max_gflop and provider.gflop > settings.max_gflop:
+                limit = f"more than --max-gflop {settings.max_gflop:g}"
+                raise NotApplicable(f"skipped: {provider.gflop:.0f} GFLOP a call, {limit}")
             call = provider.build()
             result = warm_up(call, sample, settings.warmup_s)
             if provider.name == baseline:
@@ -224,13 +246,13 @@ def run_case(
         except Exception as error:
             reasons[provider.name] = reason_of(error)
     expected = result = None
-    timed = {}
+    ready = {}
     for name, call in calls.items():
         try:
-            timed[name] = captured(call) if settings.graphs and on_cuda else call
+            ready[name] = captured(call) if settings.graphs and on_cuda else call
         except Exception as error:
             reasons[name] = reason_of(error)
-    samples = interleave(timed, sample, settings)
+    samples = interleave(ready, sample, settings)
     samples.reasons |= reasons
     rows = []
     for provider in providers:

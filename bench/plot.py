@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Draws a results file: speed relative to a peer, share of the matrix product's rate, peak extra memory.
+"""Draws a results file: speed relative to a peer, share of the ceiling, peak extra memory.
 
-python bench/plot.py out/attn.json out/attn.png [--dtype bfloat16] [--modes forward both] [--batch 1]
+python bench/plot.py out/attn.json out/attn.png [--dtype bfloat16] [--modes forward both] [--batch 1] [--shape d16]
 """
 
 from __future__ import annotations
@@ -18,17 +18,21 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import report
 
-RATIO_TO = "SDPA over views"
 # Okabe and Ito's palette: distinct to colour-blind readers, and in lightness, with mmattn the darkest.
 COLOURS = {
     "mmattn": "#0072B2",
-    RATIO_TO: "#E69F00",
+    "SDPA over views": "#E69F00",
     "SDPA over unfold": "#009E73",
     "SDPA over copies": "#F0E442",
     "full SDPA": "#56B4E9",
     "frame loop": "#BBBBBB",
     "FlexAttention": "#CC79A7",
+    "mmattn, channels-first input": "#56B4E9",
+    "eager": "#E69F00",
+    "eager, channels last": "#009E73",
+    "torch.compile": "#CC79A7",
 }
+CEILINGS = {"matmul": "share of the matrix product's rate", "copy": "share of the copy's rate"}
 SPARE = ("#D55E00", "#000000")
 BAR_INCHES = 0.17
 
@@ -40,10 +44,12 @@ def draw(
     dtypes: list[str] | None = None,
     modes: list[str] | None = None,
     batches: list[int] | None = None,
-    ratio_to: str = RATIO_TO,
+    shape: str = "",
+    ratio_to: str | None = None,
 ) -> None:
     """Write the picture of results file `source` to `target`; ValueError if no measured row is left to draw."""
     header, rows = report.read_json(source)
+    ratio_to, share = ratio_to or header["baseline"], f"share_of_{header['bound']}"
     rows = [
         row
         for row in rows
@@ -51,6 +57,7 @@ def draw(
         and (not dtypes or row["dtype"] in dtypes)
         and (not modes or row["mode"] in modes)
         and (not batches or row["dims"].get("batch") in batches)
+        and shape in row["shape"]
     ]
     if not rows:
         raise ValueError(f"{source} has no measured row of that kind to draw")
@@ -61,10 +68,10 @@ def draw(
     colours = {name: COLOURS.get(name) or SPARE[i % len(SPARE)] for i, name in enumerate(providers)}
 
     positions, labels, y = [], [], 0.0
-    for (dtype, mode, shape), members in groups.items():
+    for (dtype, mode, name), members in groups.items():
         members.sort(key=lambda r: providers.index(r["provider"]))
         positions.append([y + i for i in range(len(members))])
-        labels.append(f"{shape}\n{dtype}, {'forward + backward' if mode == 'both' else mode}")
+        labels.append(f"{name}\n{dtype}, {'forward + backward' if mode == 'both' else mode}")
         y += len(members) + 1
     bars = [
         (where, row)
@@ -76,13 +83,13 @@ def draw(
     figure, axes = plt.subplots(1, 3, sharey=True, figsize=(13, height), width_ratios=(5, 3, 3))
     panels = (
         (f"speed relative to {ratio_to}", lambda r: r["speed"].get(ratio_to), lambda x: f"{x:.2f}x"),
-        ("share of the matrix product's rate", lambda r: 100 * r["share_of_matmul"], lambda x: report.percent(x / 100)),
+        (CEILINGS[header["bound"]], lambda r: 100 * r[share], lambda x: report.percent(x / 100)),
         ("peak extra memory, MB (log scale)", lambda r: r.get("peak_extra_mb"), report.number),
     )
     for axis, (title, value, text) in zip(axes, panels, strict=True):
         measured = [(where, value(row), row) for where, row in bars if value(row) is not None]
         for where, x, row in measured:
-            own = row["provider"] == "mmattn"
+            own = row["provider"] == report.OWN
             axis.barh(where, x, height=0.86, color=colours[row["provider"]])
             axis.annotate(
                 text(x),
@@ -108,12 +115,13 @@ def draw(
     axes[0].axvline(1, color="black", linewidth=0.8, zorder=0)
     axes[0].set_yticks([sum(group) / len(group) for group in positions], labels, fontsize=8)
     axes[0].set_ylim(y - 0.5, -1)
+    other = header["other_result"]
     handles = [plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in providers]
     inch = 1 / height
     figure.suptitle(report.describe(header), fontsize=11, x=0.01, y=1 - 0.12 * inch, ha="left", va="top")
     figure.legend(
         handles,
-        [f"{name} (another result unless S = F)" if name == "full SDPA" else name for name in providers],
+        [f"{name} (another result {other[name]})" if name in other else name for name in providers],
         loc="upper left",
         bbox_to_anchor=(0.003, 1 - 0.4 * inch),
         ncols=len(providers),
@@ -134,9 +142,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", help="only these dtypes")
     parser.add_argument("--modes", nargs="+", help="only these of forward, backward, both")
     parser.add_argument("--batch", nargs="+", type=int, help="only these batch sizes")
-    parser.add_argument("--ratio-to", default=RATIO_TO, help="peer that speeds are relative to; default: %(default)s")
+    parser.add_argument("--shape", default="", metavar="TEXT", help="only shapes that contain this")
+    parser.add_argument("--ratio-to", help="peer that speeds are relative to; default: the file's baseline")
     args = parser.parse_args(argv)
-    draw(args.json, args.png, dtypes=args.dtype, modes=args.modes, batches=args.batch, ratio_to=args.ratio_to)
+    draw(
+        args.json,
+        args.png,
+        dtypes=args.dtype,
+        modes=args.modes,
+        batches=args.batch,
+        shape=args.shape,
+        ratio_to=args.ratio_to,
+    )
     print(f"picture: {args.png}")
     return 0
 

@@ -2,9 +2,11 @@
 """Results files and how they are shown: JSON, plain-text table. Needs neither torch nor a benchmark, only the file.
 
 A results file is {"schema", "header", "rows"}. The header says what ran on what, from which commit, by which command,
-and the machine's ceilings; a row is one provider on one case (op, shape, dims, dtype, mode, device) with its times
-in ms (ms_p20, ms_p50, ms_p80), its speed relative to named peers, GFLOP/s, shares of the ceilings and peak extra memory
-in MB (2^20 bytes), or with the reason why it has none.
+the machine's ceilings, and how to read the rows: op, baseline (the peer that the others are compared with), bound (the
+ceiling that counts, matmul or copy), versus (the peers of README's table; BEST is the fastest of the same result) and
+other_result (the peers that compute something else, and when). A row is one provider on one case (op, shape, dims,
+dtype, mode, device) with its times in ms (ms_p20, ms_p50, ms_p80), its speed relative to named peers, GFLOP/s, GB/s,
+shares of the ceilings and peak extra memory in MB (2^20 bytes), or with the reason why it has none.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
+OWN, BEST = "mmattn", "best peer"
+UNITS = {"matmul": "GFLOP/s", "copy": "GB/s"}
 
 
 def describe(header: dict[str, Any]) -> str:
@@ -52,10 +56,22 @@ def read_json(path: Path | str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return content["header"], content["rows"]
 
 
-def table(header: dict[str, Any], rows: list[dict[str, Any]], ratio_to: str) -> str:
+def is_own(provider: str) -> bool:
+    """Whether a provider is mmattn, in one of its ways, and no peer of it."""
+    return provider.split(",")[0] == OWN
+
+
+def rate(header: dict[str, Any], row: dict[str, Any]) -> str:
+    """The row's rate of what bounds the op, in its unit."""
+    return f"{row['gflop_per_s']:.0f}" if header["bound"] == "matmul" else number(row["gbyte_per_s"])
+
+
+def table(header: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """The rows as aligned plain text, under the machine's description."""
-    titles = ["shape", "dtype", "mode", "provider", "ms", "p20..p80", f"x {ratio_to}", "GFLOP/s"]
-    titles += ["of matmul", "of copy", "extra MB", ""]
+    ratio_to, bound = header["baseline"], header["bound"]
+    bounds = ("matmul", "copy") if bound == "matmul" else ("copy",)
+    titles = ["shape", "dtype", "mode", "provider", "ms", "p20..p80", f"x {ratio_to}", UNITS[bound]]
+    titles += [*(f"of {name}" for name in bounds), "extra MB", ""]
     lines, missing = [titles], {}
     for row in rows:
         start = [row["shape"], row["dtype"], row["mode"], row["provider"]]
@@ -64,8 +80,8 @@ def table(header: dict[str, Any], rows: list[dict[str, Any]], ratio_to: str) -> 
             continue
         ratio, memory = row["speed"].get(ratio_to), row.get("peak_extra_mb")
         spread = f"{number(row['ms_p20'])}..{number(row['ms_p80'])}"
-        figures = [number(row["ms_p50"]), spread, "-" if ratio is None else f"{ratio:.2f}", f"{row['gflop_per_s']:.0f}"]
-        figures += [percent(row.get("share_of_matmul")), percent(row.get("share_of_copy")), number(memory)]
+        figures = [number(row["ms_p50"]), spread, "-" if ratio is None else f"{ratio:.2f}", rate(header, row)]
+        figures += [*(percent(row.get(f"share_of_{name}")) for name in bounds), number(memory)]
         lines.append([*start, *figures, row["note"]])
     widths = [max(len(line[i]) for line in lines) for i in range(len(titles) - 1)]
     text = []

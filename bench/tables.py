@@ -18,20 +18,7 @@ from typing import Any
 import report
 
 ROOT = Path(__file__).resolve().parent.parent
-OWN, BAR, FULL = "mmattn", "SDPA over views", "full SDPA"
 BLOCK = re.compile(r"(<!-- bench:([\w.-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
-TITLES = (
-    "shape",
-    "dtype",
-    "mode",
-    "mmattn ms",
-    "GFLOP/s",
-    "of matmul",
-    f"vs {BAR}",
-    "vs best peer",
-    f"vs {FULL}",
-    "extra MB: mmattn, views",
-)
 
 
 def block(path: Path) -> str:
@@ -39,23 +26,28 @@ def block(path: Path) -> str:
     if not path.exists():
         return "Not measured yet.\n"
     header, rows = report.read_json(path)
+    baseline, bound = header["baseline"], header["bound"]
+    titles = ["shape", "dtype", "mode", "mmattn ms", report.UNITS[bound], f"of {bound}"]
+    titles += [*(f"vs {peer}" for peer in header["versus"]), f"extra MB: mmattn, {baseline.split()[-1]}"]
     by_case: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
         by_case.setdefault((row["shape"], row["dtype"], row["mode"]), {})[row["provider"]] = row
-    lines = ["| " + " | ".join(TITLES) + " |", "|---|---|---" + "|--:" * (len(TITLES) - 3) + "|"]
+    lines = ["| " + " | ".join(titles) + " |", "|---|---|---" + "|--:" * (len(titles) - 3) + "|"]
     for (shape, dtype, mode), providers in by_case.items():
-        own = providers.get(OWN)
+        own = providers.get(report.OWN)
         if own is None:
             continue
         name = "forward + backward" if mode == "both" else mode
         if own.get("ms_p50") is None:
-            lines.append(f"| {shape} | {dtype} | {name} | {own['reason']}" + " |" * (len(TITLES) - 3))
+            lines.append(f"| {shape} | {dtype} | {name} | {own['reason']}" + " |" * (len(titles) - 3))
             continue
-        memory = [report.number((providers.get(p) or {}).get("peak_extra_mb")) for p in (OWN, BAR)]
-        cells = [shape, dtype, name, report.number(own["ms_p50"]), f"{own['gflop_per_s']:.0f}"]
-        cells += [report.percent(own.get("share_of_matmul")), _times(own, BAR), _best(own, providers)]
-        cells += [_times(own, FULL), ", ".join(memory)]
-        lines.append("| " + " | ".join(cells) + " |")
+        memory = [report.number((providers.get(p) or {}).get("peak_extra_mb")) for p in (report.OWN, baseline)]
+        cells = [shape, dtype, name, report.number(own["ms_p50"]), report.rate(header, own)]
+        cells += [report.percent(own.get(f"share_of_{bound}"))]
+        for peer in header["versus"]:
+            same = [p for p in providers if not report.is_own(p) and p not in header["other_result"]]
+            cells.append(_best(own, same) if peer == report.BEST else _times(own, peer))
+        lines.append("| " + " | ".join([*cells, ", ".join(memory)]) + " |")
     rates = report.describe_ceilings(header)
     caption = f"{report.describe(header)}. Ceilings in the same run: {rates}. `{header['command']}`"
     return "\n".join([*lines, "", caption]) + "\n"
@@ -66,13 +58,12 @@ def _times(row: dict[str, Any], peer: str) -> str:
     return "-" if speed is None else f"{speed:.2f}x"
 
 
-def _best(row: dict[str, Any], providers: dict[str, dict[str, Any]]) -> str:
-    """The ratio to the fastest provider of the same result."""
-    speeds = {p: row["speed"].get(p) for p in providers if p not in (OWN, FULL)}
-    measured = {p: speed for p, speed in speeds.items() if speed is not None}
+def _best(row: dict[str, Any], peers: list[str]) -> str:
+    """The ratio to the fastest of the peers."""
+    measured = {peer: row["speed"][peer] for peer in peers if row["speed"].get(peer) is not None}
     if not measured:
         return "-"
-    best = min(measured, key=lambda p: measured[p])
+    best = min(measured, key=lambda peer: measured[peer])
     return f"{measured[best]:.2f}x ({best})"
 
 

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: MIT
+"""What the benchmark programs share around the measuring: command line, loop over the cases, results shown and kept."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import harness
+import report
+import torch
+from tqdm import tqdm
+
+from mmattn import dispatch
+
+MODES = ("forward", "backward", "both")
+DTYPES = ("float32", "bfloat16", "float16")
+COMPILE = "torch.compile"
+
+
+def make_parser(
+    name: str,
+    what: str,
+    examples: Iterable[str],
+    providers: Iterable[str],
+    shape: Callable[[str], Any],
+    metavar: str,
+    modes: Iterable[str] = MODES,
+) -> argparse.ArgumentParser:
+    """The command line of bench/{name}.py; `shape` reads a custom shape, shown as `metavar`; `modes` is the default."""
+    prog = f"python bench/{name}.py"
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=f"Times {what} and its peers, prints a table, writes JSON and a picture of it.",
+        epilog="examples:\n" + "".join(f"  {prog} {arguments}\n" for arguments in examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    modes_help = "forward both" if "backward" not in modes else "all; forward and both with --quick"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="found by itself")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="float32 bfloat16 on a CPU; bfloat16 on CUDA")
+    parser.add_argument("--shapes", choices=("published", "small", "custom"), default=None, help="default: published")
+    parser.add_argument(
+        "--shape", action="append", type=shape, metavar=metavar, default=[], help="repeatable; implies custom"
+    )
+    parser.add_argument("--batch", nargs="+", type=int, metavar="B", help="1 on a CPU; 1 4 16 on CUDA")
+    parser.add_argument("--modes", nargs="+", choices=MODES, help=modes_help)
+    parser.add_argument("--providers", nargs="+", choices=list(providers), help="all, where they apply")
+    parser.add_argument("--threads", type=int, default=None, help="of the CPU; torch's choice by default")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"fewer samples, no call above 100 GFLOP on a CPU, no {COMPILE}"
+    )
+    parser.add_argument("--rounds", type=int, default=None, help="samples of each provider at most")
+    parser.add_argument("--budget", type=float, default=None, metavar="S", help="seconds a provider and row at most")
+    parser.add_argument("--max-gflop", type=float, default=None, metavar="G", help="skip calls of more work than this")
+    parser.add_argument("--graphs", action="store_true", help="time replays of CUDA graphs, without Python's overhead")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--json", type=Path, default=Path(f"out/{name}.json"), help="default: %(default)s")
+    parser.add_argument("--plot", type=Path, default=None, help="default: the JSON's name with .png")
+    parser.set_defaults(all_providers=tuple(providers), all_modes=tuple(modes))
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Parse, refuse what does not go together, and fill in what depends on the device and on --quick."""
+    args = parser.parse_args(argv)
+    on_cuda = args.device == "cuda"
+    if on_cuda and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device")
+    if args.graphs and not on_cuda:
+        parser.error("--graphs needs --device cuda")
+    args.shapes = args.shapes or ("custom" if args.shape else "published")
+    if (args.shapes == "custom") != bool(args.shape):
+        parser.error("--shape and --shapes custom go together")
+    args.dtype = args.dtype or (["bfloat16"] if on_cuda else ["float32", "bfloat16"])
+    args.batch = args.batch or ([1, 4, 16] if on_cuda else [1])
+    args.modes = args.modes or [m for m in args.all_modes if not (args.quick and m == "backward")]
+    # Compiling takes longer than all the rest of a quick run.
+    args.providers = args.providers or [p for p in args.all_providers if not (args.quick and p == COMPILE)]
+    args.plot = args.plot or args.json.with_suffix(".png")
+    if args.max_gflop is None and args.quick and not on_cuda:
+        args.max_gflop = 100.0
+    return args
+
+
+def chosen(op: str, device: str, dtype: str, channels: int) -> str:
+    """A note of which implementation "auto" picks."""
+    like = torch.empty(1, 1, channels, dtype=getattr(torch, dtype), device=device)
+    return f"impl {dispatch.choose(op, 'auto', like)}"
+
+
+def run(
+    args: argparse.Namespace,
+    header: dict[str, Any],
+    shapes: list[Any],
+    providers_of: Callable[[argparse.Namespace, Any, str, str], list[harness.Provider]],
+) -> int:
+    """Measure providers_of(args, shape, dtype, mode) for all cases; print the table, write the JSON and the picture.
+
+    `header` is the op's part of a results file's; shapes are dataclasses with a batch, whose str is that of the tables.
+    """
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.threads = torch.get_num_threads()
+    settings = harness.Settings(rounds=7, budget_s=0.4, warmup_s=0.0) if args.quick else harness.Settings()
+    settings.rounds, settings.budget_s = args.rounds or settings.rounds, args.budget or settings.budget_s
+    settings.graphs, settings.max_gflop = args.graphs, args.max_gflop
+    header = header | harness.describe_machine(args.device)
+    sample = harness.sampler(args.device)
+    header["ceilings"] = harness.measure_ceilings(args.device, args.dtype, sample)
+    rows: list[dict[str, Any]] = []
+    cases = [(s, d, m) for d in args.dtype for s in shapes for m in args.modes]
+    with tqdm(cases, file=sys.stderr, unit="case") as progress:
+        for shape, dtype, mode in progress:
+            progress.set_description(f"{shape} {dtype} {mode}")
+            case = {"op": header["op"], "shape": str(shape), "dims": dataclasses.asdict(shape), "dtype": dtype}
+            case |= {"mode": mode, "device": args.device}
+            rows += harness.run_case(
+                case,
+                providers_of(args, shape, dtype, mode),
+                sample=sample,
+                settings=settings,
+                baseline=header["baseline"],
+                ratios_to=args.all_providers,
+                memory=not args.no_memory,
+            )
+            harness.add_shares(rows, header["ceilings"])
+            report.write_json(args.json, header, rows)  # after each case, so that a run cut short leaves what it has
+    after = harness.measure_ceilings(args.device, args.dtype, sample)
+    header["ceilings"] = harness.higher(header["ceilings"], after)
+    harness.add_shares(rows, header["ceilings"])
+    report.write_json(args.json, header, rows)
+    print(report.table(header, rows))
+    print(f"\nresults: {args.json}")
+    try:
+        import plot
+    except ImportError as error:
+        print(f"no picture: {error} (pip install matplotlib)", file=sys.stderr)
+    else:
+        plot.draw(args.json, args.plot)
+        print(f"picture: {args.plot}")
+    return 0
