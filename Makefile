@@ -4,7 +4,7 @@ RUN := $(VENV)/bin/python
 SOURCES := $(wildcard kernels/mmattn_kernels/cpu/*.cpp kernels/mmattn_kernels/cpu/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint fix bench tables clean
+.PHONY: help install demo test sanitize lint fix bench tables clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,12 +22,23 @@ $(VENV)/.installed: $(VENV)/.packages setup.py pyproject.toml $(SOURCES)
 	$(RUN) -m pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
-demo: install ## the attention op against its peers on this machine, in a few minutes; ends with a picture
+demo: install ## the ops against their peers on this machine, in three minutes; each ends with a picture
 	$(RUN) -m mmattn.info
 	$(RUN) bench/attn.py --quick
+	$(RUN) bench/norm.py --quick
+	$(RUN) bench/conv.py --quick
 
 test: install ## all tests
 	$(RUN) -m pytest
+
+SANITIZED := build/sanitized
+sanitize: install ## the extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer (ten minutes)
+	MMATTN_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g1" \
+	  $(RUN) setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	PYTHONPATH=$(SANITIZED)/lib ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  sh -c '$(RUN) -c "import torch, mmattn_kernels._cpu as m; assert \"$(SANITIZED)\" in m.__file__, m.__file__" && \
+	  $(RUN) -m pytest tests/test_attention.py tests/test_norm.py tests/test_conv.py'
 
 lint: install ## style and types: ruff, mypy, clang-format, and README's tables against bench/results
 	$(RUN) -m ruff check .
@@ -41,8 +52,10 @@ fix: install ## what lint can repair by itself
 	$(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $(SOURCES)
 
-bench: install ## the full benchmark of this machine into bench/results and README (five minutes, nothing else running)
+bench: install ## the full benchmarks of this machine into bench/results and README (half an hour, nothing else running)
 	$(RUN) bench/attn.py --modes forward both --json bench/results/attn-cpu.json
+	$(RUN) bench/norm.py --json bench/results/norm-cpu.json
+	$(RUN) bench/conv.py --json bench/results/conv-cpu.json
 	$(RUN) bench/plot.py bench/results/attn-cpu.json docs/attn-cpu.png --modes forward
 	$(RUN) bench/tables.py
 

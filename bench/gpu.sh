@@ -5,15 +5,16 @@ set -u
 
 usage() {
     cat <<'TEXT'
-usage: bench/gpu.sh [--device cuda|cpu] [--quick] [--sanitize] [--profile] [--no-tests] [--no-bench] [--help]
+usage: bench/gpu.sh [--device cuda|cpu] [--ops LIST] [--quick] [--sanitize] [--profile] [--no-tests] [--no-bench] [--help]
 
-Installs this checkout without network (or sets PYTHONPATH where pip fails), runs the GPU tests, then bench/attn.py.
+Installs this checkout without network (or sets PYTHONPATH where pip fails), runs the GPU tests, then the benchmarks.
 Needs a Python with torch, triton, pytest, matplotlib and tqdm; works without registry. Ends within nine minutes.
 
   --device cpu   the same steps on a CPU, as a test of this script (tiny shapes)
+  --ops LIST     only these of "attn norm conv", in benchmarks, --sanitize and --profile
   --quick        fewer samples, fewer batch sizes
   --sanitize     after the benchmarks, compute-sanitizer memcheck and racecheck on small cases
-  --profile      after those, Nsight Compute on the three attention kernels (clocks left alone)
+  --profile      after those, Nsight Compute on our kernels (clocks left alone)
   --no-tests, --no-bench    leave that step out
 
 environment: OUT (out) where results, pictures and log go; DEADLINE_S (530) seconds for everything; PYTHON (python3)
@@ -21,10 +22,11 @@ exit status: 0, or 1 if any step failed; a failed step does not stop the later o
 TEXT
 }
 
-device=cuda quick=0 sanitize=0 profile=0 tests=1 bench=1
+device=cuda ops="attn norm conv" quick=0 sanitize=0 profile=0 tests=1 bench=1
 while [ $# -gt 0 ]; do
     case $1 in
         --device) device=${2:-}; shift ;;
+        --ops) ops=${2:-}; shift ;;
         --quick) quick=1 ;;
         --sanitize) sanitize=1 ;;
         --profile) profile=1 ;;
@@ -36,6 +38,9 @@ while [ $# -gt 0 ]; do
     shift
 done
 case $device in cuda | cpu) ;; *) echo "gpu.sh: --device is '$device'; expected cuda or cpu" >&2; exit 2 ;; esac
+for op in $ops; do
+    case $op in attn | norm | conv) ;; *) echo "gpu.sh: --ops has '$op'; expected attn, norm or conv" >&2; exit 2 ;; esac
+done
 
 cd "$(dirname "$0")/.." || exit 2
 root=$PWD
@@ -74,11 +79,12 @@ step() {
     return "$status"
 }
 
-# attn NAME SECONDS ARGUMENTS...: one run of the benchmark; a run cut short has its JSON, so the picture is drawn from it.
-attn() {
-    local name=$1 limit=$2
+# bench OP-NAME SECONDS ARGUMENTS...: one run of a benchmark; a run cut short has its JSON, so the picture is drawn from it.
+bench() {
+    local name=$1 limit=$2 op=${1%%-*}
     shift 2
-    step "$name" "$limit" "$python" bench/attn.py --device "$device" --json "$out/$name.json" "$@"
+    case " $ops " in *" $op "*) ;; *) return ;; esac
+    step "$name" "$limit" "$python" "bench/$op.py" --device "$device" --json "$out/$name.json" "$@"
     if [ -s "$out/$name.json" ] && [ ! -s "$out/$name.png" ]; then
         step "$name picture" 30 "$python" bench/plot.py "$out/$name.json" "$out/$name.png"
     fi
@@ -113,14 +119,16 @@ run_sanitizer() {
         errors=$((errors + 1))
         return
     fi
-    local tool small=(bench/attn.py --device cuda --shapes small --batch 1 --providers mmattn --modes both)
+    local tool op small=(--device cuda --shapes small --batch 1 --providers mmattn --modes both)
     small+=(--dtype float32 bfloat16 --rounds 1 --no-memory)
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # else one allocation of torch's pool hides accesses past the end of a tensor
     for tool in memcheck racecheck; do
         local run=(compute-sanitizer --tool "$tool" --error-exitcode 99 --target-processes all)
         pytest_step "$tool tests" 150 "${run[@]}" "$python" -m pytest -q -x -m gpu -k "${SANITIZE_CASES:-small}" tests
         if [ $? -eq 5 ]; then
-            step "$tool benchmark" 150 "${run[@]}" "$python" "${small[@]}" --json "$out/sanitized/$tool.json"
+            for op in $ops; do
+                step "$tool $op" 150 "${run[@]}" "$python" "bench/$op.py" "${small[@]}" --json "$out/sanitized/$op.json"
+            done
             rm -rf "$out/sanitized" # times under a sanitizer are of no use
         fi
     done
@@ -133,14 +141,20 @@ run_profiler() {
         errors=$((errors + 1))
         return
     fi
-    local shape
-    for shape in 4,4,16,1024,6400,1,64 4,8,16,64,400,8,64; do
-        step "profile $shape" 90 ncu --clock-control none --target-processes all \
-            --kernel-name 'regex:^_(forward|backward_dq|backward_dkdv)_kernel' --launch-skip 3 --launch-count 3 \
+    local op case shape launches what
+    # Launches: no fewer than a forward and a backward have, so that as many in a row show each kernel.
+    for case in attn:4,4,16,1024,6400,1,64:3 attn:4,8,16,64,400,8,64:3 norm:4,128,25600:8 conv:4,256,256,6400,16:24; do
+        IFS=: read -r op shape launches <<<"$case"
+        what=()
+        [ "$op" != conv ] || what=(--what block)
+        case " $ops " in *" $op "*) ;; *) continue ;; esac
+        # Our kernels begin with an underscore, which neither torch's nor the compiler's do.
+        step "profile $op $shape" 90 ncu --clock-control none --target-processes all \
+            --kernel-name 'regex:^_[a-z0-9_]+_kernel' --launch-skip "$launches" --launch-count "$launches" \
             --section SpeedOfLight --section Occupancy --section LaunchStats --section MemoryWorkloadAnalysis \
             --section WarpStateStats --section ComputeWorkloadAnalysis \
-            "$python" bench/attn.py --device cuda --dtype bfloat16 --shape "$shape" --providers mmattn --modes both \
-            --rounds 3 --no-memory --json "$out/profiled/attn.json"
+            "$python" "bench/$op.py" --device cuda --dtype bfloat16 --shape "$shape" --providers mmattn --modes both \
+            --rounds 3 --no-memory "${what[@]}" --json "$out/profiled/$op.json"
         rm -rf "$out/profiled" # nor are times under the profiler
     done
 }
@@ -154,23 +168,32 @@ if [ "$device" = cpu ]; then
     [ $tests -eq 0 ] || pytest_step tests 90 "$python" -m pytest -q tests/test_bench.py -k "peer or harness"
     small=(--shapes small)
     [ $quick -eq 0 ] || small+=(--quick)
-    [ $bench -eq 0 ] || attn attn-cpu 120 "${small[@]}"
+    if [ $bench -eq 1 ]; then
+        bench attn-cpu 120 "${small[@]}"
+        bench norm-cpu 90 "${small[@]}"
+        bench conv-cpu 150 "${small[@]}"
+    fi
     [ $((sanitize + profile)) -eq 0 ] || say "--sanitize and --profile need --device cuda"
 else
     [ $tests -eq 0 ] || pytest_step tests 200 "$python" -m pytest -q -m gpu tests
     if [ $bench -eq 1 ]; then
         rest=(--modes forward both)
         if [ $quick -eq 1 ]; then
-            attn attn-cuda 120 --quick --dtype bfloat16 --batch 1 4 --providers mmattn "SDPA over views" "full SDPA"
+            bench attn-cuda 120 --quick --dtype bfloat16 --batch 1 4 --providers mmattn "SDPA over views" "full SDPA"
+            bench norm-cuda 60 --quick --dtype bfloat16 --batch 1 4
+            bench conv-cuda 90 --quick --dtype bfloat16 --batch 4
         else
-            # FlexAttention compiles anew for each shape and direction, so it has a run of its own, of few cases.
-            attn attn-cuda 200 --dtype bfloat16 --batch 1 4 16 --budget 0.5 \
+            bench attn-cuda 150 "${rest[@]}" --dtype bfloat16 --batch 1 4 16 --budget 0.4 \
                 --providers mmattn "SDPA over views" "SDPA over copies" "full SDPA" "frame loop"
-            attn attn-cuda-half-single 90 "${rest[@]}" --dtype float16 float32 --batch 4 --budget 0.4 \
+            bench norm-cuda 80 "${rest[@]}" --dtype bfloat16 --batch 1 16 --budget 0.3
+            bench conv-cuda 160 "${rest[@]}" --dtype bfloat16 --batch 4 --budget 0.3
+            # What is left of the time; --ops attn gives these the whole of it.
+            bench attn-cuda-half-single 60 "${rest[@]}" --dtype float16 float32 --batch 4 --budget 0.4 \
                 --providers mmattn "SDPA over views" "full SDPA"
-            attn attn-cuda-graphs 60 "${rest[@]}" --dtype bfloat16 --batch 1 --budget 0.3 --graphs --no-memory \
+            bench attn-cuda-graphs 40 "${rest[@]}" --dtype bfloat16 --batch 1 --budget 0.3 --graphs --no-memory \
                 --providers mmattn "SDPA over views"
-            attn attn-cuda-flex 120 "${rest[@]}" --dtype bfloat16 --batch 4 --budget 0.4 \
+            # FlexAttention compiles anew for each shape and direction, so it has a run of its own, of few cases.
+            bench attn-cuda-flex 120 "${rest[@]}" --dtype bfloat16 --batch 4 --budget 0.4 \
                 --providers mmattn "SDPA over views" FlexAttention
         fi
     fi

@@ -4,6 +4,7 @@
 import json
 import os
 import pathlib
+import pickle
 import subprocess
 import sys
 
@@ -15,7 +16,11 @@ pytest.importorskip("tqdm")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "bench"))
 
 import attn
+import cli
+import conv
 import harness
+import norm
+import peers
 import plot
 import report
 import tables
@@ -82,6 +87,72 @@ def test_work_of_a_case():
     assert shape.gbytes("forward", torch.bfloat16) == pytest.approx((16384 + 6400) * 4 * 64 * 2 * 4 * 1e-9)
     assert shape.shift == 7
     assert attn.Shape(1, 8, 16, 64, 400, 16, 64).shift == 0
+
+
+SEQUENCES = {
+    "norm": norm.Shape(2, 64, 9),
+    "conv": conv.Shape("conv", 2, 64, 96, 11, 3),
+    "conv, taps beyond the ends": conv.Shape("conv", 1, 64, 64, 5, 7),
+    "block": conv.Shape("block", 2, 64, 64, 11, 3),
+    "block, wider": conv.Shape("block", 2, 64, 96, 11, 3),
+    "frames": conv.Shape("frames", 2, 64, 96, 12, 3),
+}
+
+
+def names_of(shape):
+    by_what = {"norm": norm.FUNCTIONS, "block": conv.BLOCKS, **conv.FUNCTIONS}
+    return [name for name in by_what[getattr(shape, "what", "norm")] if name != cli.COMPILE]
+
+
+def module_of(shape):
+    return norm if isinstance(shape, norm.Shape) else conv
+
+
+@pytest.mark.parametrize("shape", SEQUENCES.values(), ids=SEQUENCES)
+def test_peers_in_their_layouts_agree(shape, monkeypatch):
+    monkeypatch.setenv("MMATTN_IMPL", "reference")  # the definition; the kernels are compared with it elsewhere
+    of = torch.float32, "cpu"
+    parameters, (inputs, d_out) = shape.parameters(*of), shape.inputs(*of)
+    results = {}
+    for name in names_of(shape):
+        peer = module_of(shape).make_peer(name, shape, parameters, "both")
+        results[name] = [t for mode in cli.MODES for t in peer.call(inputs, d_out, mode)()]
+    expected = results.pop("eager")
+    leaves = [*inputs, *parameters.values()]
+    assert [t.shape for t in expected] == [d_out.shape, *(2 * [t.shape for t in leaves])]
+    assert "mmattn" in results
+    for got in results.values():
+        assert [t.shape for t in got] == [t.shape for t in expected]
+        assert harness.relative_difference(got, expected) < 2e-5
+
+
+@pytest.mark.parametrize("shape", SEQUENCES.values(), ids=SEQUENCES)
+def test_memory_probe_is_sent_to_a_process_and_calls_twice(shape, monkeypatch):
+    monkeypatch.setenv("MMATTN_IMPL", "reference")
+    probe = (
+        peers.memory_probe,
+        (module_of(shape).make_peer, shape, "float32", "mmattn", "both", torch.get_num_threads()),
+    )
+    function, arguments = pickle.loads(pickle.dumps(probe))
+    shapes = [[gradient.shape for gradient in call()] for call in function(*arguments)]
+    assert shapes[1][0] == shape.inputs(torch.float32, "cpu")[0][0].shape
+    assert shapes[0][1:] == shapes[1][1:]
+
+
+def test_work_of_a_convolution():
+    line = conv.Shape("conv", 2, 128, 256, 100, 3)
+    assert line.gflop("forward") == pytest.approx(2e-9 * 3 * 128 * 256 * 100 * 2)
+    assert line.gflop("both") == pytest.approx(3 * line.gflop("forward"))
+    moved = 2 * 100 * (128 + 256) + 256 * 128 * 3 + 256
+    assert line.gbytes("forward", torch.float32) == pytest.approx(4e-9 * moved)
+    block = conv.Shape("block", 2, 128, 256, 100, 3)
+    ones = 256 * 256 + 128 * 256
+    assert block.gflop("forward") == pytest.approx(line.gflop("forward") + 2e-9 * ones * 100 * 2)
+    same = conv.Shape("block", 1, 128, 128, 100, 3)
+    assert same.gflop("forward") == pytest.approx(2e-9 * 4 * 128 * 128 * 100)
+    assert norm.Shape(1, 128, 100).gbytes("both", torch.bfloat16) == pytest.approx(2e-9 * (5 * 12800 + 3 * 256))
+    assert str(line) == "conv B2 Cin128 Cout256 L100 d3"
+    assert str(conv.Shape("frames", 1, 256, 256, 16384, 1024)) == "frames B1 Cin256 Cout256 F16 P1024"
 
 
 # A fake clock: a call "takes" the milliseconds that it returns.
@@ -227,7 +298,7 @@ def test_results_become_table_and_picture(results, tmp_path):
     header, rows = report.read_json(results[0])
     report.write_json(tmp_path / "copy.json", header, rows)
     assert report.read_json(tmp_path / "copy.json") == (header, rows)
-    text = report.table(header, rows, attn.BASELINE)
+    text = report.table(header, rows)
     assert text.splitlines()[0] == report.describe(header)
     assert sum("mmattn" in line and "float32" in line for line in text.splitlines()) == 2
     picture = tmp_path / "deep" / "picture.png"
@@ -262,6 +333,69 @@ def test_tables_check_detects_a_stale_readme(results, tmp_path):
     assert tables.main([*options, "--check"]) == 1
 
 
+@pytest.fixture
+def quick_run(tmp_path, monkeypatch):
+    """A benchmark from end to end in this process, without what takes long; returns the rows and README's table."""
+    monkeypatch.setenv("MMATTN_IMPL", "reference")
+    ceilings = {"matmul_gflop_per_s": {"float32": 100.0}, "copy_gbyte_per_s": 10.0}
+    monkeypatch.setattr(harness, "measure_ceilings", lambda *_: ceilings)
+
+    def run(module, *arguments):
+        path = tmp_path / "results.json"
+        common = ["--device", "cpu", "--json", str(path), "--dtype", "float32", "--rounds", "1", "--quick"]
+        assert module.main([*common, "--no-memory", *arguments]) == 0
+        assert path.with_suffix(".png").stat().st_size > 10_000
+        rows = report.read_json(path)[1]
+        assert len({(row["shape"], row["mode"], row["provider"]) for row in rows}) == len(rows)
+        return rows, tables.block(path).splitlines()
+
+    return run
+
+
+def test_norm_end_to_end(quick_run, capsys):
+    rows, table = quick_run(norm, "--shape", "1,64,9", "--modes", "forward", "backward")
+    assert [row["provider"] for row in rows] == 2 * ["eager", "mmattn", "eager, channels last"]
+    assert [row["reason"] for row in rows] == 6 * [None]
+    assert {row["mode"] for row in rows} == {"forward", "backward"}
+    assert "GB/s" in capsys.readouterr().out
+    titles = "mmattn ms | GB/s | of copy | vs eager | vs torch.compile | vs best peer | extra MB: mmattn, eager"
+    assert table[0] == f"| shape | dtype | mode | {titles} |"
+    assert table[2].startswith("| B1 C64 L9 | float32 | forward | ")
+    assert table[2].endswith(" | -, - |")
+
+
+def test_conv_end_to_end(quick_run):
+    rows, table = quick_run(conv, "--shape", "1,64,64,12,3", "--shape", "1,64,64,11,3", "--modes", "both")
+    assert {row["provider"] for row in rows} == set(conv.PROVIDERS) - {cli.COMPILE}
+    without = [row for row in rows if row["reason"]]
+    assert {row["shape"] for row in without} == {"frames B1 Cin64 Cout64 F3 P3"}
+    assert {row["reason"] for row in without} == {"needs whole frames: L=11 is no multiple of P=3"}
+    assert len(table) == 2 + 6 + 2
+    assert table[2].startswith("| conv B1 Cin64 Cout64 L12 d3 | float32 | forward + backward | ")
+    assert "vs torch.compile" in table[0]
+    block = next(line for line in table if line.startswith("| block B1 Cin64 Cout64 L12 d3"))
+    assert "x (eager) |" in block  # mmattn's other provider is no peer
+
+
+def test_published_shapes_of_the_benchmarks():
+    sizes = [shape.length for shape in norm.shapes_of(norm.parse(["--device", "cpu"]))]
+    assert sizes == [65536, 16384, 25600, 1024]
+    shapes = conv.shapes_of(conv.parse(["--device", "cpu", "--batch", "1", "4"]))
+    assert len(shapes) == 2 * (7 + 7 + 1)
+    quick = conv.parse(["--device", "cpu", "--quick"])
+    assert len(conv.shapes_of(quick)) == 3 + 3 + 1
+    assert cli.COMPILE not in quick.providers
+    assert quick.modes == ["forward", "both"]
+    asked = conv.parse(
+        ["--quick", "--device", "cpu", "--what", "block", "--shapes", "small", "--providers", cli.COMPILE]
+    )
+    assert [str(shape) for shape in conv.shapes_of(asked)] == [
+        "block B1 Cin64 Cout64 L200 d3",
+        "block B1 Cin96 Cout64 L77 d40",
+    ]
+    assert asked.providers == [cli.COMPILE]
+
+
 def test_tables_refuse_a_marker_without_an_end(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("<!-- bench:attn-cpu -->\n")
@@ -277,4 +411,12 @@ def test_tables_refuse_a_marker_without_an_end(tmp_path):
 def test_attn_refuses_bad_arguments(arguments):
     with pytest.raises(SystemExit) as error:
         attn.parse(arguments)
+    assert error.value.code == 2
+
+
+@pytest.mark.parametrize("shape", ["1,2", "1,2,3,4,5,6", "1,33,5", "1,33,64,5,1", "0,64,5", "1,64,64,0,1", "a,b,c"])
+@pytest.mark.parametrize("module", [norm, conv])
+def test_norm_and_conv_refuse_bad_shapes(module, shape):
+    with pytest.raises(SystemExit) as error:
+        module.parse(["--shape", shape])
     assert error.value.code == 2
