@@ -311,8 +311,10 @@ class DilatedConvBlock(nn.Module):
         """
         self._check(audio)
         x = audio.transpose(1, 2)  # [B, T, C]
-        if is_autocast(x.device.type) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type), memory_format=torch.contiguous_format)
+        is_cast = is_autocast(x.device.type) and x.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(x.device.type) if is_cast else x.dtype
+        if x.dtype != dtype:
+            x = x.to(dtype, memory_format=torch.contiguous_format)  # in one pass, for the convolution and the skip
         elif x.stride(-1) != 1 and self.channels > 1:
             x = x.contiguous()
         scale_shift = self._film(x, film, emb)

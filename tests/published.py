@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""A cross-attention block with the attribute and key names of the published one, written from its description.
+"""Blocks with the attribute and key names of the published ones, written from their description.
 
-It gathers the keys of one segment after another by index lists. `fixed_shift` stands in for the draw of the release.
+The cross-attention gathers the keys of one segment after another by index lists. `fixed_shift` stands in for the draw
+of the release.
 """
 
 import torch
@@ -25,10 +26,13 @@ class _VideoProjection(nn.Module):
         self.video_conv = nn.Conv3d(channels, channels, 1)
 
 
-class _AudioProjection(nn.Module):
-    def __init__(self, channels):
+class _AudioConvolution(nn.Module):
+    def __init__(self, channels, out_channels, taps=1, dilation=1):
         super().__init__()
-        self.audio_conv = nn.Conv1d(channels, channels, 1)
+        self.audio_conv = nn.Conv1d(channels, out_channels, taps, padding=dilation * (taps // 2), dilation=dilation)
+
+    def forward(self, x):
+        return self.audio_conv(x)
 
 
 class _Windows(nn.Module):
@@ -60,7 +64,7 @@ class PublishedBlock(nn.Module):
         self.a_qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.attention = _Windows()
         self.video_proj_out = _VideoProjection(channels)
-        self.audio_proj_out = _AudioProjection(channels)
+        self.audio_proj_out = _AudioConvolution(channels, channels)
 
     def forward(self, video, audio):
         frames = video.shape[1]
@@ -73,6 +77,33 @@ class PublishedBlock(nn.Module):
         video_new = video_new.unflatten(2, (frames, *video.shape[3:]))  # [B, C, F, H, W]
         video_new = self.video_proj_out.video_conv(video_new).transpose(1, 2)
         return video + video_new, audio + self.audio_proj_out.audio_conv(audio_new)
+
+
+class PublishedAudioBlock(nn.Module):
+    """The audio half of the residual block; without embedding_channels it is given the FiLM, or None."""
+
+    def __init__(self, channels, out_channels, dilation=1, embedding_channels=None, groups=32, dropout=0.0):
+        super().__init__()
+        convolution = _AudioConvolution(channels, out_channels, 3, dilation)
+        self.audio_in_layers = nn.Sequential(_Norm(channels, groups), nn.SiLU(), convolution)
+        if embedding_channels is not None:
+            self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_channels, 2 * out_channels))
+        self.audio_out_layers = nn.Sequential(
+            _Norm(out_channels, groups),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            _AudioConvolution(out_channels, out_channels),
+        )
+        same = channels == out_channels
+        self.audio_skip_connection = nn.Identity() if same else _AudioConvolution(channels, out_channels)
+
+    def forward(self, audio, condition=None):
+        h = self.audio_out_layers[0](self.audio_in_layers(audio))
+        film = self.emb_layers(condition) if hasattr(self, "emb_layers") else condition
+        if film is not None:
+            scale, shift = film[..., None].chunk(2, 1)
+            h = h * (1 + scale) + shift
+        return self.audio_skip_connection(audio) + self.audio_out_layers[1:](h)
 
 
 def fill(module, seed=0):

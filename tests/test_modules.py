@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The module around random-shift attention, and its swap into models of the published code."""
+"""The modules around the ops, and the swap of random-shift attention into models of the published code."""
 
 import contextlib
 import copy
+import dataclasses
 import gc
 import json
 import pathlib
@@ -10,12 +11,12 @@ import pathlib
 import pytest
 import torch
 from helpers import DTYPES, REFERENCE_AND_CPU
-from published import PublishedBlock, fill
+from published import PublishedAudioBlock, PublishedBlock, fill
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mmattn
-from mmattn import RandomShiftAttention
+from mmattn import DilatedConvBlock, RandomShiftAttention
 from mmattn.testing import relative_error
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -485,3 +486,375 @@ def test_a_block_that_cannot_be_converted_leaves_the_model_whole():
 def test_inputs_the_projections_cannot_take_are_refused(video, message):
     with pytest.raises(TypeError, match=message):
         RandomShiftAttention(64)(video, torch.zeros(1, 64, 8, dtype=torch.bfloat16))
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioCase:
+    channels: int = 64
+    out_channels: int = 64
+    dilation: int = 4
+    embedding_channels: int | None = None
+    film: bool = False
+    groups: int = 32
+    length: int = 53
+    batch: int = 2
+
+    @property
+    def conditions(self):
+        return 2 * self.out_channels if self.film else self.embedding_channels
+
+    def published(self):
+        options = {"embedding_channels": self.embedding_channels, "groups": self.groups}
+        return fill(PublishedAudioBlock(self.channels, self.out_channels, self.dilation, **options))
+
+    def block(self, **options):
+        made = DilatedConvBlock(
+            self.channels,
+            self.out_channels,
+            dilation=self.dilation,
+            embedding_channels=self.embedding_channels,
+            norm_groups=self.groups,
+            **options,
+        )
+        made.load_state_dict(self.published().state_dict())
+        return made
+
+    def inputs(self, dtype=torch.float32):
+        """Audio, and the FiLM or the embedding or neither, as a list."""
+        generator = torch.Generator().manual_seed(1)
+        shapes = [(self.batch, self.channels, self.length)]
+        shapes += [(self.batch, self.conditions)] if self.conditions else []
+        return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+AUDIO_CASES = {
+    "neither film nor embedding": AudioCase(),
+    "film": AudioCase(film=True),
+    "embedding": AudioCase(embedding_channels=40),
+    "wider": AudioCase(out_channels=96, film=True, dilation=1),
+    "narrower, embedding": AudioCase(96, 64, embedding_channels=24),
+    "few groups": AudioCase(20, 48, groups=4, film=True),
+    "dilation past the length": AudioCase(length=30, dilation=64, embedding_channels=8),
+    "one position": AudioCase(length=1, film=True, groups=8),
+    "one channel": AudioCase(1, 1, groups=1, film=True),
+    "one channel to many": AudioCase(1, 8, groups=1, embedding_channels=3),
+}  # fmt: skip
+
+
+def audio_gradients(block, inputs, call=None):
+    """The output, and the gradients of the inputs and of every parameter."""
+    block.zero_grad()
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = (block if call is None else call)(*leaves)
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(4)).to(out.dtype))
+    return out.detach(), [x.grad for x in leaves], {name: p.grad for name, p in block.named_parameters()}
+
+
+def as_channels_last(x):
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@pytest.mark.parametrize("impl", REFERENCE_AND_CPU)
+@pytest.mark.parametrize("name", AUDIO_CASES)
+def test_audio_block_is_the_published_one(name, impl, monkeypatch, poisoned_memory):
+    monkeypatch.setenv("MMATTN_IMPL", impl)
+    case = AUDIO_CASES[name]
+    out, input_grads, parameter_grads = audio_gradients(case.published(), case.inputs())
+    block = case.block()
+    found_out, found_input_grads, found_parameter_grads = audio_gradients(block, case.inputs())
+    assert found_out.dtype == torch.float32 and relative_error(found_out, out) < 1e-5
+    for x, y in zip(found_input_grads, input_grads, strict=True):
+        assert relative_error(x, y) < 1e-5
+    block.load_state_dict(parameter_grads)  # the gradients under our names
+    for key, wanted in block.state_dict().items():
+        # A sum of terms of order 1 may cancel, and does where a group is one value.
+        assert (found_parameter_grads[key] - wanted).norm() < 1e-5 * max(1.0, float(wanted.norm())), key
+
+
+def test_a_new_audio_block_is_its_skip():
+    audio, film = AudioCase(film=True).inputs()
+    assert torch.equal(DilatedConvBlock(64, dilation=4)(audio, film), audio)
+    block = DilatedConvBlock(64, 32, dilation=4)
+    assert relative_error(block(audio), nn.functional.conv1d(audio, block.skip.weight, block.skip.bias)) < 1e-6
+
+
+def test_film_and_embedding_by_name_or_by_place():
+    case = AudioCase(embedding_channels=40)
+    block, (audio, emb) = case.block(), case.inputs()
+    found = block(audio, emb)
+    assert torch.equal(block(audio, emb=emb), found)
+    inner = AudioCase(film=True).block()
+    film = block.embedding(nn.functional.silu(emb))
+    assert torch.equal(inner(audio, film), found) and torch.equal(inner(audio, film=film), found)
+    assert torch.equal(inner(audio), inner(audio, torch.zeros_like(film)))
+    assert not torch.equal(inner(audio), found)
+
+
+def test_dropout_is_for_training_alone():
+    case = AudioCase(film=True, length=400)
+    inputs = case.inputs()
+    block = case.block(dropout=0.3)
+    with torch.no_grad():  # the projection as the identity, to look at what it is given
+        block.conv2.weight.copy_(torch.eye(64).unsqueeze(-1))
+        block.conv2.bias.zero_()
+    clean = block.eval()(*inputs)
+    state = torch.get_rng_state()
+    assert torch.equal(block(*inputs), clean) and torch.equal(torch.get_rng_state(), state)
+    block.train()
+    first, second = block(*inputs), block(*inputs)
+    assert not torch.equal(first, second)
+    torch.set_rng_state(state)
+    assert torch.equal(block(*inputs), first)
+    kept = (first - inputs[0]).abs() > 1e-6
+    assert abs(float(kept.float().mean()) - 0.7) < 0.01
+    assert relative_error((first - inputs[0])[kept], (clean - inputs[0])[kept] / 0.7) < 1e-5
+
+
+@pytest.mark.parametrize("options", ({}, {"film": True}, {"embedding_channels": 24, "out_channels": 96}), ids=str)
+def test_dropout_of_the_published_block(options):
+    """The two halves in training, with the same values dropped."""
+    case = AudioCase(**options)
+    block, inputs = case.block(dropout=0.2).train(), case.inputs()
+    published = case.published()
+    drop = nn.functional.dropout
+    published.audio_out_layers[2].forward = lambda h: drop(h.transpose(1, 2).contiguous(), 0.2).transpose(1, 2)
+    torch.manual_seed(8)
+    out, input_grads, parameter_grads = audio_gradients(published, inputs)
+    torch.manual_seed(8)
+    found, found_input_grads, found_parameter_grads = audio_gradients(block, inputs)
+    assert relative_error(found, out) < 1e-5
+    assert all(relative_error(x, y) < 1e-5 for x, y in zip(found_input_grads, input_grads, strict=True))
+    block.load_state_dict(parameter_grads)
+    for key, wanted in block.state_dict().items():
+        assert relative_error(found_parameter_grads[key], wanted) < 1e-5, key
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("out_channels", (64, 96))
+def test_audio_memory_formats(out_channels, dtype):
+    case = AudioCase(film=True, out_channels=out_channels)
+    block, (audio, film) = case.block().to(dtype), case.inputs(dtype)
+    contiguous = block(audio, film)
+    wide = torch.full((2, 60, 80), float("nan"), dtype=dtype)
+    wide[:, 3:56, 9:73] = audio.transpose(1, 2)
+    for x in (as_channels_last(audio), wide[:, 3:56, 9:73].transpose(1, 2), audio.flip(2).flip(2)):
+        out = block(x, film)
+        assert out.shape == (2, out_channels, 53) and out.transpose(1, 2).is_contiguous()
+        assert torch.equal(out, contiguous)
+
+
+@pytest.mark.parametrize("dropout", (0.0, 0.1))
+def test_no_copy_of_channels_last_audio(dropout, monkeypatch):
+    """The tokens and the skip are views of the input; a channels-first input is transposed once for both."""
+    seen = []
+    convolve = mmattn.modules.dilated_conv1d
+
+    def spy(x, *args, **options):
+        seen.append((x.data_ptr(), options.get("residual")))
+        return convolve(x, *args, **options)
+
+    monkeypatch.setattr(mmattn.modules, "dilated_conv1d", spy)
+    block, (audio,) = AudioCase().block(dropout=dropout), AudioCase().inputs()
+    for x in (as_channels_last(audio), as_channels_last(audio)[:, :, 3:]):
+        seen.clear()
+        block(x)
+        (first, _), (_, residual) = seen
+        assert first == x.data_ptr() == residual.data_ptr()
+    seen.clear()
+    block(audio)
+    (first, _), (_, residual) = seen
+    assert first == residual.data_ptr() != audio.data_ptr()
+
+
+def test_published_audio_names_nested_under_any_prefix():
+    case = AudioCase(out_channels=96, embedding_channels=24)
+    published = nn.ModuleDict({"deep": nn.Sequential(nn.Identity(), case.published())})
+    keys = published.state_dict()
+    ours = nn.ModuleDict({"deep": nn.Sequential(nn.Identity(), DilatedConvBlock(64, 96, embedding_channels=24))})
+    ours.load_state_dict(keys)
+    assert all(key.startswith("deep.1.") for key in ours.state_dict())
+    assert torch.equal(ours["deep"][1].conv1.weight, published["deep"][1].audio_in_layers[2].audio_conv.weight)
+    assert "deep.1.emb_layers.1.weight" in keys  # the caller's dictionary is the caller's
+    names = {
+        f"{layer}.{x}"
+        for layer in ("norm1", "conv1", "embedding", "norm2", "conv2", "skip")
+        for x in ("weight", "bias")
+    }
+    assert {key.removeprefix("deep.1.") for key in ours.state_dict()} == names
+    again = copy.deepcopy(DilatedConvBlock(64, 96, embedding_channels=24))
+    gc.collect()
+    again.load_state_dict(case.published().state_dict())
+    again.load_state_dict(ours["deep"][1].state_dict())
+    with torch.device("meta"):
+        empty = DilatedConvBlock(64, 96, dilation=4, embedding_channels=24)
+    empty.load_state_dict(case.published().state_dict(), assign=True)
+    assert torch.equal(empty(*case.inputs()), case.block()(*case.inputs()))
+
+
+def test_strict_loading_of_an_audio_block_reports_names():
+    case = AudioCase(embedding_channels=24)
+    keys = case.published().state_dict()
+    del keys["audio_out_layers.0.GroupNorm.bias"]
+    keys["audio_skip_connection.audio_conv.weight"] = torch.zeros(64, 64, 1)
+    holder = nn.Sequential(DilatedConvBlock(64, embedding_channels=24))
+    nested = {f"0.{key}": x for key, x in keys.items()}
+    with pytest.raises(RuntimeError, match=r'Missing key.*"0.norm2.bias"(.|\n)*Unexpected key.*"0.skip.weight"'):
+        holder.load_state_dict(nested)
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"embedding.weight"'):
+        DilatedConvBlock(64).load_state_dict(case.published().state_dict())
+    with pytest.raises(RuntimeError, match=r"size mismatch for conv1.weight: .*\[64, 64, 3\]"):
+        DilatedConvBlock(96, embedding_channels=24).load_state_dict(case.published().state_dict())
+
+
+@pytest.mark.parametrize("name", ("neither film nor embedding", "wider", "narrower, embedding"))
+def test_compile_an_audio_block(name, fresh_dynamo):
+    case = AUDIO_CASES[name]
+    block, inputs = case.block(), case.inputs()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for audio in (inputs[0], as_channels_last(inputs[0])):
+        out, input_grads, parameter_grads = audio_gradients(block, [audio, *inputs[1:]])
+        found, found_input_grads, found_parameter_grads = audio_gradients(block, [audio, *inputs[1:]], compiled)
+        assert relative_error(found, out) < 1e-5 and found.stride() == out.stride()
+        for x, y in zip(
+            (*found_input_grads, *found_parameter_grads.values()),
+            (*input_grads, *parameter_grads.values()),
+            strict=True,
+        ):
+            assert relative_error(x, y) < 1e-5
+    training = torch.compile(case.block(dropout=0.2).train(), fullgraph=True, backend="aot_eager")
+    assert torch.isfinite(training(*inputs)).all() and not torch.equal(training(*inputs), training(*inputs))
+
+
+@pytest.mark.parametrize("reentrant", (False, True))
+@pytest.mark.parametrize("dropout", (0.0, 0.3))
+def test_checkpoint_an_audio_block(dropout, reentrant):
+    case = AudioCase(embedding_channels=24, out_channels=96)
+    block, inputs = case.block(dropout=dropout).train(), case.inputs()
+    torch.manual_seed(3)
+    plain = audio_gradients(block, inputs)
+    torch.manual_seed(3)
+    again = audio_gradients(block, inputs, lambda *x: checkpoint(block, *x, use_reentrant=reentrant))
+    for x, y in zip((plain[0], *plain[1], *plain[2].values()), (again[0], *again[1], *again[2].values()), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("impl", REFERENCE_AND_CPU)
+@pytest.mark.parametrize("dropout", (0.0, 1e-9), ids=("fused", "training path"))
+@pytest.mark.parametrize("name", ("film", "narrower, embedding"))
+def test_autocast_of_an_audio_block(name, dropout, impl, monkeypatch):
+    monkeypatch.setenv("MMATTN_IMPL", impl)
+    case = AUDIO_CASES[name]
+    block, inputs = case.block(dropout=dropout), case.inputs()
+    exact = audio_gradients(block, inputs)
+
+    def call(*x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return block(*x)
+
+    for audio in (inputs[0], as_channels_last(inputs[0])):
+        out, input_grads, parameter_grads = audio_gradients(block, [audio, *inputs[1:]], call)
+        assert out.dtype == torch.bfloat16 and out.transpose(1, 2).is_contiguous()
+        assert 0 < relative_error(out, exact[0]) < 2e-2
+        for x, y in zip((*input_grads, *parameter_grads.values()), (*exact[1], *exact[2].values()), strict=True):
+            assert x.dtype == torch.float32 and relative_error(x, y) < 4e-2
+    half = case.block(dropout=dropout).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(half(*inputs), exact[0]) < 4e-2
+        assert relative_error(half(inputs[0].bfloat16(), *inputs[1:]), exact[0]) < 4e-2
+
+
+@pytest.mark.parametrize("impl", REFERENCE_AND_CPU)
+@pytest.mark.parametrize("dropout", (0.0, 1e-9), ids=("fused", "training path"))
+def test_audio_block_in_bf16(dropout, impl, monkeypatch):
+    monkeypatch.setenv("MMATTN_IMPL", impl)
+    case = AudioCase(film=True, out_channels=96)
+    audio, film = case.inputs()
+    exact = audio_gradients(case.block(dropout=dropout), [audio, film])
+    half = case.block(dropout=dropout).bfloat16()
+    mixed = case.block(dropout=dropout).bfloat16()  # as the release's convert_to_fp16 leaves its blocks
+    mixed.norm1.float(), mixed.norm2.float()
+    for block in (half, mixed, case.block(dropout=dropout)):
+        for condition in (film, film.bfloat16()):
+            out, input_grads, parameter_grads = audio_gradients(block, [audio.bfloat16(), condition])
+            assert out.dtype == torch.bfloat16 and relative_error(out, exact[0]) < 2e-2
+            for x, y in zip((*input_grads, *parameter_grads.values()), (*exact[1], *exact[2].values()), strict=True):
+                assert relative_error(x, y) < 4e-2
+
+
+def test_audio_block_on_meta_and_in_double():
+    case = AudioCase(embedding_channels=24, out_channels=96)
+    with torch.device("meta"):
+        block = DilatedConvBlock(64, 96, embedding_channels=24, dropout=0.1)
+        assert block(*(x.to("meta") for x in case.inputs())).shape == (2, 96, 53)
+    found = case.block()(*case.inputs())
+    assert relative_error(found, case.block().double()(*case.inputs(torch.float64))) < 1e-6
+
+
+@pytest.mark.parametrize("dropout", (0.0, 0.1))
+def test_audio_block_of_an_empty_batch(dropout):
+    case = AudioCase(embedding_channels=24, out_channels=96, batch=0)
+    out, input_grads, parameter_grads = audio_gradients(case.block(dropout=dropout), case.inputs())
+    assert out.shape == (0, 96, 53) and input_grads[0].shape == (0, 64, 53)
+    assert not any(x.any() for x in parameter_grads.values())
+
+
+def test_repr_of_an_audio_block():
+    assert "DilatedConvBlock(\n  64, 96, dilation=4, dropout=0.1\n" in repr(
+        DilatedConvBlock(64, 96, dilation=4, dropout=0.1)
+    )
+
+
+BAD_AUDIO_OPTIONS = {
+    "channels": ({"channels": 0}, "channels is 0; expected at least 1"),
+    "out_channels": ({"channels": 64, "out_channels": 0}, "out_channels is 0; expected at least 1"),
+    "dilation": ({"channels": 64, "dilation": 0}, "dilation is 0; expected at least 1"),
+    "embedding": ({"channels": 64, "embedding_channels": 0}, "embedding_channels is 0; expected at least 1"),
+    "groups": ({"channels": 48}, "norm_groups is 32; expected a divisor of channels = 48"),
+    "groups of the output": ({"channels": 64, "out_channels": 48}, "norm_groups is 32; .* of out_channels = 48"),
+    "no groups": ({"channels": 64, "norm_groups": 0}, "norm_groups is 0; expected a divisor"),
+    "dropout of one": ({"channels": 64, "dropout": 1.0}, "dropout is 1.0; expected 0 <= dropout < 1"),
+    "dropout below zero": ({"channels": 64, "dropout": -0.1}, "dropout is -0.1; expected 0 <= dropout < 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_AUDIO_OPTIONS)
+def test_bad_audio_option(name):
+    options, message = BAD_AUDIO_OPTIONS[name]
+    with pytest.raises(ValueError, match=message):
+        DilatedConvBlock(**options)
+
+
+WITH_FILM, WITH_EMBEDDING = AudioCase(film=True), AudioCase(embedding_channels=24)
+BAD_AUDIO = {
+    "not a tensor": (WITH_FILM, lambda a, f: {"audio": None}, TypeError, "audio is a NoneType; expected a tensor"),
+    "rank": (WITH_FILM, lambda a, f: {"audio": a[0]}, ValueError, r"audio has shape \[64, 53\]; expected three"),
+    "channels": (WITH_FILM, lambda a, f: {"audio": a.mT}, ValueError, r"audio has .* expected 64 channels in dim"),
+    "length": (WITH_FILM, lambda a, f: {"audio": a[..., :0]}, ValueError, r"audio has .*64, 0\]; expected at"),
+    "dtype": (WITH_FILM, lambda a, f: {"audio": a.int()}, TypeError, "audio has dtype torch.int32; expected tor"),
+    "film channels": (WITH_FILM, lambda a, f: {"film": f[:, 1:]}, ValueError, r"film has .*127\]; expected .* \[2, 1"),
+    "film batch": (WITH_FILM, lambda a, f: {"film": f[:1]}, ValueError, r"film has shape \[1, 128\]; expected"),
+    "film rank": (WITH_FILM, lambda a, f: {"film": f[..., None]}, ValueError, r"film has shape \[2, 128, 1\]"),
+    "film dtype": (WITH_FILM, lambda a, f: {"film": f.half()}, TypeError, "film has dtype torch.float16; expected to"),
+    "film as a pair": (WITH_FILM, lambda a, f: {"film": f.chunk(2, 1)}, TypeError, "film is a tuple; expected a"),
+    "emb without embedding": (WITH_FILM, lambda a, f: {"emb": f}, ValueError, "emb is given to a block without"),
+    "neither": (WITH_EMBEDDING, lambda a, e: {}, ValueError, r"emb is None; expected \[B, E\] .* = 24"),
+    "both": (WITH_EMBEDDING, lambda a, e: {"film": e, "emb": e}, ValueError, "film and emb are both given"),
+    "emb channels": (WITH_EMBEDDING, lambda a, e: {"emb": e[:, 1:]}, ValueError, r"emb has .*23\]; expected .* \[2"),
+    "emb dtype": (WITH_EMBEDDING, lambda a, e: {"emb": e.double()}, TypeError, "emb has dtype torch.float64; expected"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_AUDIO)
+def test_bad_audio(name):
+    case, alter, error, message = BAD_AUDIO[name]
+    audio, condition = case.inputs()
+    with pytest.raises(error, match=message):
+        case.block()(**{"audio": audio, **alter(audio, condition)})
+
+
+def test_audio_that_the_convolutions_cannot_take():
+    block, (audio,) = AudioCase().block().bfloat16(), AudioCase().inputs()
+    with pytest.raises(
+        TypeError, match=r"audio has dtype torch.float32; expected torch.bfloat16, the dtype of the conv"
+    ):
+        block(audio)

@@ -356,6 +356,7 @@ def test_empty_batch(impl, poisoned_memory):
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float16), ids=("fp64", "fp16"))
+@pytest.mark.filterwarnings("ignore:mmattn computes norm by its slow reference")
 def test_other_dtypes_on_the_cpu_run_the_reference(dtype):
     found, definition = outputs(Case(), dtype, "auto"), outputs(Case(), dtype, "reference")
     assert found["out"].dtype == dtype and all(torch.equal(found[name], definition[name]) for name in found)
