@@ -52,7 +52,7 @@ def make_parser(
     parser.add_argument("--providers", nargs="+", choices=list(providers), help="all, where they apply")
     parser.add_argument("--threads", type=int, default=None, help="of the CPU; torch's choice by default")
     parser.add_argument(
-        "--quick", action="store_true", help=f"fewer samples, no call above 100 GFLOP on a CPU, no {COMPILE}"
+        "--quick", action="store_true", help=f"fewer samples and shapes, no call above 100 GFLOP on a CPU, no {COMPILE}"
     )
     parser.add_argument("--rounds", type=int, default=None, help="samples of each provider at most")
     parser.add_argument("--budget", type=float, default=None, metavar="S", help="seconds a provider and row at most")

@@ -380,6 +380,7 @@ def test_conv_end_to_end(quick_run):
 def test_published_shapes_of_the_benchmarks():
     sizes = [shape.length for shape in norm.shapes_of(norm.parse(["--device", "cpu"]))]
     assert sizes == [65536, 16384, 25600, 1024]
+    assert [shape.length for shape in norm.shapes_of(norm.parse(["--device", "cpu", "--quick"]))] == [16384, 1024]
     shapes = conv.shapes_of(conv.parse(["--device", "cpu", "--batch", "1", "4"]))
     assert len(shapes) == 2 * (7 + 7 + 1)
     quick = conv.parse(["--device", "cpu", "--quick"])
