@@ -26,7 +26,7 @@ demo: install ## the ops against their peers on this machine, in three minutes; 
 	$(RUN) -m mmattn.info
 	$(RUN) bench/attn.py --quick
 	$(RUN) bench/norm.py --quick
-	$(RUN) bench/conv.py --quick
+	$(RUN) bench/conv.py --quick --what block frames
 
 test: install ## all tests
 	$(RUN) -m pytest

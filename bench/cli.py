@@ -35,7 +35,7 @@ def make_parser(
     prog = f"python bench/{name}.py"
     parser = argparse.ArgumentParser(
         prog=prog,
-        description=f"Times {what} and its peers, prints a table, writes JSON and a picture of it.",
+        description=f"Times {what} against peers, prints a table, writes JSON and a picture of it.",
         epilog="examples:\n" + "".join(f"  {prog} {arguments}\n" for arguments in examples),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -52,7 +52,9 @@ def make_parser(
     parser.add_argument("--providers", nargs="+", choices=list(providers), help="all, where they apply")
     parser.add_argument("--threads", type=int, default=None, help="of the CPU; torch's choice by default")
     parser.add_argument(
-        "--quick", action="store_true", help=f"fewer samples and shapes, no call above 100 GFLOP on a CPU, no {COMPILE}"
+        "--quick",
+        action="store_true",
+        help=f"fewer samples (norm, conv: and shapes), no call above 100 GFLOP on a CPU, no {COMPILE}",
     )
     parser.add_argument("--rounds", type=int, default=None, help="samples of each provider at most")
     parser.add_argument("--budget", type=float, default=None, metavar="S", help="seconds a provider and row at most")
