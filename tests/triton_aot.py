@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from mmattn_kernels.triton import _host, attention, norm
+from mmattn_kernels.triton import _host, attention, conv, norm
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), "NVIDIA A100-SXM4-80GB"),
@@ -32,11 +32,12 @@ TARGETS = {
 }
 # Head dimension or number of channels, and dtype; the published model has heads of 64. "tf32" is float32 with torch's
 # matrix products set to it.
-SHAPES = {op: {target: [(size, "bfloat16")] for target in TARGETS} for op, size in {"norm": 256}.items()}
+SHAPES = {op: {target: [(size, "bfloat16")] for target in TARGETS} for op, size in {"norm": 256, "conv": 256}.items()}
 SHAPES["attention"] = {target: [(64, "bfloat16"), (64, "float16")] for target in TARGETS}
 SHAPES["attention"]["sm_90"] += [(d, "bfloat16") for d in (16, 32, 48, 128)]
 SHAPES["attention"]["sm_90"] += [(64, "float32"), (128, "float32"), (64, "tf32")]
 SHAPES["norm"]["sm_90"] += [(256, "float32")]
+SHAPES["conv"]["sm_90"] += [(256, "float32"), (256, "tf32")]
 original_run, original_compile = JITFunction.run, JITFunction._do_compile
 TOOLS = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -95,7 +96,17 @@ def launch_norm(size, dtype, *, length=50, batch=2):
     norm.backward(out, x, *parameters, stats, groups=32, silu=True)
 
 
-LAUNCH = {"attention": launch_attention, "norm": launch_norm}
+def launch_conv(size, dtype, *, length=50, batch=2, dilation=2):
+    """One forward and one backward call of K = 3 with everything in front of it and behind it."""
+    x = torch.zeros(batch, length, size, dtype=dtype)
+    weight, ones, zeros = torch.zeros(size, size, 3), torch.ones(size), torch.zeros(size)
+    prologue = ones, zeros, *torch.zeros(batch, 2 * size, dtype=dtype).chunk(2, 1)
+    at = {"groups": 32, "dilation": dilation, "silu": True}
+    out, stats = conv.forward(x, weight, zeros, *prologue, x, **at, eps=1e-5)
+    conv.backward(out, x, weight, *prologue, stats, **at, need_x=True, need_weight=True, need_bias=True)
+
+
+LAUNCH = {"attention": launch_attention, "norm": launch_norm, "conv": launch_conv}
 # What may change without a kernel compiling anew.
 CHANGES = {
     "attention": (
@@ -104,6 +115,10 @@ CHANGES = {
         {"batch": 1}, {"batch": 16},
     ),
     "norm": ({"length": 1}, {"length": 16}, {"length": 33}, {"length": 70000}, {"batch": 1}, {"batch": 16}),
+    "conv": (
+        {"length": 1}, {"length": 16}, {"length": 33}, {"length": 7000}, {"batch": 1}, {"batch": 16},
+        {"dilation": 1}, {"dilation": 16}, {"dilation": 512},
+    ),
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ and centred sums of squares are kept, relative to x at the first position, and m
 cannot hold of the mean goes into the offset. So a mean far from zero costs no accuracy.
 
 Per batch and channel (mean, factor, offset) are `coefficients` [B, 3, C]. The convolution, whose prologue this is,
-uses them, `statistics` and `gradient` too.
+uses them, `statistics`, `reduce` and `gradient` too.
 """
 
 import functools
@@ -32,7 +32,7 @@ _RUNTIME = ("length", "chunk", "chunks", "eps")
 
 
 @triton.jit
-def _pointers(p_base, o_rows, stride, o_c):
+def pointers(p_base, o_rows, stride, o_c):
     # The only place that multiplies a position by a stride: 64 bits here are 64 bits everywhere.
     return p_base + o_rows.to(tl.int64)[:, None] * stride + o_c[None, :]
 
@@ -95,7 +95,7 @@ def _statistics_kernel(
     for i in range(0, tl.cdiv(end - first, BLOCK_L)):
         o_l = first + i * BLOCK_L + o_r
         m_x = (o_l < end)[:, None] & m_c[None, :]
-        b_x = tl.load(_pointers(p_x, o_l, x_sl, o_c), mask=m_x, other=0.0).to(tl.float32)  # [BL, BC]
+        b_x = tl.load(pointers(p_x, o_l, x_sl, o_c), mask=m_x, other=0.0).to(tl.float32)  # [BL, BC]
         b_d = tl.where(m_x, b_x - b_first[None, :] - b_mean, 0.0)
         share = 1.0 / (i + 1)
         b_mean += b_d * share
@@ -118,7 +118,7 @@ def _load_partials(
     o_c = i_c + tl.arange(0, BLOCK_C)
     m = (o_n < chunks)[:, None] & (o_c < size)[None, :]
     b_n = tl.where(m, tl.minimum(chunk, length - o_n * chunk).to(tl.float32)[:, None], 0.0)  # [BN, BC]
-    p_mean = _pointers(p_partials, o_n, 2 * channels, o_c)
+    p_mean = pointers(p_partials, o_n, 2 * channels, o_c)
     b_first = tl.load(p_first + o_c, mask=o_c < size, other=0.0).to(tl.float32)  # [BC]
     b_mean = tl.load(p_mean, mask=m, other=0.0) + (b_first - first)[None, :]  # [BN, BC]
     return b_n, b_mean, tl.load(p_mean + channels, mask=m, other=0.0)
@@ -203,11 +203,11 @@ def _forward_kernel(
     for i_l in range(first, end, BLOCK_L):
         o_l = i_l + tl.arange(0, BLOCK_L)
         m_x = (o_l < end)[:, None] & m_c[None, :]
-        b_x = tl.load(_pointers(p_x, o_l, x_sl, o_c), mask=m_x, other=0.0).to(tl.float32)  # [BL, BC]
+        b_x = tl.load(pointers(p_x, o_l, x_sl, o_c), mask=m_x, other=0.0).to(tl.float32)  # [BL, BC]
         b_z = (b_x - b_mean[None, :]) * b_factor[None, :] + b_offset[None, :]
         if SILU:
             b_z *= tl.sigmoid(b_z)
-        tl.store(_pointers(p_out, o_l, channels, o_c), b_z.to(out.dtype.element_ty), mask=m_x)
+        tl.store(pointers(p_out, o_l, channels, o_c), b_z.to(out.dtype.element_ty), mask=m_x)
 
 
 @triton.jit
@@ -236,8 +236,8 @@ def _backward_sums_kernel(
     for i_l in range(first, end, BLOCK_L):
         o_l = i_l + tl.arange(0, BLOCK_L)
         m_x = (o_l < end)[:, None] & m_c[None, :]
-        b_d_out = tl.load(_pointers(p_d_out, o_l, d_out_sl, o_c), mask=m_x, other=0.0).to(tl.float32)  # [BL, BC]
-        b_x = tl.load(_pointers(p_x, o_l, x_sl, o_c), mask=m_x, other=0.0).to(tl.float32)  # [BL, BC]
+        b_d_out = tl.load(pointers(p_d_out, o_l, d_out_sl, o_c), mask=m_x, other=0.0).to(tl.float32)  # [BL, BC]
+        b_x = tl.load(pointers(p_x, o_l, x_sl, o_c), mask=m_x, other=0.0).to(tl.float32)  # [BL, BC]
         b_centred = b_x - b_mean[None, :]
         b_d_z = _d_z(b_d_out, b_centred, b_factor, b_offset, SILU)
         b_sum += b_d_z
@@ -274,7 +274,7 @@ def _backward_merge_kernel(
         for i_n in range(0, chunks, BLOCK_N):
             o_n = i_n + tl.arange(0, BLOCK_N)
             m = (o_n < chunks)[:, None] & m_c[None, :]
-            p_sum = _pointers(p_partials, o_n, 2 * channels, o_c)
+            p_sum = pointers(p_partials, o_n, 2 * channels, o_c)
             b_sum += tl.load(p_sum, mask=m, other=0.0)  # [BN, BC]
             b_sum_x += tl.load(p_sum + channels, mask=m, other=0.0)  # [BN, BC]
         b_d_z = tl.sum(b_sum, 0)  # [BC]
@@ -319,13 +319,13 @@ def _backward_kernel(
     for i_l in range(first, end, BLOCK_L):
         o_l = i_l + tl.arange(0, BLOCK_L)
         m_x = (o_l < end)[:, None] & m_c[None, :]
-        b_d_out = tl.load(_pointers(p_d_out, o_l, d_out_sl, o_c), mask=m_x, other=0.0).to(tl.float32)  # [BL, BC]
-        b_x = tl.load(_pointers(p_x, o_l, x_sl, o_c), mask=m_x, other=0.0).to(tl.float32)  # [BL, BC]
+        b_d_out = tl.load(pointers(p_d_out, o_l, d_out_sl, o_c), mask=m_x, other=0.0).to(tl.float32)  # [BL, BC]
+        b_x = tl.load(pointers(p_x, o_l, x_sl, o_c), mask=m_x, other=0.0).to(tl.float32)  # [BL, BC]
         b_centred = b_x - b_mean[None, :]
         b_d_x = _d_z(b_d_out, b_centred, b_factor, b_offset, SILU) * b_factor[None, :]
         if corrections is not None:
             b_d_x -= b_centred * b_slope[None, :] + b_level[None, :]
-        tl.store(_pointers(p_d_x, o_l, channels, o_c), b_d_x.to(d_x.dtype.element_ty), mask=m_x)
+        tl.store(pointers(p_d_x, o_l, channels, o_c), b_d_x.to(d_x.dtype.element_ty), mask=m_x)
 
 
 @functools.cache
@@ -406,25 +406,35 @@ def coefficients(x, weight, bias, scale, shift, stats, *, groups):
     return affine
 
 
-def gradient(d_out, x, weight, scale, stats, affine, *, groups, silu, d_x):
-    """Writes d_x [B, L, C], contiguous, which may be d_out, and returns sums; `affine` as by `coefficients`."""
+def reduce(d_out, x, weight, scale, stats, affine, *, groups, silu):
+    """(sums [B, C, 2], corrections [B, 2, C], without groups None); `affine` as by `coefficients`."""
     batch, length, channels = x.shape
     programs, cut = _cut("backward_sums", x)
     partials = _partials(x, cut)
     sums = x.new_empty((batch, channels, 2), dtype=torch.float32)
     corrections = x.new_empty((batch, 2, channels), dtype=torch.float32) if groups else None
     size = channels // groups if groups else min(channels, 32)
-    tokens = _rows(d_out=d_out, x=x) | {"coefficients": affine, "SILU": silu}
+    merges = groups or triton.cdiv(channels, size)
     film = _parameters(weight=weight, scale=scale)
     with _host.on_device(x):
-        _backward_sums_kernel[(programs,)](partials=partials, **tokens, **cut)
-        merges = groups or triton.cdiv(channels, size)
+        _backward_sums_kernel[(programs,)](
+            coefficients=affine, partials=partials, SILU=silu, **_rows(d_out=d_out, x=x), **cut
+        )
         _backward_merge_kernel[(batch * merges,)](
             partials=partials, sums=sums, corrections=corrections, stats=stats if groups else None, **film,
             length=length, channels=channels, groups=merges, size=size, chunks=cut["chunks"], **_merge_blocks(x, size),
         )  # fmt: skip
-        programs, cut = _cut("backward", x)
-        _backward_kernel[(programs,)](corrections=corrections, d_x=d_x, **tokens, **cut)
+    return sums, corrections
+
+
+def gradient(d_out, x, weight, scale, stats, affine, *, groups, silu, d_x):
+    """Writes d_x [B, L, C], contiguous, which may be d_out, and returns sums."""
+    sums, corrections = reduce(d_out, x, weight, scale, stats, affine, groups=groups, silu=silu)
+    programs, cut = _cut("backward", x)
+    with _host.on_device(x):
+        _backward_kernel[(programs,)](
+            coefficients=affine, corrections=corrections, d_x=d_x, SILU=silu, **_rows(d_out=d_out, x=x), **cut
+        )
     return sums
 
 
