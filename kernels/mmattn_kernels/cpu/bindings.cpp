@@ -216,15 +216,13 @@ void column_sums(const TokensArgs& t, int64_t batch, int64_t length, int64_t cha
   active().column_sums(tokens(t), batch, length, channels, is_bf16, floats(out), threads);
 }
 
-// A number that changes when the content does: sums of its words times odd multipliers of their places, which see
-// every single change and, but for chance of 2^-64, every other.
-uint64_t fingerprint(uintptr_t pointer, int64_t bytes, int threads) {
-  py::gil_scoped_release release;
+// A number that changes when the content does: a sum of words times odd multipliers. Up to 64 KB it sees every change; of
+// more it samples a thousand words evenly, which sees whatever changes a percent of them or more.
+uint64_t fingerprint(uintptr_t pointer, int64_t bytes) {
   const char* data = reinterpret_cast<const char*>(pointer);
-  const int64_t words = bytes / 8;
+  const int64_t words = bytes / 8, step = words > 8192 ? words / 1024 | 1 : 1;  // odd, or it could meet a single tap
   uint64_t total = static_cast<uint64_t>(bytes);
-#pragma omp parallel for num_threads(words > 8192 ? threads : 1) reduction(+ : total) schedule(static)
-  for (int64_t i = 0; i < words; ++i) {
+  for (int64_t i = 0; i < words; i += step) {
     uint64_t word;
     std::memcpy(&word, data + i * 8, 8);
     total += word * (2 * static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15 + 1);

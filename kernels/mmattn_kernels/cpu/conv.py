@@ -109,7 +109,7 @@ def _packed_weight(weight: Tensor, is_bf16: bool) -> Tensor:
     owner = weight if weight._base is None else weight._base
     key = (weight.storage_offset(), weight.shape, weight.stride(), is_bf16, extension().instruction_set())
     version = None if weight.is_inference() else weight._version
-    # Writing through `.data`, as averages of weights are copied in, raises no version: the content has to tell.
+    # Writing through `.data`, as averages of weights are copied in, raises no version: a sample of the content tells.
     state = (weight.data_ptr(), weight.dtype, version, _fingerprint(weight))
     kept = _packed.setdefault(owner, {})
     if key not in kept or kept[key][0] != state:
@@ -121,7 +121,7 @@ def _fingerprint(weight: Tensor) -> int:
     size = weight.numel() * weight.element_size()
     if not weight.is_contiguous():
         weight = weight.contiguous()
-    return extension().fingerprint(weight.data_ptr(), size, torch.get_num_threads())
+    return extension().fingerprint(weight.data_ptr(), size)
 
 
 def _pack(weight: Tensor, is_bf16: bool, *, reverse: bool = False) -> Tensor:

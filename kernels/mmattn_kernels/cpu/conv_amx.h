@@ -25,7 +25,7 @@ class AmxConv {
   static constexpr int kP = kParts<T>;
   static constexpr int64_t kPairBytes = 2 * kTileBytes, kChunkBytes = kP * kPairBytes;
   static constexpr int64_t kBufferBytes = 704 << 10;   // packed rows of a block: they and a panel of weights share the L2
-  static constexpr int64_t kWeightBytes = 512 << 10;   // weights that are read again and again from the L2
+  static constexpr int64_t kPanelBytes = kP == 1 ? 28 << 10 : 1 << 30;  // weights that stay in the L1 for all rows
   static constexpr int64_t kMostRows = 448;
 
   static int64_t chunks(int64_t channels) { return (channels + 31) / 32; }
@@ -56,7 +56,8 @@ class AmxConv {
     const int64_t in_chunks = chunks(p.in_channels);
     const int64_t most = std::max<int64_t>(kBufferBytes / (extent.buffer_rows * 64 * kP), 1);
     const int64_t depths = (in_chunks + most - 1) / most, depth = (in_chunks + depths - 1) / depths;
-    const int64_t sums = depths > 1 ? extent.rows * ((pairs + splits - 1) / splits) * 32 : 0;
+    const int64_t columns = (pairs + splits - 1) / splits * 32;
+    const int64_t sums = extent.rows * (depths > 1 ? columns : 32);
     const PerChannel bias(1, pairs * 32, 1);
     std::memset(bias.at(0, 0), 0, bias.padded() * sizeof(float));
     if (p.bias) std::memcpy(bias.at(0, 0), p.bias, p.out_channels * sizeof(float));
@@ -99,15 +100,21 @@ class AmxConv {
   template <class W>
   static void pack_pair(const ConvWeights& w, const Tiles& tiles, int64_t out, int64_t in, int64_t k) {
     const auto gather = [&](int64_t o, int64_t c, int64_t stride, int64_t n) {
-      float lanes[16] = {};
       const W* p = static_cast<const W*>(w.weight) + o * w.out_stride + c * w.in_stride + k * w.tap_stride;
-      for (int64_t i = 0; i < std::min<int64_t>(n, 16); ++i) {
-        if constexpr (sizeof(W) == 4)
-          lanes[i] = p[i * stride];
-        else
-          lanes[i] = to_float(p[i * stride]);
+      const __mmask16 mask = n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1;
+      const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+      const __m512i offset = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(stride * sizeof(W))));
+      if constexpr (sizeof(W) == 4) {
+        return (Vec)_mm512_mask_i32gather_epi32(__m512i{}, mask, offset, p, 1);
+      } else {  // the aligned words that hold the halves, which never reach into another page
+        const uintptr_t address = reinterpret_cast<uintptr_t>(p);
+        const __m512i bytes = _mm512_add_epi32(offset, _mm512_set1_epi32(address & 2));
+        const __m512i word = _mm512_mask_i32gather_epi32(
+            __m512i{}, mask, _mm512_and_si512(bytes, _mm512_set1_epi32(~3)), reinterpret_cast<void*>(address & ~uintptr_t{3}), 1);
+        const __mmask16 high = _mm512_test_epi32_mask(bytes, _mm512_set1_epi32(2));
+        const __m512i low_half = _mm512_slli_epi32(word, 16);
+        return (Vec)_mm512_mask_and_epi32(low_half, high, word, _mm512_set1_epi32(0xffff0000));
       }
-      return load(lanes);
     };
     for (int64_t half = 0; half < 2; ++half) {
       const int64_t o = out + half * 16;
@@ -135,64 +142,75 @@ class AmxConv {
     }
   }
 
-  static float to_float(bf16 x) {
-    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-  }
-
+  // The panel of weights of 32 out channels and a few chunks stays in the L1 while all rows pass it; what the chunks
+  // before have summed waits in `sums_`, for one pair of tiles, or for all where the packed rows come in several depths.
   void run(const Block& block, int64_t pair_begin, int64_t pair_end) const {
-    const int64_t group = std::max<int64_t>(kWeightBytes / (block.taps * depth_ * kChunkBytes), 1);
-    for (int64_t chunk = 0; chunk < in_chunks_; chunk += depth_) {
-      const int64_t chunk_end = std::min(in_chunks_, chunk + depth_);
-      fill(block, chunk, chunk_end);
-      for (int64_t first = pair_begin; first < pair_end; first += group)
-        for (int64_t i = 0; i < block.rows; i += kRowUnit) {
-          const int64_t live = block.live(i);
-          if (live == 0) continue;
-          for (int64_t pair = first; pair < std::min(pair_end, first + group); ++pair) {
-            const bool wide = pair * 32 + 16 < p_.out_channels;
-            const int64_t column = (pair - pair_begin) * 32, columns = (pair_end - pair_begin) * 32;
-            float* sums = sums_ + i * columns + column;
+    const bool whole = depth_ == in_chunks_;
+    const int64_t columns = whole ? 32 : (pair_end - pair_begin) * 32;
+    const int64_t most = std::max<int64_t>(kPanelBytes / (block.taps * kChunkBytes), 1);
+    for (int64_t first = 0; first < in_chunks_; first += depth_) {
+      const int64_t end = std::min(in_chunks_, first + depth_), panels = (end - first + most - 1) / most;
+      fill(block, first, end);
+      for (int64_t pair = pair_begin; pair < pair_end; ++pair) {
+        const bool wide = pair * 32 + 16 < p_.out_channels;
+        float* sums = sums_ + (whole ? 0 : (pair - pair_begin) * 32);
+        for (int64_t panel = 0; panel < panels; ++panel) {
+          const int64_t chunk = first + (end - first) * panel / panels, next = first + (end - first) * (panel + 1) / panels;
+          for (int64_t i = 0; i < block.rows; i += kRowUnit) {
+            const int64_t live = block.live(i);
+            if (live == 0) continue;
             if (live > 16)
-              wide ? product<2, 2>(block, i, live, pair, chunk, chunk_end, sums, columns)
-                   : product<2, 1>(block, i, live, pair, chunk, chunk_end, sums, columns);
+              wide ? product<2, 2>(block, i, live, pair, first, chunk, next, sums + i * columns, columns)
+                   : product<2, 1>(block, i, live, pair, first, chunk, next, sums + i * columns, columns);
             else
-              wide ? product<1, 2>(block, i, live, pair, chunk, chunk_end, sums, columns)
-                   : product<1, 1>(block, i, live, pair, chunk, chunk_end, sums, columns);
+              wide ? product<1, 2>(block, i, live, pair, first, chunk, next, sums + i * columns, columns)
+                   : product<1, 1>(block, i, live, pair, first, chunk, next, sums + i * columns, columns);
           }
         }
+      }
     }
   }
 
   int64_t part_bytes(const Block& block) const { return (block.buffer_rows() | 1) * 64; }  // odd: no two in one cache set
 
+  // Chunks [chunk, next) of the depth that begins at `first`.
   template <int M, int N>
-  void product(const Block& block, int64_t i, int64_t live, int64_t pair, int64_t chunk, int64_t chunk_end, float* sums,
-               int64_t columns) const {
+  void product(const Block& block, int64_t i, int64_t live, int64_t pair, int64_t first, int64_t chunk, int64_t next,
+               float* sums, int64_t columns) const {
     const int64_t part = part_bytes(block);
-    const bool last = chunk_end == in_chunks_;
+    const bool last = next == in_chunks_;
     if (last)
       for (int64_t r = 0; r < live; ++r) prefetch(out_row(block, i + r) + pair * 32, 32);
     load_c<M, N>(sums, columns, chunk > 0);
     for (int64_t k = 0; k < block.taps; ++k) {
       if (!block.reads(i, k)) continue;
-      const char* a = buffer_ + (i + k * block.step) * 64;
+      const char* a = buffer_ + (chunk - first) * kP * part + (i + k * block.step) * 64;
       const char* b = static_cast<const char*>(p_.packed) + ((pair * block.taps + k) * in_chunks_ + chunk) * kChunkBytes;
-      for (int64_t c = chunk; c < chunk_end; ++c, a += kP * part, b += kChunkBytes)
+      for (int64_t c = chunk; c < next; ++c, a += kP * part, b += kChunkBytes)
         multiply_chunk<kP, M, N>(a, kTileBytes, part, b, kTileBytes, kPairBytes);
     }
     if (!last) return store_c<M, N>(sums, columns);
     store_c<M, N>(tile_, 32);
+    finish<N>(block, i, live, pair);
+  }
+
+  template <int N>
+  void finish(const Block& block, int64_t i, int64_t live, int64_t pair) const {
+    const int64_t at = pair * 32, n = p_.out_channels - at;
+    const Vec bias[2] = {load(bias_ + at), load(bias_ + at + 16)};
     for (int64_t r = 0; r < live; ++r) {
-      T* out = out_row(block, i + r) + pair * 32;
-      const T* residual = p_.residual.data ? row<T>(p_.residual, block.batch, block.position(i + r)) + pair * 32 : nullptr;
-      for (int v = 0; v < N; ++v) {
-        const int64_t n = p_.out_channels - pair * 32 - v * 16;
-        Vec value = load(tile_ + r * 32 + v * 16) + load(bias_ + pair * 32 + v * 16);
-        if (residual) value += load_lanes(residual + v * 16, n);
-        store_lanes(out + v * 16, value, n);
+      T* out = out_row(block, i + r) + at;
+      Vec value[2] = {};
+      for (int v = 0; v < N; ++v) value[v] = load(tile_ + r * 32 + v * 16) + bias[v];
+      if (p_.residual.data) {
+        const T* residual = row<T>(p_.residual, block.batch, block.position(i + r)) + at;
+        for (int v = 0; v < N; ++v) value[v] += load_lanes(residual + v * 16, n - v * 16);
+      }
+      if (kP == 1 && n >= 32) {  // one store of a whole line
+        const __m512bh words = _mm512_cvtne2ps_pbh(value[1], value[0]);
+        std::memcpy(out, &words, sizeof words);
+      } else {
+        for (int v = 0; v < N; ++v) store_lanes(out + v * 16, value[v], n - v * 16);
       }
     }
   }

@@ -63,7 +63,10 @@ def backward(
 
 def single(*parameters: Tensor | None) -> list[Tensor | None]:
     """The parameters as the kernels read them: contiguous float32. Keep the list while a kernel runs."""
-    return [None if p is None else p.detach().to(torch.float32).contiguous() for p in parameters]
+    return [
+        p if p is None or (p.dtype == torch.float32 and p.is_contiguous()) else p.to(torch.float32).contiguous()
+        for p in parameters
+    ]
 
 
 def norm_arguments(parameters: list[Tensor | None], stats: Tensor, groups: int, silu: bool, eps: float) -> Any:

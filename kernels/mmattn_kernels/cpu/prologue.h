@@ -15,7 +15,7 @@
 namespace mmattn::MMATTN_ISA {
 namespace {
 
-constexpr int64_t kSliceRows = 32;              // positions whose mean is taken before their deviations from it
+constexpr int64_t kSliceRows = 32;              // positions summed in registers
 constexpr int64_t kSliceVecs = 8;               // vectors of channels that are summed in registers
 constexpr int64_t kPartElements = 1 << 16;      // of x in a part
 template <class T>
@@ -36,13 +36,6 @@ struct Parts {
   int64_t end(int64_t part) const { return std::min(length, (part + 1) * rows); }
 };
 
-// visit(first channel, vectors) for slices of at most kSliceVecs vectors; the last vector may be partial.
-template <class Visit>
-void each_slice(int64_t channels, Visit visit) {
-  for (int64_t c = 0; c < channels; c += kSliceVecs * kLanes)
-    visit(c, std::min<int64_t>(kSliceVecs, (channels - c + kLanes - 1) / kLanes));
-}
-
 // Mean and sum of squared deviations of n numbers, merged with those of more (Chan, Golub, LeVeque).
 struct Moments {
   double n = 0, mean = 0, m2 = 0;
@@ -55,51 +48,54 @@ struct Moments {
   }
 };
 
-// Moments of each group over positions [begin, end). `channel` holds two floats a channel, padded to whole vectors.
+// Adds to sums[c] and squares[c] those of x - pivot over `rows` positions, for N vectors of channels from c on.
+template <class T, int N>
+void add_slice(const Tokens& x, int64_t batch, int64_t first, int64_t rows, int64_t c, int64_t channels,
+               const float* pivot, float* sums, float* squares) {
+  Vec sum[N] = {}, square[N] = {}, at[N];
+#pragma GCC unroll 8
+  for (int v = 0; v < N; ++v) at[v] = load(pivot + v * kLanes);
+  const T* p = row<T>(x, batch, first) + c;
+  for (int64_t r = 0; r < rows; ++r, p += x.position)
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) {
+      const Vec value = (N == 1 ? load_lanes(p, channels - c) : load(p + v * kLanes)) - at[v];
+      sum[v] += value;
+      square[v] += value * value;
+    }
+#pragma GCC unroll 8
+  for (int v = 0; v < N; ++v) {
+    store(sums + v * kLanes, load(sums + v * kLanes) + sum[v]);
+    store(squares + v * kLanes, load(squares + v * kLanes) + square[v]);
+  }
+}
+
+// Moments of each group over positions [begin, end). The sums are of x - pivot, the pivot of a channel being its first value
+// here: as one of the values it is about as far from the mean as they are, so no digits are lost however far that is
+// from zero. `channel` holds three floats a channel, padded to whole vectors.
 template <class T>
 void part_moments(const Tokens& x, int64_t batch, int64_t begin, int64_t end, int64_t channels, int64_t groups,
                   float* channel, Moments* out) {
-  const int64_t padded = round_up(channels, kLanes);
-  float *means = channel, *m2s = channel + padded;
+  const int64_t padded = round_up(channels, kLanes), whole = channels - channels % (kSliceVecs * kLanes);
+  float *pivot = channel, *sums = channel + padded, *squares = channel + 2 * padded;
+  load_row(pivot, row<T>(x, batch, begin), channels, padded, 1.0f);
+  std::memset(sums, 0, 2 * padded * sizeof(float));
   for (int64_t first = begin; first < end; first += kSliceRows) {
     const int64_t rows = std::min(kSliceRows, end - first);
-    const float before = static_cast<float>(first - begin), total = before + static_cast<float>(rows);
-    each_slice(channels, [&](int64_t c, int64_t vecs) {
-      const auto each = [&](auto visit) {
-        for (int64_t r = 0; r < rows; ++r) {
-          const T* p = row<T>(x, batch, first + r) + c;
-          if (vecs == kSliceVecs && c + kSliceVecs * kLanes <= channels) {
-#pragma GCC unroll 8
-            for (int v = 0; v < kSliceVecs; ++v) visit(v, load(p + v * kLanes));
-          } else {
-            for (int64_t v = 0; v < vecs; ++v) visit(v, load_lanes(p + v * kLanes, channels - c - v * kLanes));
-          }
-        }
-      };
-      Vec sum[kSliceVecs] = {}, square[kSliceVecs] = {};
-      each([&](int64_t v, Vec value) { sum[v] += value; });
-      for (int64_t v = 0; v < vecs; ++v) sum[v] *= 1.0f / rows;
-      each([&](int64_t v, Vec value) { square[v] += (value - sum[v]) * (value - sum[v]); });
-      for (int64_t v = 0; v < vecs; ++v) {
-        float *mean = means + c + v * kLanes, *m2 = m2s + c + v * kLanes;
-        if (first == begin) {
-          store(mean, sum[v]);
-          store(m2, square[v]);
-        } else {
-          const Vec delta = sum[v] - load(mean);
-          store(mean, load(mean) + delta * (rows / total));
-          store(m2, load(m2) + square[v] + delta * delta * (before * rows / total));
-        }
-      }
-    });
+    int64_t c = 0;
+    for (; c < whole; c += kSliceVecs * kLanes)
+      add_slice<T, kSliceVecs>(x, batch, first, rows, c, channels, pivot + c, sums + c, squares + c);
+    for (; c < channels; c += kLanes)
+      add_slice<T, 1>(x, batch, first, rows, c, channels, pivot + c, sums + c, squares + c);
   }
   const int64_t size = channels / groups;
+  const double rows = static_cast<double>(end - begin);
   for (int64_t g = 0; g < groups; ++g) {
-    double mean = 0, m2 = 0;
-    for (int64_t c = g * size; c < (g + 1) * size; ++c) mean += means[c];
-    mean /= size;
-    for (int64_t c = g * size; c < (g + 1) * size; ++c) m2 += m2s[c] + (means[c] - mean) * (means[c] - mean) * (end - begin);
-    out[g] = {static_cast<double>((end - begin) * size), mean, m2};
+    out[g] = {};
+    for (int64_t c = g * size; c < (g + 1) * size; ++c) {
+      const double sum = sums[c];
+      out[g].merge({rows, pivot[c] + sum / rows, std::max(squares[c] - sum * sum / rows, 0.0)});
+    }
   }
 }
 
@@ -161,7 +157,7 @@ void prepare(const Norm& norm, const Tokens& x, int64_t batches, int64_t length,
     GroupStats stats;
   };
   const Parts parts(length, channels);
-  const int64_t padded = round_up(channels, kLanes) * 2;
+  const int64_t padded = round_up(channels, kLanes) * 3;
   std::vector<Slot> partial(batches * parts.count * norm.groups);
   const Buffer memory(padded * threads);
 #pragma omp parallel num_threads(threads)

@@ -72,25 +72,11 @@ inline Vec max(Vec a, Vec b) {
 #endif
 }
 
+#if defined(__AVX512F__)
 inline Vec min(Vec a, Vec b) {
-#if defined(__AVX512F__)
   return _mm512_min_ps(a, b);
-#elif defined(__AVX2__)
-  return _mm256_min_ps(a, b);
-#else
-  return a < b ? a : b;
-#endif
 }
-
-// 1 / x within 2^-22 for x whose reciprocal is a normal number.
-inline Vec reciprocal(Vec x) {
-#if defined(__AVX512F__)
-  const Vec r = _mm512_rcp14_ps(x);
-  return r * (2.0f - x * r);
-#else
-  return 1.0f / x;
 #endif
-}
 
 inline float reduce_add(Vec v) {
 #if defined(__AVX512F__)
@@ -158,10 +144,20 @@ inline Vec exp2(Vec x) {
 #endif
 }
 
-// 1 / (1 + e^-x). A NaN gives a number: whoever multiplies by x has it back.
+// 1 / (1 + e^-x) within 2^-22 at degree 5 and 2^-13 at degree 3.
 template <int Degree = 5>
 inline Vec sigmoid(Vec x) {
-  return reciprocal(1.0f + exp2<Degree>(min(x * -1.44269504088896341f, broadcast(126.0f))));
+  const Vec exponent = x * -1.44269504088896341f;
+#if defined(__AVX512F__)
+  if constexpr (Degree == 3) return _mm512_rcp14_ps(1.0f + exp2<3>(exponent));
+  // Newton's step needs a finite number: below 2^126, whose reciprocal is still normal. The NaN this loses comes back
+  // by the factor x.
+  const Vec y = 1.0f + exp2(min(exponent, broadcast(126.0f)));
+  const Vec r = _mm512_rcp14_ps(y);
+  return r * (2.0f - y * r);
+#else
+  return 1.0f / (1.0f + exp2<Degree>(exponent));
+#endif
 }
 
 // Asks for n elements ahead of their use, to be read or written: rows of one head lie too far apart for the hardware to
