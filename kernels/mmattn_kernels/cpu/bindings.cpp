@@ -31,7 +31,7 @@ struct InstructionSet {
   void (*group_norm_forward)(const GroupNorm&);
   void (*group_norm_backward)(const GroupNorm&);
   int64_t (*conv_packed_bytes)(int64_t, int64_t, int64_t, bool);
-  void (*conv_pack)(const ConvWeights&);
+  void (*conv_pack)(const ConvWeights&, void*);
   void (*conv_forward)(const Conv&);
   void (*conv_weight_gradient)(const Conv&);
   void (*column_sums)(const Tokens&, int64_t, int64_t, int64_t, bool, float*, int);
@@ -166,21 +166,16 @@ int64_t conv_packed_bytes(int64_t out_channels, int64_t in_channels, int64_t tap
   return active().conv_packed_bytes(out_channels, in_channels, taps, is_bf16);
 }
 
-void conv_pack(const WeightArgs& args, bool is_bf16, uintptr_t packed, int threads) {
+ConvWeights weights(const WeightArgs& args, bool is_bf16, int threads) {
   const auto& [weight, weight_is_bf16, out_stride, in_stride, tap_stride, out_channels, in_channels, taps] = args;
-  const ConvWeights w{reinterpret_cast<void*>(weight),
-                      weight_is_bf16,
-                      out_stride,
-                      in_stride,
-                      tap_stride,
-                      out_channels,
-                      in_channels,
-                      taps,
-                      is_bf16,
-                      reinterpret_cast<void*>(packed),
-                      threads};
+  return {reinterpret_cast<void*>(weight), weight_is_bf16, out_stride, in_stride, tap_stride, out_channels, in_channels,
+          taps, is_bf16, threads};
+}
+
+void conv_pack(const WeightArgs& args, bool is_bf16, uintptr_t packed, int threads) {
+  const ConvWeights w = weights(args, is_bf16, threads);
   py::gil_scoped_release release;
-  active().conv_pack(w);
+  active().conv_pack(w, reinterpret_cast<void*>(packed));
 }
 
 // Batch, length, in channels, out channels, taps, dilation, bf16, threads.
@@ -188,7 +183,7 @@ using ConvSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_
 
 Conv conv(const TokensArgs& x, const TokensArgs& out, const NormArgs& args, const ConvSizes& sizes) {
   const auto& [batch, length, in_channels, out_channels, taps, dilation, is_bf16, threads] = sizes;
-  return {tokens(x),   tokens(out),  {},   nullptr,  nullptr, norm(args), batch, length,
+  return {tokens(x),   tokens(out),  {},   nullptr,  {},      nullptr, norm(args), batch, length,
           in_channels, out_channels, taps, dilation, is_bf16, threads};
 }
 
@@ -198,6 +193,14 @@ void conv_forward(const TokensArgs& x, const TokensArgs& out, const TokensArgs& 
   p.residual = tokens(residual);
   p.packed = reinterpret_cast<void*>(packed);
   p.bias = floats(bias);
+  py::gil_scoped_release release;
+  active().conv_forward(p);
+}
+
+void conv_input_gradient(const TokensArgs& d_out, const TokensArgs& d_y, const WeightArgs& args,
+                         const ConvSizes& sizes) {
+  Conv p = conv(d_out, d_y, NormArgs{}, sizes);
+  p.weights = weights(args, p.is_bf16, p.threads);
   py::gil_scoped_release release;
   active().conv_forward(p);
 }
@@ -249,6 +252,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("conv_packed_bytes", &conv_packed_bytes);
   m.def("conv_pack", &conv_pack);
   m.def("conv_forward", &conv_forward);
+  m.def("conv_input_gradient", &conv_input_gradient);
   m.def("conv_weight_gradient", &conv_weight_gradient);
   m.def("column_sums", &column_sums);
   m.def("fingerprint", &fingerprint);

@@ -35,11 +35,13 @@ class FmaWeights {
   static int64_t packed_bytes(int64_t out_channels, int64_t in_channels, int64_t taps) {
     return panels(out_channels) * kPanel * taps * in_channels * sizeof(float);
   }
-  static void pack(const ConvWeights& w) { w.weight_is_bf16 ? pack<bf16>(w) : pack<float>(w); }
+  static void pack(const ConvWeights& w, float* packed) {
+    w.weight_is_bf16 ? pack<bf16>(w, packed) : pack<float>(w, packed);
+  }
 
  private:
   template <class W>
-  static void pack(const ConvWeights& w) {
+  static void pack(const ConvWeights& w, float* packed) {
     constexpr int64_t kChannels = 32;  // of a strip of the panel that stays in the first-level cache
     const int64_t strips = (w.in_channels + kChannels - 1) / kChannels;
 #pragma omp parallel for num_threads(w.threads) schedule(static) collapse(2)
@@ -50,7 +52,7 @@ class FmaWeights {
           const W* from = static_cast<const W*>(w.weight) + o * w.out_stride;
           for (int64_t c = strip * kChannels; c < std::min(w.in_channels, (strip + 1) * kChannels); ++c)
             for (int64_t k = 0; k < w.taps; ++k)
-              static_cast<float*>(w.packed)[((panel * w.taps + k) * w.in_channels + c) * kPanel + j] =
+              packed[((panel * w.taps + k) * w.in_channels + c) * kPanel + j] =
                   o < w.out_channels ? round(to_float(from[c * w.in_stride + k * w.tap_stride]), w.is_bf16) : 0.0f;
         }
   }
@@ -71,6 +73,9 @@ class FmaConv {
   static void forward(const Conv& p) {
     const Coefficients coefficients(p.batch, p.in_channels);
     prepare<T>(p.norm, p.x, p.batch, p.length, p.in_channels, p.threads, coefficients);
+    const Buffer packed(p.packed ? 0 : FmaWeights::packed_bytes(p.out_channels, p.in_channels, p.taps) / 4);
+    if (!p.packed) FmaWeights::pack(p.weights, packed.data());
+    const float* weights = p.packed ? static_cast<const float*>(p.packed) : packed.data();
     const std::vector<Block> blocks = cut(p, kMostRows);
     const int64_t panels = FmaWeights::panels(p.out_channels);
     const int64_t splits = channel_splits(blocks.size(), p.threads, panels);
@@ -86,15 +91,15 @@ class FmaConv {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < static_cast<int64_t>(blocks.size()) * splits; ++i) {
         const int64_t split = i % splits;
-        run(p, coefficients, blocks[i / splits], panels * split / splits, panels * (split + 1) / splits, depth, own,
+        run(p, weights, coefficients, blocks[i / splits], panels * split / splits, panels * (split + 1) / splits, depth, own,
             own + buffer);
       }
     }
   }
 
  private:
-  static void run(const Conv& p, const Coefficients& coefficients, const Block& block, int64_t panel_begin,
-                  int64_t panel_end, int64_t depth, float* buffer, float* sums) {
+  static void run(const Conv& p, const float* packed, const Coefficients& coefficients, const Block& block,
+                  int64_t panel_begin, int64_t panel_end, int64_t depth, float* buffer, float* sums) {
     const int64_t stride = depth + kLanes, columns = (panel_end - panel_begin) * kPanel, middle = block.taps / 2;
     for (int64_t c = 0; c < p.in_channels; c += depth) {
       const int64_t end = std::min(p.in_channels, c + depth);
@@ -105,8 +110,7 @@ class FmaConv {
           const int64_t k = j == 0 ? middle : j <= middle ? j - 1 : j;  // the middle one first: it has every row
           const auto [lo, hi] = k == middle ? std::pair<int64_t, int64_t>{0, block.rows} : block.readers(k);
           if (lo == hi) continue;
-          const float* weights =
-              static_cast<const float*>(p.packed) + ((panel * block.taps + k) * p.in_channels + c) * kPanel;
+          const float* weights = packed + ((panel * block.taps + k) * p.in_channels + c) * kPanel;
           const Gemm g{hi - lo, vecs,  end - c, buffer + (lo + k * block.step) * stride,
                        stride,  1,     weights, kLanes,
                        kPanel,  sums + lo * columns + (panel - panel_begin) * kPanel, columns};
@@ -273,14 +277,25 @@ class WeightGradient {
 #endif
   }
 
-  void write(int64_t o, const float* sums, int64_t sums_of_all, int64_t teams, int64_t out_rows) const {
+  // The teams' sums of one out channel, added in their order, from [tap][in] to [in][tap].
+  void write(int64_t o, float* sums, int64_t sums_of_all, int64_t teams, int64_t out_rows) const {
+    const auto row_of = [&](int64_t k, int64_t team) { return sums + team * sums_of_all + (k * out_rows + o) * in_padded_; };
     for (int64_t k = 0; k < p_.taps; ++k)
+      for (int64_t team = 1; team < teams; ++team)
+        for (int64_t c = 0; c < p_.in_channels; c += kLanes)
+          store(row_of(k, 0) + c, load(row_of(k, 0) + c) + load(row_of(k, team) + c));
+    float* to = p_.d_weight + o * p_.in_channels * p_.taps;
+    if (p_.taps == 3) {  // a loop the compiler turns into vectors
+      const float *a = row_of(0, 0), *b = row_of(1, 0), *d = row_of(2, 0);
       for (int64_t c = 0; c < p_.in_channels; ++c) {
-        float total = 0;
-        for (int64_t team = 0; team < teams; ++team)
-          total += sums[team * sums_of_all + (k * out_rows + o) * in_padded_ + c];
-        p_.d_weight[(o * p_.in_channels + c) * p_.taps + k] = total;
+        to[c * 3] = a[c];
+        to[c * 3 + 1] = b[c];
+        to[c * 3 + 2] = d[c];
       }
+      return;
+    }
+    for (int64_t k = 0; k < p_.taps; ++k)
+      for (int64_t c = 0; c < p_.in_channels; ++c) to[c * p_.taps + k] = row_of(k, 0)[c];
   }
 };
 
@@ -319,8 +334,8 @@ int64_t conv_packed_bytes(int64_t out_channels, int64_t in_channels, int64_t tap
   return is_bf16 ? AmxConv<bf16>::packed_bytes(out_channels, in_channels, taps)
                  : AmxConv<float>::packed_bytes(out_channels, in_channels, taps);
 }
-void conv_pack(const ConvWeights& w) {
-  w.is_bf16 ? AmxConv<bf16>::pack(w) : AmxConv<float>::pack(w);
+void conv_pack(const ConvWeights& w, void* packed) {
+  w.is_bf16 ? AmxConv<bf16>::pack(w, packed) : AmxConv<float>::pack(w, packed);
 }
 void conv_forward(const Conv& p) {
   p.is_bf16 ? AmxConv<bf16>::forward(p) : AmxConv<float>::forward(p);
@@ -329,8 +344,8 @@ void conv_forward(const Conv& p) {
 int64_t conv_packed_bytes(int64_t out_channels, int64_t in_channels, int64_t taps, bool) {
   return FmaWeights::packed_bytes(out_channels, in_channels, taps);
 }
-void conv_pack(const ConvWeights& w) {
-  FmaWeights::pack(w);
+void conv_pack(const ConvWeights& w, void* packed) {
+  FmaWeights::pack(w, static_cast<float*>(packed));
 }
 void conv_forward(const Conv& p) {
   p.is_bf16 ? FmaConv<bf16>::forward(p) : FmaConv<float>::forward(p);

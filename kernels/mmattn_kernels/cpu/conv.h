@@ -13,13 +13,13 @@ struct ConvWeights {
   int64_t out_stride, in_stride, tap_stride;
   int64_t out_channels, in_channels, taps;
   bool is_bf16;  // of the computation
-  void* packed;  // conv_packed_bytes, on a cache line
   int threads;
 };
 
 struct Conv {
   Tokens x, out, residual;  // residual may be null; `out` is the gradient of the output in conv_weight_gradient
-  const void* packed;
+  const void* packed;       // null: the weights are packed on the way, for this call alone
+  ConvWeights weights;      // where they are not packed
   const float* bias;  // null or [out_channels]
   Norm norm;          // of the prologue
   int64_t batch, length, in_channels, out_channels, taps, dilation;
@@ -31,7 +31,7 @@ struct Conv {
 #define MMATTN_DECLARE(isa)                                                                                \
   namespace isa {                                                                                          \
   int64_t conv_packed_bytes(int64_t out_channels, int64_t in_channels, int64_t taps, bool is_bf16);        \
-  void conv_pack(const ConvWeights& w);                                                                    \
+  void conv_pack(const ConvWeights& w, void* packed); /* conv_packed_bytes, on a cache line */             \
   void conv_forward(const Conv& p);                                                                        \
   void conv_weight_gradient(const Conv& p);                                                                \
   void column_sums(const Tokens& t, int64_t batch, int64_t length, int64_t channels, bool is_bf16, float*, \

@@ -67,22 +67,24 @@ def backward(
     prologue = (norm_weight, norm_bias, scale, shift)
     has_prologue = bool(groups) or silu or scale is not None or shift is not None
     d_x = torch.empty(x.shape if need_x else 0, dtype=x.dtype)
-    d_weight = torch.zeros(weight.shape if need_weight else 0, dtype=torch.float32)
-    d_bias = torch.zeros(out_channels if need_bias else 0, dtype=torch.float32)
+    d_weight = torch.empty(weight.shape if need_weight else 0, dtype=torch.float32)
+    d_bias = torch.empty(out_channels if need_bias else 0, dtype=torch.float32)
     sums = torch.zeros((batch, in_channels, 2) if need_x and has_prologue else 0, dtype=torch.float32)
     if batch == 0:
-        return d_x, d_weight, d_bias, sums
+        return d_x, d_weight.zero_(), d_bias.zero_(), sums
+    sizes = (batch, length, in_channels, out_channels, taps, int(dilation), is_bf16, threads)
     if need_x:
-        swapped = weight.transpose(0, 1)  # the gradient of y: channels swapped, taps in reverse
-        packed = _pack(swapped, is_bf16, reverse=True)
-        nothing = norm_arguments([None] * 4, stats, 0, False, 0.0)
-        _convolve(d_out, d_x, None, packed, None, nothing, swapped.shape, dilation)
+        readable, (pointer, kind, out_stride, in_stride, tap_stride, *_) = _weight_arguments(weight)
+        # The gradient of y is the convolution with channels swapped and taps in reverse.
+        last_tap = pointer + (taps - 1) * tap_stride * readable.element_size()
+        reverse = (last_tap, kind, in_stride, out_stride, -tap_stride, in_channels, out_channels, taps)
+        swapped = (batch, length, out_channels, in_channels, *sizes[4:])
+        extension().conv_input_gradient(tokens(d_out), tokens(d_x), reverse, swapped)
         if has_prologue:
             d_x, sums = norm_kernels.backward(d_x, x, *prologue, stats, groups=groups, silu=silu, in_place=True)
     if need_weight:
         parameters = single(*prologue)
         norm = norm_arguments(parameters, stats, groups, silu, 0.0)
-        sizes = (batch, length, in_channels, out_channels, taps, int(dilation), is_bf16, threads)
         extension().conv_weight_gradient(tokens(x), tokens(d_out), d_weight.data_ptr(), norm, sizes)
     if need_bias:
         extension().column_sums(tokens(d_out), batch, length, out_channels, is_bf16, d_bias.data_ptr(), threads)
@@ -124,19 +126,18 @@ def _fingerprint(weight: Tensor) -> int:
     return extension().fingerprint(weight.data_ptr(), size)
 
 
-def _pack(weight: Tensor, is_bf16: bool, *, reverse: bool = False) -> Tensor:
+def _pack(weight: Tensor, is_bf16: bool) -> Tensor:
     """The weight [Cout, Cin, K] in the order in which the kernels of the instruction set read it, aligned to 64 bytes."""
-    if weight.dtype not in (torch.float32, torch.bfloat16):
-        weight = weight.float()
-    out_channels, in_channels, taps = weight.shape
-    size = extension().conv_packed_bytes(out_channels, in_channels, taps, is_bf16)
+    size = extension().conv_packed_bytes(*weight.shape, is_bf16)
     packed = torch.empty(size + 64, dtype=torch.uint8)
     packed = packed[-packed.data_ptr() % 64 :][:size]
-    out_stride, in_stride, tap_stride = weight.stride()
-    pointer = weight.data_ptr()
-    if reverse:
-        pointer, tap_stride = pointer + (taps - 1) * tap_stride * weight.element_size(), -tap_stride
-    strides = (out_stride, in_stride, tap_stride)
-    weights = (pointer, weight.dtype == torch.bfloat16, *strides, out_channels, in_channels, taps)
-    extension().conv_pack(weights, is_bf16, packed.data_ptr(), torch.get_num_threads())
+    _readable, arguments = _weight_arguments(weight)
+    extension().conv_pack(arguments, is_bf16, packed.data_ptr(), torch.get_num_threads())
     return packed
+
+
+def _weight_arguments(weight: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The weight in a dtype the kernels read, to be kept while they run, and how they find its numbers."""
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        weight = weight.float()
+    return weight, (weight.data_ptr(), weight.dtype == torch.bfloat16, *weight.stride(), *weight.shape)

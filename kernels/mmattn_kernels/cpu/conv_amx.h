@@ -33,17 +33,13 @@ class AmxConv {
     return chunks(out_channels) * taps * chunks(in_channels) * kChunkBytes;
   }
 
-  static void pack(const ConvWeights& w) {
+  static void pack(const ConvWeights& w, void* packed) {
     const int64_t pairs = chunks(w.out_channels), in_chunks = chunks(w.in_channels);
 #pragma omp parallel for num_threads(w.threads) schedule(static) collapse(2)
     for (int64_t pair = 0; pair < pairs; ++pair)
       for (int64_t chunk = 0; chunk < in_chunks; ++chunk)
-        for (int64_t k = 0; k < w.taps; ++k) {
-          char* at = static_cast<char*>(w.packed) + ((pair * w.taps + k) * in_chunks + chunk) * kChunkBytes;
-          const Tiles tiles{at, kTileBytes, kPairBytes, 0};
-          w.weight_is_bf16 ? pack_pair<bf16>(w, tiles, pair * 32, chunk * 32, k)
-                           : pack_pair<float>(w, tiles, pair * 32, chunk * 32, k);
-        }
+        for (int64_t k = 0; k < w.taps; ++k)
+          pack_chunk(w, pair, chunk, k, static_cast<char*>(packed) + ((pair * w.taps + k) * in_chunks + chunk) * kChunkBytes);
   }
 
   static void forward(const Conv& p) {
@@ -51,6 +47,10 @@ class AmxConv {
     prepare<T>(p.norm, p.x, p.batch, p.length, p.in_channels, p.threads, coefficients);
     const std::vector<Block> blocks = cut(p, kMostRows);
     const int64_t pairs = chunks(p.out_channels);
+    // A single block reads each weight once: packed by whoever reads it, it never leaves that thread's cache.
+    const bool pack_first = !p.packed && blocks.size() > 1;
+    const Buffer packed(pack_first ? packed_bytes(p.out_channels, p.in_channels, p.taps) / 4 : 0);
+    if (pack_first) pack(p.weights, packed.data());
     const int64_t splits = channel_splits(blocks.size(), p.threads, pairs);
     const Extent extent(blocks);
     const int64_t in_chunks = chunks(p.in_channels);
@@ -62,13 +62,16 @@ class AmxConv {
     std::memset(bias.at(0, 0), 0, bias.padded() * sizeof(float));
     if (p.bias) std::memcpy(bias.at(0, 0), p.bias, p.out_channels * sizeof(float));
     const int64_t buffer = (extent.buffer_rows | 1) * 16 * kP * depth;
-    const int64_t per_thread = round_up(buffer + sums + 32 * 32, 1024) + 16;  // no two threads at the same page offset
+    const int64_t most_chunks = std::min(depth, panel_chunks(p.taps));
+    const int64_t panel = p.packed || pack_first ? 0 : p.taps * most_chunks * kChunkBytes / 4;
+    const int64_t per_thread = round_up(buffer + sums + 32 * 32 + panel, 1024) + 16;  // not all at the same page offset
     const Buffer memory(per_thread * p.threads);
 #pragma omp parallel num_threads(p.threads)
     {
       const TileRegisters registers;
       float* own = memory.data() + thread_number() * per_thread;
-      const AmxConv conv(p, coefficients, bias.at(0, 0), depth, own, own + buffer, own + buffer + sums);
+      const char* weights = static_cast<const char*>(pack_first ? packed.data() : p.packed);
+      const AmxConv conv(p, weights, coefficients, bias.at(0, 0), depth, own, own + buffer, own + buffer + sums);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < static_cast<int64_t>(blocks.size()) * splits; ++i) {
         const int64_t split = i % splits;
@@ -79,15 +82,17 @@ class AmxConv {
 
  private:
   const Conv& p_;
+  const char* weights_;  // packed, or null
   const Coefficients& coefficients_;
   const float* bias_;
   const int64_t in_chunks_, depth_;
   char* buffer_;
   float *sums_, *tile_;
 
-  AmxConv(const Conv& p, const Coefficients& coefficients, const float* bias, int64_t depth, float* buffer, float* sums,
-          float* tile)
+  AmxConv(const Conv& p, const char* weights, const Coefficients& coefficients, const float* bias, int64_t depth,
+          float* buffer, float* sums, float* tile)
       : p_(p),
+        weights_(weights),
         coefficients_(coefficients),
         bias_(bias),
         in_chunks_(chunks(p.in_channels)),
@@ -95,6 +100,14 @@ class AmxConv {
         buffer_(reinterpret_cast<char*>(buffer)),
         sums_(sums),
         tile_(tile) {}
+
+  static int64_t panel_chunks(int64_t taps) { return std::max<int64_t>(kPanelBytes / (taps * kChunkBytes), 1); }
+
+  static void pack_chunk(const ConvWeights& w, int64_t pair, int64_t chunk, int64_t k, char* to) {
+    const Tiles tiles{to, kTileBytes, kPairBytes, 0};
+    w.weight_is_bf16 ? pack_pair<bf16>(w, tiles, pair * 32, chunk * 32, k)
+                     : pack_pair<float>(w, tiles, pair * 32, chunk * 32, k);
+  }
 
   // 32 out channels of one chunk and tap. Whichever channel lies closer together in memory is read in vectors.
   template <class W>
@@ -147,7 +160,7 @@ class AmxConv {
   void run(const Block& block, int64_t pair_begin, int64_t pair_end) const {
     const bool whole = depth_ == in_chunks_;
     const int64_t columns = whole ? 32 : (pair_end - pair_begin) * 32;
-    const int64_t most = std::max<int64_t>(kPanelBytes / (block.taps * kChunkBytes), 1);
+    const int64_t most = panel_chunks(block.taps);
     for (int64_t first = 0; first < in_chunks_; first += depth_) {
       const int64_t end = std::min(in_chunks_, first + depth_), panels = (end - first + most - 1) / most;
       fill(block, first, end);
@@ -156,42 +169,57 @@ class AmxConv {
         float* sums = sums_ + (whole ? 0 : (pair - pair_begin) * 32);
         for (int64_t panel = 0; panel < panels; ++panel) {
           const int64_t chunk = first + (end - first) * panel / panels, next = first + (end - first) * (panel + 1) / panels;
+          const Panel at{weights_of(block, pair, chunk, next), (weights_ ? in_chunks_ : next - chunk) * kChunkBytes, pair,
+                         first, chunk, next};
           for (int64_t i = 0; i < block.rows; i += kRowUnit) {
             const int64_t live = block.live(i);
             if (live == 0) continue;
             if (live > 16)
-              wide ? product<2, 2>(block, i, live, pair, first, chunk, next, sums + i * columns, columns)
-                   : product<2, 1>(block, i, live, pair, first, chunk, next, sums + i * columns, columns);
+              wide ? product<2, 2>(block, i, live, at, sums + i * columns, columns)
+                   : product<2, 1>(block, i, live, at, sums + i * columns, columns);
             else
-              wide ? product<1, 2>(block, i, live, pair, first, chunk, next, sums + i * columns, columns)
-                   : product<1, 1>(block, i, live, pair, first, chunk, next, sums + i * columns, columns);
+              wide ? product<1, 2>(block, i, live, at, sums + i * columns, columns)
+                   : product<1, 1>(block, i, live, at, sums + i * columns, columns);
           }
         }
       }
     }
   }
 
+  // Chunks [chunk, next) of a pair's weights, of the depth that begins at `first`; taps are `tap` bytes apart.
+  struct Panel {
+    const char* weights;
+    int64_t tap, pair, first, chunk, next;
+  };
+
+  const char* weights_of(const Block& block, int64_t pair, int64_t chunk, int64_t next) const {
+    if (weights_) return weights_ + (pair * block.taps * in_chunks_ + chunk) * kChunkBytes;
+    char* to = reinterpret_cast<char*>(tile_ + 32 * 32);
+    for (int64_t k = 0; k < block.taps; ++k)
+      for (int64_t c = chunk; c < next; ++c)
+        pack_chunk(p_.weights, pair, c, k, to + (k * (next - chunk) + c - chunk) * kChunkBytes);
+    return to;
+  }
+
   int64_t part_bytes(const Block& block) const { return (block.buffer_rows() | 1) * 64; }  // odd: no two in one cache set
 
-  // Chunks [chunk, next) of the depth that begins at `first`.
   template <int M, int N>
-  void product(const Block& block, int64_t i, int64_t live, int64_t pair, int64_t first, int64_t chunk, int64_t next,
-               float* sums, int64_t columns) const {
+  void product(const Block& block, int64_t i, int64_t live, const Panel& at, float* sums, int64_t columns) const {
     const int64_t part = part_bytes(block);
-    const bool last = next == in_chunks_;
+    const bool last = at.next == in_chunks_;
     if (last)
-      for (int64_t r = 0; r < live; ++r) prefetch(out_row(block, i + r) + pair * 32, 32);
-    load_c<M, N>(sums, columns, chunk > 0);
+      for (int64_t r = 0; r < live; ++r) prefetch(out_row(block, i + r) + at.pair * 32, 32);
+    load_c<M, N>(sums, columns, at.chunk > 0);
     for (int64_t k = 0; k < block.taps; ++k) {
       if (!block.reads(i, k)) continue;
-      const char* a = buffer_ + (chunk - first) * kP * part + (i + k * block.step) * 64;
-      const char* b = static_cast<const char*>(p_.packed) + ((pair * block.taps + k) * in_chunks_ + chunk) * kChunkBytes;
-      for (int64_t c = chunk; c < next; ++c, a += kP * part, b += kChunkBytes)
+      const char* a = buffer_ + (at.chunk - at.first) * kP * part + (i + k * block.step) * 64;
+      const char* b = at.weights + k * at.tap;
+      for (int64_t c = at.chunk; c < at.next; ++c, a += kP * part, b += kChunkBytes)
         multiply_chunk<kP, M, N>(a, kTileBytes, part, b, kTileBytes, kPairBytes);
     }
     if (!last) return store_c<M, N>(sums, columns);
     store_c<M, N>(tile_, 32);
-    finish<N>(block, i, live, pair);
+    finish<N>(block, i, live, at.pair);
   }
 
   template <int N>
