@@ -24,6 +24,23 @@ def kernels(op: str, impl: str, like: Tensor) -> Any:
     return importlib.import_module(f"mmattn_kernels.{impl}.{op}")
 
 
+def unwatched(*tensors: Tensor | None) -> bool:
+    """Whether nobody looks at a call on these tensors: no gradient, trace, mode, transform or profiler.
+
+    Its kernels may then be called without the dispatcher, on whose way through Python a small call spends half its time.
+    """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if forward_ad._current_level >= 0 or torch.autograd.profiler._is_profiler_enabled:
+        return False
+    grad = torch.is_grad_enabled()
+    return all(
+        t is None or (type(t) in (Tensor, torch.nn.Parameter) and not (grad and t.requires_grad)) for t in tensors
+    )
+
+
 def below_autograd(name: str, keyset: Any, *args: Any) -> tuple[Tensor, ...]:
     """Call the op `name` without recording a graph."""
     with torch._C._AutoDispatchBelowAutograd():

@@ -15,7 +15,15 @@ from torch.nn import functional
 
 from mmattn import dispatch
 from mmattn import norm as norm_op
-from mmattn._library import below_autograd, gradients_of, is_autocast, kernels, register_autograd, to_autocast
+from mmattn._library import (
+    below_autograd,
+    gradients_of,
+    is_autocast,
+    kernels,
+    register_autograd,
+    to_autocast,
+    unwatched,
+)
 
 _OP = "mmattn::dilated_conv1d"
 _BACKWARD_OP = "mmattn::dilated_conv1d_backward"
@@ -88,22 +96,12 @@ def dilated_conv1d(
             residual=residual,
             eps=eps,
         )
-    out, _ = torch.ops.mmattn.dilated_conv1d(
-        x,
-        weight,
-        bias,
-        norm_weight,
-        norm_bias,
-        scale,
-        shift,
-        residual,
-        groups,
-        dilation,
-        activation == "silu",
-        float(eps),
-        chosen,
-    )
-    return out
+    tensors = (x, weight, bias, norm_weight, norm_bias, scale, shift, residual)
+    silu, eps = activation == "silu", float(eps)
+    if unwatched(*tensors):
+        kernel = kernels("conv", chosen, x).forward
+        return kernel(*tensors, groups=groups, dilation=dilation, silu=silu, eps=eps)[0]
+    return torch.ops.mmattn.dilated_conv1d(*tensors, groups, dilation, silu, eps, chosen)[0]
 
 
 def reference(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmattn import dispatch
-from mmattn._library import below_autograd, gradients_of, kernels, register_autograd
+from mmattn._library import below_autograd, gradients_of, kernels, register_autograd, unwatched
 
 _OP = "mmattn::group_norm"
 _BACKWARD_OP = "mmattn::group_norm_backward"
@@ -61,9 +61,10 @@ def group_norm(
     chosen = dispatch.choose("norm", impl, x)
     if chosen == "reference":
         return reference(x, weight, bias, groups, scale=scale, shift=shift, activation=activation, eps=eps)
-    silu = activation == "silu"
-    out, _ = torch.ops.mmattn.group_norm(x, weight, bias, scale, shift, groups, silu, float(eps), chosen)
-    return out
+    tensors, silu, eps = (x, weight, bias, scale, shift), activation == "silu", float(eps)
+    if unwatched(*tensors):
+        return kernels("norm", chosen, x).forward(*tensors, groups=groups, silu=silu, eps=eps)[0]
+    return torch.ops.mmattn.group_norm(*tensors, groups, silu, eps, chosen)[0]
 
 
 def reference(

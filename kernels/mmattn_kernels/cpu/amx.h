@@ -123,12 +123,6 @@ inline __m512i high_halves(__m512i low, __m512i high) {  // (low >> 16) | (high 
   return _mm512_ternarylogic_epi32(_mm512_srli_epi32(low, 16), high, _mm512_set1_epi32(0xffff0000), 0xF8);
 }
 
-inline __m512i interleave(__m512i halves) {  // (0..31) -> (0, 16, 1, 17, ...)
-  return _mm512_permutexvar_epi16(_mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
-                                                   22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0),
-                                  halves);
-}
-
 // The words of (low[i], high[i]), one vector of them for each part.
 template <int Parts>
 inline void split_words(Vec low, Vec high, __m512i (&word)[Parts]) {

@@ -10,7 +10,8 @@
 namespace mmattn::MMATTN_ISA {
 namespace {
 
-// bf16 words are pairs of neighbouring channels, fp32 words pairs (i, i + 16) of a chunk: what costs least to pack.
+// Of weights. bf16 words are pairs of neighbouring channels, fp32 words pairs (i, i + 16) of a chunk: what costs least to
+// pack of x.
 template <int Parts>
 inline void channel_words(Vec low, Vec high, __m512i (&word)[Parts]) {
   if constexpr (Parts == 1)
@@ -43,7 +44,7 @@ class AmxConv {
   }
 
   static void forward(const Conv& p) {
-    const Coefficients coefficients(p.batch, p.in_channels);
+    const Coefficients coefficients(p.batch, p.in_channels, kEvenAndOdd<T>);
     prepare<T>(p.norm, p.x, p.batch, p.length, p.in_channels, p.threads, coefficients);
     const std::vector<Block> blocks = cut(p, kMostRows);
     const int64_t pairs = chunks(p.out_channels);
@@ -258,16 +259,24 @@ class AmxConv {
 
   template <Prologue kPrologue>
   void fill(const Block& block, int64_t chunk, int64_t chunk_end) const {
-    const int64_t part = part_bytes(block);
-    block.each_buffer_row([&](int64_t r, int64_t position) {
+    const Maps maps(coefficients_, block.batch);
+    const int64_t part = part_bytes(block), begin = chunk * 32, end = std::min(chunk_end * 32, p_.in_channels);
+    block.each_buffer_row([&, maps, part, begin, end](int64_t r, int64_t position) {
       char* to = buffer_ + r * 64;
       const T* x = position < 0 ? nullptr : row<T>(p_.x, block.batch, position);
-      for (int64_t c = chunk; c < chunk_end; ++c, to += kP * part) {
+      for (int64_t c = begin; c < end; c += 32, to += kP * part) {
         __m512i word[kP] = {};
-        if (x) {
-          const int64_t at = c * 32, n = p_.in_channels - at;
-          channel_words<kP>(apply<kPrologue, kDegree<T>>(load_lanes(x + at, n), coefficients_, block.batch, at),
-                            apply<kPrologue, kDegree<T>>(load_lanes(x + at + 16, n - 16), coefficients_, block.batch, at + 16), word);
+        const int64_t n = end - c;
+        if (x && kP == 1 && kPrologue == Prologue::none) {
+          word[0] = _mm512_maskz_loadu_epi16(n >= 32 ? ~0u : (1u << n) - 1, x + c);
+        } else if (x) {
+          Pair pair = load_pair(x + c, n);
+          pair.first = apply<kPrologue, kDegree<T>>(pair.first, Map(maps, c));
+          pair.second = apply<kPrologue, kDegree<T>>(pair.second, Map(maps, c + 16));
+          if constexpr (kP == 1)
+            word[0] = in_order(pair);
+          else
+            split_words<kP>(pair.first, pair.second, word);
         }
         for (int j = 0; j < kP; ++j) _mm512_store_si512(to + j * part, word[j]);
       }

@@ -114,6 +114,7 @@ inline int64_t channel_splits(int64_t blocks, int64_t threads, int64_t most) {
 template <Prologue kPrologue, class T, class Out>
 void fill_rows(const Conv& p, const Block& block, const Coefficients& coefficients, int64_t begin, int64_t end, Out* to,
                int64_t stride) {
+  const Maps maps(coefficients, block.batch);
   block.each_buffer_row([&](int64_t r, int64_t position) {
     Out* out = to + r * stride;
     if (position < 0) {
@@ -122,7 +123,7 @@ void fill_rows(const Conv& p, const Block& block, const Coefficients& coefficien
     }
     const T* x = row<T>(p.x, block.batch, position);
     for (int64_t c = begin; c < end; c += kLanes, out += kLanes)
-      store(out, apply<kPrologue, kDegree<T>>(load_lanes(x + c, end - c), coefficients, block.batch, c));
+      store(out, apply<kPrologue, kDegree<T>>(load_lanes(x + c, end - c), Map(maps, c)));
   });
 }
 

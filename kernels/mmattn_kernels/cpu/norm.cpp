@@ -19,21 +19,24 @@ void each_part_backwards(int64_t count, Visit visit) {
   for (int64_t i = count * (thread + 1) / threads; i-- > count * thread / threads;) visit(i);
 }
 
-template <class T, bool kSilu>
+template <class T, Prologue kPrologue>
 void forward(const GroupNorm& p) {
-  const Coefficients coefficients(p.batch, p.channels);
+  const Coefficients coefficients(p.batch, p.channels, kEvenAndOdd<T>);
   prepare<T>(p.norm, p.x, p.batch, p.length, p.channels, p.threads, coefficients);
   const Parts parts(p.length, p.channels);
 #pragma omp parallel num_threads(p.threads)
   each_part_backwards(p.batch * parts.count, [&](int64_t i) {
-    const int64_t b = i / parts.count, part = i % parts.count;
-    const float *mean = coefficients.mean(b), *factor = coefficients.factor(b), *offset = coefficients.offset(b);
+    const int64_t b = i / parts.count, part = i % parts.count, channels = p.channels;
+    const Maps maps(coefficients, b);
     for (int64_t l = parts.begin(part); l < parts.end(part); ++l) {
       const T* x = row<T>(p.x, b, l);
       T* out = row<T>(p.out, b, l);
-      for (int64_t c = 0; c < p.channels; c += kLanes) {
-        const Vec z = (load_lanes(x + c, p.channels - c) - load(mean + c)) * load(factor + c) + load(offset + c);
-        store_lanes(out + c, activate<kSilu, kDegree<T>>(z), p.channels - c);
+      for (int64_t c = 0; c < channels; c += 2 * kLanes) {
+        const int64_t n = channels - c;
+        Pair pair = load_pair(x + c, n);
+        pair.first = apply<kPrologue, kDegree<T>>(pair.first, Map(maps, c));
+        pair.second = apply<kPrologue, kDegree<T>>(pair.second, Map(maps, c + kLanes));
+        store_pair(out + c, pair, n);
       }
     }
   });
@@ -73,10 +76,12 @@ void backward(const GroupNorm& p) {
         const int64_t rows = std::min(kSliceRows, parts.end(part) - first);
         for (int64_t c = 0; c < p.channels; c += kLanes) {
           const Vec m = load(mean + c), a = load(factor + c), o = load(offset + c);
+          const T *x = row<T>(p.x, b, first) + c, *d_out = row<T>(p.d_out, b, first) + c;
+          const int64_t n = p.channels - c, x_step = p.x.position, d_out_step = p.d_out.position;
           Vec sum{}, product{};
-          for (int64_t r = 0; r < rows; ++r) {
-            const Vec centred = load_lanes(row<T>(p.x, b, first + r) + c, p.channels - c) - m;
-            const Vec d_y = load_lanes(row<T>(p.d_out, b, first + r) + c, p.channels - c);
+          for (int64_t r = 0; r < rows; ++r, x += x_step, d_out += d_out_step) {
+            const Vec centred = load_lanes(x, n) - m;
+            const Vec d_y = load_lanes(d_out, n);
             const Vec d_z = activate_backward<kSilu>(centred * a + o, d_y);
             sum += d_z;
             product += d_z * centred;
@@ -115,14 +120,14 @@ void backward(const GroupNorm& p) {
       }
     }
     each_part_backwards(count, [&](int64_t i) {
-      const int64_t b = i / parts.count, part = i % parts.count;
+      const int64_t b = i / parts.count, part = i % parts.count, channels = p.channels;
       const float *mean = coefficients.mean(b), *factor = coefficients.factor(b), *offset = coefficients.offset(b);
       const float *constant = steps.at(b, 0), *slope = steps.at(b, 1);
       for (int64_t l = parts.begin(part); l < parts.end(part); ++l) {
         const T *x = row<T>(p.x, b, l), *d_out = row<T>(p.d_out, b, l);
         T* d_x = row<T>(p.d_x, b, l);
-        for (int64_t c = 0; c < p.channels; c += kLanes) {
-          const int64_t n = p.channels - c;
+        for (int64_t c = 0; c < channels; c += kLanes) {
+          const int64_t n = channels - c;
           const Vec centred = load_lanes(x + c, n) - load(mean + c), a = load(factor + c);
           const Vec d_z = activate_backward<kSilu>(centred * a + load(offset + c), load_lanes(d_out + c, n));
           store_lanes(d_x + c, a * d_z - load(constant + c) - centred * load(slope + c), n);
@@ -136,9 +141,9 @@ void backward(const GroupNorm& p) {
 
 void group_norm_forward(const GroupNorm& p) {
   if (p.norm.silu)
-    p.is_bf16 ? forward<bf16, true>(p) : forward<float, true>(p);
+    p.is_bf16 ? forward<bf16, Prologue::silu>(p) : forward<float, Prologue::silu>(p);
   else
-    p.is_bf16 ? forward<bf16, false>(p) : forward<float, false>(p);
+    p.is_bf16 ? forward<bf16, Prologue::affine>(p) : forward<float, Prologue::affine>(p);
 }
 
 void group_norm_backward(const GroupNorm& p) {

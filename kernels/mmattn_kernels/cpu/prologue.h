@@ -16,7 +16,7 @@ namespace mmattn::MMATTN_ISA {
 namespace {
 
 constexpr int64_t kSliceRows = 32;              // positions summed in registers
-constexpr int64_t kSliceVecs = 8;               // vectors of channels that are summed in registers
+constexpr int64_t kSlicePairs = 4;               // pairs of vectors of channels whose sums stay there
 constexpr int64_t kPartElements = 1 << 16;      // of x in a part
 template <class T>
 constexpr int kDegree = sizeof(T) == 2 ? 3 : 5;  // of the exponential's polynomial
@@ -48,23 +48,77 @@ struct Moments {
   }
 };
 
-// Adds to sums[c] and squares[c] those of x - pivot over `rows` positions, for N vectors of channels from c on.
-template <class T, int N>
-void add_slice(const Tokens& x, int64_t batch, int64_t first, int64_t rows, int64_t c, int64_t channels,
-               const float* pivot, float* sums, float* squares) {
-  Vec sum[N] = {}, square[N] = {}, at[N];
+// 2 * kLanes channels: their two halves or, where kEvenAndOdd, the even and the odd ones, which a shift and a mask of
+// bf16 words yield.
+struct Pair {
+  Vec first, second;
+};
+template <class T>
+constexpr bool kEvenAndOdd =
+#if defined(__AVX512BF16__)
+    sizeof(T) == 2;
+#else
+    false;
+#endif
+
+template <class T>
+inline Pair load_pair(const T* p, int64_t n) {
+#if defined(__AVX512BF16__)
+  if constexpr (kEvenAndOdd<T>) {
+    const __m512i words = n >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16((1u << n) - 1, p);
+    return {(Vec)_mm512_slli_epi32(words, 16), (Vec)_mm512_and_si512(words, _mm512_set1_epi32(0xffff0000))};
+  }
+#endif
+  return {load_lanes(p, n), load_lanes(p + kLanes, n - kLanes)};
+}
+
+#if defined(__AVX512BF16__)
+// 32 rounded bf16 in the order of the channels.
+inline __m512i in_order(const Pair& pair) {
+  return interleave((__m512i)_mm512_cvtne2ps_pbh(pair.second, pair.first));
+}
+#endif
+
+template <class T>
+inline void store_pair(T* p, const Pair& pair, int64_t n) {
+#if defined(__AVX512BF16__)
+  if constexpr (kEvenAndOdd<T>) {
+    if (n >= 32)
+      _mm512_storeu_si512(p, in_order(pair));
+    else
+      _mm512_mask_storeu_epi16(p, (1u << n) - 1, in_order(pair));
+    return;
+  }
+#endif
+  store_lanes(p, pair.first, n);
+  if (n > kLanes) store_lanes(p + kLanes, pair.second, n - kLanes);
+}
+
+// Where channel c lies among vectors that were loaded so.
+inline int64_t even_and_odd_place(int64_t c) {
+  const int64_t in_pair = c % (2 * kLanes);
+  return c - in_pair + in_pair % 2 * kLanes + in_pair / 2;
+}
+
+// Adds to `sums` and `squares` those of x - pivot over `rows` positions, for N pairs of vectors of channels.
+template <int N, class T>
+void add_slice(const T* x, int64_t position, int64_t rows, int64_t channels, const float* pivot, float* sums,
+               float* squares) {
+  Vec sum[2 * N] = {}, square[2 * N] = {}, at[2 * N];
 #pragma GCC unroll 8
-  for (int v = 0; v < N; ++v) at[v] = load(pivot + v * kLanes);
-  const T* p = row<T>(x, batch, first) + c;
-  for (int64_t r = 0; r < rows; ++r, p += x.position)
-#pragma GCC unroll 8
+  for (int v = 0; v < 2 * N; ++v) at[v] = load(pivot + v * kLanes);
+  for (int64_t r = 0; r < rows; ++r, x += position)
+#pragma GCC unroll 4
     for (int v = 0; v < N; ++v) {
-      const Vec value = (N == 1 ? load_lanes(p, channels - c) : load(p + v * kLanes)) - at[v];
-      sum[v] += value;
-      square[v] += value * value;
+      const Pair pair = load_pair(x + v * 2 * kLanes, N == 1 ? channels : 2 * kLanes);
+      const Vec first = pair.first - at[2 * v], second = pair.second - at[2 * v + 1];
+      sum[2 * v] += first;
+      square[2 * v] += first * first;
+      sum[2 * v + 1] += second;
+      square[2 * v + 1] += second * second;
     }
 #pragma GCC unroll 8
-  for (int v = 0; v < N; ++v) {
+  for (int v = 0; v < 2 * N; ++v) {
     store(sums + v * kLanes, load(sums + v * kLanes) + sum[v]);
     store(squares + v * kLanes, load(squares + v * kLanes) + square[v]);
   }
@@ -72,29 +126,36 @@ void add_slice(const Tokens& x, int64_t batch, int64_t first, int64_t rows, int6
 
 // Moments of each group over positions [begin, end). The sums are of x - pivot, the pivot of a channel being its first value
 // here: as one of the values it is about as far from the mean as they are, so no digits are lost however far that is
-// from zero. `channel` holds three floats a channel, padded to whole vectors.
+// from zero. `channel` holds three floats a channel, padded to whole pairs of vectors.
 template <class T>
 void part_moments(const Tokens& x, int64_t batch, int64_t begin, int64_t end, int64_t channels, int64_t groups,
                   float* channel, Moments* out) {
-  const int64_t padded = round_up(channels, kLanes), whole = channels - channels % (kSliceVecs * kLanes);
+  constexpr int64_t kPair = 2 * kLanes;
+  const int64_t padded = round_up(channels, kPair), whole = channels - channels % (kSlicePairs * kPair);
   float *pivot = channel, *sums = channel + padded, *squares = channel + 2 * padded;
-  load_row(pivot, row<T>(x, batch, begin), channels, padded, 1.0f);
+  for (int64_t c = 0; c < channels; c += kPair) {
+    const Pair first = load_pair(row<T>(x, batch, begin) + c, channels - c);
+    store(pivot + c, first.first);
+    store(pivot + c + kLanes, first.second);
+  }
   std::memset(sums, 0, 2 * padded * sizeof(float));
   for (int64_t first = begin; first < end; first += kSliceRows) {
     const int64_t rows = std::min(kSliceRows, end - first);
+    const T* p = row<T>(x, batch, first);
     int64_t c = 0;
-    for (; c < whole; c += kSliceVecs * kLanes)
-      add_slice<T, kSliceVecs>(x, batch, first, rows, c, channels, pivot + c, sums + c, squares + c);
-    for (; c < channels; c += kLanes)
-      add_slice<T, 1>(x, batch, first, rows, c, channels, pivot + c, sums + c, squares + c);
+    for (; c < whole; c += kSlicePairs * kPair)
+      add_slice<kSlicePairs>(p + c, x.position, rows, channels - c, pivot + c, sums + c, squares + c);
+    for (; c < channels; c += kPair)
+      add_slice<1>(p + c, x.position, rows, channels - c, pivot + c, sums + c, squares + c);
   }
   const int64_t size = channels / groups;
   const double rows = static_cast<double>(end - begin);
   for (int64_t g = 0; g < groups; ++g) {
     out[g] = {};
     for (int64_t c = g * size; c < (g + 1) * size; ++c) {
-      const double sum = sums[c];
-      out[g].merge({rows, pivot[c] + sum / rows, std::max(squares[c] - sum * sum / rows, 0.0)});
+      const int64_t at = kEvenAndOdd<T> ? even_and_odd_place(c) : c;
+      const double sum = sums[at];
+      out[g].merge({rows, pivot[at] + sum / rows, std::max(squares[at] - sum * sum / rows, 0.0)});
     }
   }
 }
@@ -112,11 +173,18 @@ class PerChannel {
   Buffer memory_;
 };
 
-struct Coefficients : PerChannel {
-  Coefficients(int64_t batch, int64_t channels) : PerChannel(batch, channels, 3) {}
+class Coefficients : public PerChannel {
+ public:
+  // For whom `load_pair` brings even and odd channels apart, they are kept apart here too.
+  Coefficients(int64_t batch, int64_t channels, bool even_and_odd = false)
+      : PerChannel(batch, channels, 3), even_and_odd_(even_and_odd) {}
+  int64_t place(int64_t c) const { return even_and_odd_ ? even_and_odd_place(c) : c; }
   float* mean(int64_t batch) const { return at(batch, 0); }
   float* factor(int64_t batch) const { return at(batch, 1); }
   float* offset(int64_t batch) const { return at(batch, 2); }
+
+ private:
+  bool even_and_odd_;
 };
 
 // `remainder` is what is missing of a float that holds the mean: for a large mean as much as a rounding of x.
@@ -127,18 +195,19 @@ struct GroupStats {
 inline void set_coefficients(const Norm& norm, const Coefficients& to, int64_t batch, int64_t channels,
                              const GroupStats* stats) {
   const int64_t size = norm.groups ? channels / norm.groups : channels;
-  float *mean = to.mean(batch), *factor = to.factor(batch), *offset = to.offset(batch);
   for (int64_t c = 0; c < to.padded(); ++c) {
+    const int64_t at = to.place(c);
+    float &mean = to.mean(batch)[at], &factor = to.factor(batch)[at], &offset = to.offset(batch)[at];
     if (c >= channels) {
-      mean[c] = factor[c] = offset[c] = 0;
+      mean = factor = offset = 0;
       continue;
     }
     const GroupStats s = stats ? stats[c / size] : GroupStats{};
     const float gain = norm.scale ? 1.0f + norm.scale[batch * channels + c] : 1.0f;
     const float weight = norm.weight ? norm.weight[c] : 1.0f, bias = norm.bias ? norm.bias[c] : 0.0f;
-    mean[c] = s.mean;
-    factor[c] = s.rstd * weight * gain;
-    offset[c] = bias * gain + (norm.shift ? norm.shift[batch * channels + c] : 0.0f) - s.remainder * factor[c];
+    mean = s.mean;
+    factor = s.rstd * weight * gain;
+    offset = bias * gain + (norm.shift ? norm.shift[batch * channels + c] : 0.0f) - s.remainder * factor;
   }
 }
 
@@ -157,7 +226,7 @@ void prepare(const Norm& norm, const Tokens& x, int64_t batches, int64_t length,
     GroupStats stats;
   };
   const Parts parts(length, channels);
-  const int64_t padded = round_up(channels, kLanes) * 3;
+  const int64_t padded = round_up(channels, 2 * kLanes) * 3;
   std::vector<Slot> partial(batches * parts.count * norm.groups);
   const Buffer memory(padded * threads);
 #pragma omp parallel num_threads(threads)
@@ -210,13 +279,21 @@ inline Prologue prologue_of(const Norm& norm) {
   return norm.groups || norm.scale || norm.shift ? Prologue::affine : Prologue::none;
 }
 
-// y of the channels [c, c + kLanes) of one batch; zero past the last channel, where all three coefficients are.
+// One batch's coefficients, as pointers that a loop keeps in registers, and those of one vector of channels.
+struct Maps {
+  const float *mean, *factor, *offset;
+  Maps(const Coefficients& of, int64_t batch) : mean(of.mean(batch)), factor(of.factor(batch)), offset(of.offset(batch)) {}
+};
+struct Map {
+  Vec mean, factor, offset;
+  Map(const Maps& of, int64_t c) : mean(load(of.mean + c)), factor(load(of.factor + c)), offset(load(of.offset + c)) {}
+};
+
+// y; zero past the last channel, where x and all three coefficients are.
 template <Prologue kPrologue, int Degree>
-inline Vec apply(Vec x, const Coefficients& coefficients, int64_t batch, int64_t c) {
+inline Vec apply(Vec x, const Map& map) {
   if constexpr (kPrologue == Prologue::none) return x;
-  const Vec centred = x - load(coefficients.mean(batch) + c);
-  return activate<kPrologue == Prologue::silu, Degree>(centred * load(coefficients.factor(batch) + c) +
-                                                       load(coefficients.offset(batch) + c));
+  return activate<kPrologue == Prologue::silu, Degree>((x - map.mean) * map.factor + map.offset);
 }
 
 }  // namespace

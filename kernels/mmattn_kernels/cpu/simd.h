@@ -111,6 +111,14 @@ inline Vec keep_lanes(Vec v, int64_t lo, int64_t hi, float fill) {
   return keep ? v : broadcast(fill);
 }
 
+#if defined(__AVX512BW__)
+inline __m512i interleave(__m512i halves) {  // (0..31) -> (0, 16, 1, 17, ...)
+  return _mm512_permutexvar_epi16(_mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
+                                                   22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0),
+                                  halves);
+}
+#endif
+
 // 2^x by a minimax polynomial of 2^f / 2^f on f = x - floor(x); relative error 7.5e-8 at degree 5, 7.5e-5 at degree 3,
 // which bf16 cannot see. Zero below 2^-126, so a masked score adds nothing.
 template <int Degree = 5>
