@@ -143,7 +143,7 @@ class WeightGradient {
 #if defined(__AMX_BF16__)
   static constexpr bool kAmx = true;
   using Row = T;
-  static constexpr int64_t kMostRows = sizeof(T) == 2 ? 512 : 256;
+  static constexpr int64_t kMostRows = 512;
 #else
   static constexpr bool kAmx = false;
   using Row = float;
@@ -196,11 +196,12 @@ class WeightGradient {
         columns_(columns),
         row_stride_(round_up(p.in_channels, 32) + 16),
         rows_(round_up(extent.buffer_rows * row_stride_ * sizeof(Row) / sizeof(float) + 16, 16)),
-        packed_(kAmx ? (columns + round_up(p.in_channels, 32)) / 16 * (extent.rows / 32 * kTileFloats + 16) + 16
+        packed_(kAmx ? (columns + kInGroup) / 16 * (extent.rows / 32 * kTileFloats + 16) + 16
                      : extent.rows * (columns + kLanes)),
         per_thread_(rows_ + packed_ + 16) {}
 
   static constexpr int64_t kTileFloats = sizeof(T) == 2 ? 256 : 768;  // of 16 x 32 numbers in all their parts
+  static constexpr int64_t kInGroup = 64;  // in channels packed at a time, to be read from the cache by all out channels
 
   static void prepare_from_stats(const Conv& p, const Coefficients& to) {
     struct Group {
@@ -228,7 +229,7 @@ class WeightGradient {
     const int64_t out_rows = round_up(p_.out_channels, 32), count = std::min(end, p_.out_channels) - first;
 #if defined(__AMX_BF16__)
     constexpr int kP = kParts<T>;
-    const int64_t in_blocks = (p_.in_channels + 15) / 16, out_blocks = (count + 15) / 16, chunks = block.rows / 32;
+    const int64_t out_blocks = (count + 15) / 16, chunks = block.rows / 32;
     char* packed = reinterpret_cast<char*>(own + rows_);
     const int64_t block_bytes = kTileBytes * kP * chunks + 64;  // 64 more: rows of tiles begin in different cache sets
     const Tiles left{packed, block_bytes, kTileBytes, kTileBytes * kP};
@@ -245,12 +246,16 @@ class WeightGradient {
         if (is_first) std::memset(to, 0, (end - first) * in_padded_ * sizeof(float));
         continue;
       }
-      for (int64_t c = lo / 32; c < hi / 32; ++c)
-        pack_depth_tiles<kP, false>(right, c, p_.in_channels,
-                                    [&](int64_t i) { return rows + (c * 32 + i + k * block.step) * row_stride_; });
       const Tiles a{left.at(0, 0, lo / 32), left.block, left.part, left.chunk};
       const Tiles b{right.at(0, 0, lo / 32), right.block, right.part, right.chunk};
-      tile_gemm<kP>(out_blocks, 0, in_blocks, (hi - lo) / 32, a, b, to, in_padded_, !is_first);
+      for (int64_t at = 0; at < p_.in_channels; at += kInGroup) {
+        const int64_t group = std::min(kInGroup, p_.in_channels - at);
+        for (int64_t c = lo / 32; c < hi / 32; ++c)
+          pack_depth_tiles<kP, false>(right, c, group, [&](int64_t i) {
+            return rows + (c * 32 + i + k * block.step) * row_stride_ + at;
+          });
+        tile_gemm<kP>(out_blocks, 0, (group + 15) / 16, (hi - lo) / 32, a, b, to + at, in_padded_, !is_first);
+      }
     }
 #else
     float* gradients = own + rows_;
