@@ -49,11 +49,10 @@ bool have_amx() {
 #endif
 }
 
-#define MMATTN_SET(isa)                                                                          \
-  InstructionSet {                                                                               \
-    #isa, isa::attention_forward, isa::attention_backward, isa::group_norm_forward,              \
-        isa::group_norm_backward, isa::conv_packed_bytes, isa::conv_pack, isa::conv_forward,     \
-        isa::conv_weight_gradient, isa::column_sums                                              \
+#define MMATTN_SET(isa)                                                                                        \
+  InstructionSet {                                                                                             \
+    #isa, isa::attention_forward, isa::attention_backward, isa::group_norm_forward, isa::group_norm_backward,  \
+        isa::conv_packed_bytes, isa::conv_pack, isa::conv_forward, isa::conv_weight_gradient, isa::column_sums \
   }
 
 // What this CPU runs, slowest first.
@@ -128,8 +127,10 @@ void run(const std::array<DirectionArgs, 2>& directions, int64_t batch, int64_t 
 
 using TokensArgs = std::tuple<uintptr_t, int64_t, int64_t>;  // pointer and strides, see Tokens
 
-// Weight, bias, scale, shift and stats as pointers, groups, eps, silu: see Norm.
-using NormArgs = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, float, bool>;
+using ParameterArgs = std::tuple<uintptr_t, int64_t, bool>;  // pointer, batch stride, whether bf16
+
+// Weight, bias, scale and shift, stats, groups, eps, silu: see Norm.
+using NormArgs = std::tuple<std::array<ParameterArgs, 4>, uintptr_t, int64_t, float, bool>;
 
 Tokens tokens(const TokensArgs& t) {
   return {reinterpret_cast<void*>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)};
@@ -139,9 +140,13 @@ float* floats(uintptr_t p) {
   return reinterpret_cast<float*>(p);
 }
 
+Parameter parameter(const ParameterArgs& args) {
+  return {reinterpret_cast<void*>(std::get<0>(args)), std::get<1>(args), std::get<2>(args)};
+}
+
 Norm norm(const NormArgs& args) {
-  const auto& [weight, bias, scale, shift, stats, groups, eps, silu] = args;
-  return {floats(weight), floats(bias), floats(scale), floats(shift), floats(stats), groups, eps, silu};
+  const auto& [p, stats, groups, eps, silu] = args;
+  return {parameter(p[0]), parameter(p[1]), parameter(p[2]), parameter(p[3]), floats(stats), groups, eps, silu};
 }
 
 void group_norm_forward(const TokensArgs& x, const TokensArgs& out, const NormArgs& args, int64_t batch, int64_t length,
@@ -168,8 +173,16 @@ int64_t conv_packed_bytes(int64_t out_channels, int64_t in_channels, int64_t tap
 
 ConvWeights weights(const WeightArgs& args, bool is_bf16, int threads) {
   const auto& [weight, weight_is_bf16, out_stride, in_stride, tap_stride, out_channels, in_channels, taps] = args;
-  return {reinterpret_cast<void*>(weight), weight_is_bf16, out_stride, in_stride, tap_stride, out_channels, in_channels,
-          taps, is_bf16, threads};
+  return {reinterpret_cast<void*>(weight),
+          weight_is_bf16,
+          out_stride,
+          in_stride,
+          tap_stride,
+          out_channels,
+          in_channels,
+          taps,
+          is_bf16,
+          threads};
 }
 
 void conv_pack(const WeightArgs& args, bool is_bf16, uintptr_t packed, int threads) {
@@ -183,16 +196,16 @@ using ConvSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_
 
 Conv conv(const TokensArgs& x, const TokensArgs& out, const NormArgs& args, const ConvSizes& sizes) {
   const auto& [batch, length, in_channels, out_channels, taps, dilation, is_bf16, threads] = sizes;
-  return {tokens(x),   tokens(out),  {},   nullptr,  {},      nullptr, norm(args), batch, length,
-          in_channels, out_channels, taps, dilation, is_bf16, threads};
+  return {tokens(x), tokens(out), {},           nullptr, {},       {},      norm(args), batch,
+          length,    in_channels, out_channels, taps,    dilation, is_bf16, threads};
 }
 
 void conv_forward(const TokensArgs& x, const TokensArgs& out, const TokensArgs& residual, uintptr_t packed,
-                  uintptr_t bias, const NormArgs& args, const ConvSizes& sizes) {
+                  const ParameterArgs& bias, const NormArgs& args, const ConvSizes& sizes) {
   Conv p = conv(x, out, args, sizes);
   p.residual = tokens(residual);
   p.packed = reinterpret_cast<void*>(packed);
-  p.bias = floats(bias);
+  p.bias = parameter(bias);
   py::gil_scoped_release release;
   active().conv_forward(p);
 }
@@ -219,8 +232,8 @@ void column_sums(const TokensArgs& t, int64_t batch, int64_t length, int64_t cha
   active().column_sums(tokens(t), batch, length, channels, is_bf16, floats(out), threads);
 }
 
-// A number that changes when the content does: a sum of words times odd multipliers. Up to 64 KB it sees every change; of
-// more it samples a thousand words evenly, which sees whatever changes a percent of them or more.
+// A number that changes when the content does: a sum of words times odd multipliers. Up to 64 KB it sees every change;
+// of more it samples a thousand words evenly, which sees whatever changes a percent of them or more.
 uint64_t fingerprint(uintptr_t pointer, int64_t bytes) {
   const char* data = reinterpret_cast<const char*>(pointer);
   const int64_t words = bytes / 8, step = words > 8192 ? words / 1024 | 1 : 1;  // odd, or it could meet a single tap

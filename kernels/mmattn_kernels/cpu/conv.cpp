@@ -2,8 +2,8 @@
 // Dilated convolution over [batch, position, channel] with its prologue and epilogue, as implicit matrix products:
 //   out[l, o] = bias[o] + residual[l, o] + sum over taps k: y[l + (k - K/2) * dilation, :] . weight[o, :, k],
 // y the prologue of x, zero outside the sequence. A block of output rows prepares the rows of y that its taps read
-// once, in a buffer of its thread, and every tap is a matrix product on that buffer (conv_plan.h). The gradient of y is the same
-// convolution with taps and channels swapped; that of the weight is, for each tap, the product of the
+// once, in a buffer of its thread, and every tap is a matrix product on that buffer (conv_plan.h). The gradient of y is
+// the same convolution with taps and channels swapped; that of the weight is, for each tap, the product of the
 // transposed output gradients with the same buffer.
 #include "conv.h"
 
@@ -18,16 +18,6 @@ namespace {
 
 constexpr int64_t kPanel = kTileVecs * kLanes;
 
-inline float to_float(float x) {
-  return x;
-}
-inline float to_float(bf16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
 // Weights are fp32 panels [panel of out channels][tap][in channel][kPanel].
 class FmaWeights {
  public:
@@ -40,6 +30,9 @@ class FmaWeights {
   }
 
  private:
+  static float to_float(float x) { return x; }
+  static float to_float(bf16 x) { return value({&x, 0, true}, 0, 0, 0.0f); }
+
   template <class W>
   static void pack(const ConvWeights& w, float* packed) {
     constexpr int64_t kChannels = 32;  // of a strip of the panel that stays in the first-level cache
@@ -80,6 +73,8 @@ class FmaConv {
     const int64_t panels = FmaWeights::panels(p.out_channels);
     const int64_t splits = channel_splits(blocks.size(), p.threads, panels);
     const Extent extent(blocks);
+    const PerChannel bias(1, p.out_channels, 1);
+    fill_bias(p, bias);
     const int64_t depths = (p.in_channels + kDepth - 1) / kDepth;
     const int64_t depth = round_up((p.in_channels + depths - 1) / depths, kLanes), stride = depth + kLanes;
     const int64_t columns = (panels + splits - 1) / splits * kPanel;
@@ -91,15 +86,16 @@ class FmaConv {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < static_cast<int64_t>(blocks.size()) * splits; ++i) {
         const int64_t split = i % splits;
-        run(p, weights, coefficients, blocks[i / splits], panels * split / splits, panels * (split + 1) / splits, depth, own,
-            own + buffer);
+        run(p, weights, bias.at(0, 0), coefficients, blocks[i / splits], panels * split / splits,
+            panels * (split + 1) / splits, depth, own, own + buffer);
       }
     }
   }
 
  private:
-  static void run(const Conv& p, const float* packed, const Coefficients& coefficients, const Block& block,
-                  int64_t panel_begin, int64_t panel_end, int64_t depth, float* buffer, float* sums) {
+  static void run(const Conv& p, const float* packed, const float* bias, const Coefficients& coefficients,
+                  const Block& block, int64_t panel_begin, int64_t panel_end, int64_t depth, float* buffer,
+                  float* sums) {
     const int64_t stride = depth + kLanes, columns = (panel_end - panel_begin) * kPanel, middle = block.taps / 2;
     for (int64_t c = 0; c < p.in_channels; c += depth) {
       const int64_t end = std::min(p.in_channels, c + depth);
@@ -111,9 +107,12 @@ class FmaConv {
           const auto [lo, hi] = k == middle ? std::pair<int64_t, int64_t>{0, block.rows} : block.readers(k);
           if (lo == hi) continue;
           const float* weights = packed + ((panel * block.taps + k) * p.in_channels + c) * kPanel;
-          const Gemm g{hi - lo, vecs,  end - c, buffer + (lo + k * block.step) * stride,
-                       stride,  1,     weights, kLanes,
-                       kPanel,  sums + lo * columns + (panel - panel_begin) * kPanel, columns};
+          const Gemm g{hi - lo, vecs,
+                       end - c, buffer + (lo + k * block.step) * stride,
+                       stride,  1,
+                       weights, kLanes,
+                       kPanel,  sums + lo * columns + (panel - panel_begin) * kPanel,
+                       columns};
           c == 0 && j == 0 ? gemm<Init::zero>(g) : gemm<Init::add>(g);
         }
       }
@@ -125,8 +124,7 @@ class FmaConv {
         T* out = row<T>(p.out, block.batch, position);
         const T* residual = p.residual.data ? row<T>(p.residual, block.batch, position) : nullptr;
         for (int64_t o = first; o < last; o += kLanes) {
-          Vec value = load(sums + r * columns + o - first);
-          if (p.bias) value += load_lanes(p.bias + o, last - o);
+          Vec value = load(sums + r * columns + o - first) + load(bias + o);
           if (residual) value += load_lanes(residual + o, last - o);
           store_lanes(out + o, value, last - o);
         }
@@ -135,8 +133,8 @@ class FmaConv {
 };
 
 // Of the weight. A thread sums over the blocks of its team, for its range of out channels, into [tap][out][in]; teams
-// share the blocks where the sums are small, members share the channels where they are large. Last, the teams' sums are added in
-// their order.
+// share the blocks where the sums are small, members share the channels where they are large. Last, the teams' sums are
+// added in their order.
 template <class T>
 class WeightGradient {
  public:
@@ -201,7 +199,8 @@ class WeightGradient {
         per_thread_(rows_ + packed_ + 16) {}
 
   static constexpr int64_t kTileFloats = sizeof(T) == 2 ? 256 : 768;  // of 16 x 32 numbers in all their parts
-  static constexpr int64_t kInGroup = 64;  // in channels packed at a time, to be read from the cache by all out channels
+  static constexpr int64_t kInGroup =
+      64;  // in channels packed at a time, to be read from the cache by all out channels
 
   static void prepare_from_stats(const Conv& p, const Coefficients& to) {
     struct Group {
@@ -251,9 +250,8 @@ class WeightGradient {
       for (int64_t at = 0; at < p_.in_channels; at += kInGroup) {
         const int64_t group = std::min(kInGroup, p_.in_channels - at);
         for (int64_t c = lo / 32; c < hi / 32; ++c)
-          pack_depth_tiles<kP, false>(right, c, group, [&](int64_t i) {
-            return rows + (c * 32 + i + k * block.step) * row_stride_ + at;
-          });
+          pack_depth_tiles<kP, false>(
+              right, c, group, [&](int64_t i) { return rows + (c * 32 + i + k * block.step) * row_stride_ + at; });
         tile_gemm<kP>(out_blocks, 0, (group + 15) / 16, (hi - lo) / 32, a, b, to + at, in_padded_, !is_first);
       }
     }
@@ -275,8 +273,17 @@ class WeightGradient {
         if (is_first) std::memset(to, 0, (end - first) * in_padded_ * sizeof(float));
         continue;
       }
-      const Gemm g{count,  vecs,        hi - lo, gradients + lo * stride, 1, stride, rows + (lo + k * block.step) * row_stride_,
-                   kLanes, row_stride_, to,      in_padded_};
+      const Gemm g{count,
+                   vecs,
+                   hi - lo,
+                   gradients + lo * stride,
+                   1,
+                   stride,
+                   rows + (lo + k * block.step) * row_stride_,
+                   kLanes,
+                   row_stride_,
+                   to,
+                   in_padded_};
       is_first ? gemm<Init::zero>(g) : gemm<Init::add>(g);
     }
 #endif
@@ -284,7 +291,9 @@ class WeightGradient {
 
   // The teams' sums of one out channel, added in their order, from [tap][in] to [in][tap].
   void write(int64_t o, float* sums, int64_t sums_of_all, int64_t teams, int64_t out_rows) const {
-    const auto row_of = [&](int64_t k, int64_t team) { return sums + team * sums_of_all + (k * out_rows + o) * in_padded_; };
+    const auto row_of = [&](int64_t k, int64_t team) {
+      return sums + team * sums_of_all + (k * out_rows + o) * in_padded_;
+    };
     for (int64_t k = 0; k < p_.taps; ++k)
       for (int64_t team = 1; team < teams; ++team)
         for (int64_t c = 0; c < p_.in_channels; c += kLanes)

@@ -20,8 +20,8 @@ struct Conv {
   Tokens x, out, residual;  // residual may be null; `out` is the gradient of the output in conv_weight_gradient
   const void* packed;       // null: the weights are packed on the way, for this call alone
   ConvWeights weights;      // where they are not packed
-  const float* bias;  // null or [out_channels]
-  Norm norm;          // of the prologue
+  Parameter bias;           // null or [out_channels]
+  Norm norm;                // of the prologue
   int64_t batch, length, in_channels, out_channels, taps, dilation;
   bool is_bf16;
   int threads;

@@ -2,7 +2,7 @@
 """Dilated convolution on the CPU: hands tensors to `conv.cpp` as pointers, sizes and strides.
 
 The same two functions as `mmattn_kernels.triton.conv`. Inputs [B, L, C], any strides with C contiguous, fp32 or bf16;
-parameters of any float dtype; outputs contiguous.
+parameters in either; outputs contiguous.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from mmattn_kernels.cpu import extension
 from mmattn_kernels.cpu import norm as norm_kernels
-from mmattn_kernels.cpu.norm import norm_arguments, single, tokens
+from mmattn_kernels.cpu.norm import norm_arguments, parameter, readable, tokens
 
 # Packed copies of weights, dropped with the weights: owner of the memory -> view and packing -> (state, packed).
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -38,7 +38,7 @@ def forward(
     out = torch.empty((batch, length, weight.shape[0]), dtype=x.dtype)
     stats = torch.empty((batch, groups, 2), dtype=torch.float32)
     if batch:
-        parameters = single(norm_weight, norm_bias, scale, shift)
+        parameters = readable(norm_weight, norm_bias, scale, shift)
         norm = norm_arguments(parameters, stats, groups, silu, eps)
         _convolve(x, out, residual, _packed_weight(weight, x.dtype == torch.bfloat16), bias, norm, weight.shape, dilation)
     return out, stats
@@ -74,16 +74,16 @@ def backward(
         return d_x, d_weight.zero_(), d_bias.zero_(), sums
     sizes = (batch, length, in_channels, out_channels, taps, int(dilation), is_bf16, threads)
     if need_x:
-        readable, (pointer, kind, out_stride, in_stride, tap_stride, *_) = _weight_arguments(weight)
+        kept, (pointer, kind, out_stride, in_stride, tap_stride, *_) = _weight_arguments(weight)
         # The gradient of y is the convolution with channels swapped and taps in reverse.
-        last_tap = pointer + (taps - 1) * tap_stride * readable.element_size()
+        last_tap = pointer + (taps - 1) * tap_stride * kept.element_size()
         reverse = (last_tap, kind, in_stride, out_stride, -tap_stride, in_channels, out_channels, taps)
         swapped = (batch, length, out_channels, in_channels, *sizes[4:])
         extension().conv_input_gradient(tokens(d_out), tokens(d_x), reverse, swapped)
         if has_prologue:
             d_x, sums = norm_kernels.backward(d_x, x, *prologue, stats, groups=groups, silu=silu, in_place=True)
     if need_weight:
-        parameters = single(*prologue)
+        parameters = readable(*prologue)
         norm = norm_arguments(parameters, stats, groups, silu, 0.0)
         extension().conv_weight_gradient(tokens(x), tokens(d_out), d_weight.data_ptr(), norm, sizes)
     if need_bias:
@@ -92,7 +92,7 @@ def backward(
 
 
 def _convolve(x, out, residual, packed, bias, norm, weight_shape, dilation) -> None:
-    (bias,) = single(bias)
+    (bias,) = readable(bias)
     out_channels, in_channels, taps = weight_shape
     sizes = (*x.shape[:2], in_channels, out_channels, taps, int(dilation), x.dtype == torch.bfloat16)
     extension().conv_forward(
@@ -100,7 +100,7 @@ def _convolve(x, out, residual, packed, bias, norm, weight_shape, dilation) -> N
         tokens(out),
         tokens(residual),
         packed.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
+        parameter(bias),
         norm,
         (*sizes, torch.get_num_threads()),
     )

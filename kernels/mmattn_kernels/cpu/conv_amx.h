@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The convolution on AMX tiles. The rows of a block are packed after the prologue as [chunk of 32 channels][part][row] of
-// 64 bytes, so the 16 rows of a tile may begin at any row, and each tap is the same buffer read from another row.
+// The convolution on AMX tiles. The rows of a block are packed after the prologue as [chunk of 32 channels][part][row]
+// of 64 bytes, so the 16 rows of a tile may begin at any row, and each tap is the same buffer read from another row.
 // Weights are packed as [32 out channels][tap][chunk][part][2] tiles, the order in which a product reads them.
 #pragma once
 
@@ -10,8 +10,8 @@
 namespace mmattn::MMATTN_ISA {
 namespace {
 
-// Of weights. bf16 words are pairs of neighbouring channels, fp32 words pairs (i, i + 16) of a chunk: what costs least to
-// pack of x.
+// Of weights. bf16 words are pairs of neighbouring channels, fp32 words pairs (i, i + 16) of a chunk: what costs least
+// to pack of x.
 template <int Parts>
 inline void channel_words(Vec low, Vec high, __m512i (&word)[Parts]) {
   if constexpr (Parts == 1)
@@ -25,7 +25,8 @@ class AmxConv {
  public:
   static constexpr int kP = kParts<T>;
   static constexpr int64_t kPairBytes = 2 * kTileBytes, kChunkBytes = kP * kPairBytes;
-  static constexpr int64_t kBufferBytes = 704 << 10;   // packed rows of a block: they and a panel of weights share the L2
+  static constexpr int64_t kBufferBytes = 704
+                                          << 10;  // packed rows of a block: they and a panel of weights share the L2
   static constexpr int64_t kPanelBytes = kP == 1 ? 28 << 10 : 1 << 30;  // weights that stay in the L1 for all rows
   static constexpr int64_t kMostRows = 448;
 
@@ -40,7 +41,8 @@ class AmxConv {
     for (int64_t pair = 0; pair < pairs; ++pair)
       for (int64_t chunk = 0; chunk < in_chunks; ++chunk)
         for (int64_t k = 0; k < w.taps; ++k)
-          pack_chunk(w, pair, chunk, k, static_cast<char*>(packed) + ((pair * w.taps + k) * in_chunks + chunk) * kChunkBytes);
+          pack_chunk(w, pair, chunk, k,
+                     static_cast<char*>(packed) + ((pair * w.taps + k) * in_chunks + chunk) * kChunkBytes);
   }
 
   static void forward(const Conv& p) {
@@ -60,8 +62,7 @@ class AmxConv {
     const int64_t columns = (pairs + splits - 1) / splits * 32;
     const int64_t sums = extent.rows * (depths > 1 ? columns : 32);
     const PerChannel bias(1, pairs * 32, 1);
-    std::memset(bias.at(0, 0), 0, bias.padded() * sizeof(float));
-    if (p.bias) std::memcpy(bias.at(0, 0), p.bias, p.out_channels * sizeof(float));
+    fill_bias(p, bias);
     const int64_t buffer = (extent.buffer_rows | 1) * 16 * kP * depth;
     const int64_t most_chunks = std::min(depth, panel_chunks(p.taps));
     const int64_t panel = p.packed || pack_first ? 0 : p.taps * most_chunks * kChunkBytes / 4;
@@ -123,8 +124,9 @@ class AmxConv {
       } else {  // the aligned words that hold the halves, which never reach into another page
         const uintptr_t address = reinterpret_cast<uintptr_t>(p);
         const __m512i bytes = _mm512_add_epi32(offset, _mm512_set1_epi32(address & 2));
-        const __m512i word = _mm512_mask_i32gather_epi32(
-            __m512i{}, mask, _mm512_and_si512(bytes, _mm512_set1_epi32(~3)), reinterpret_cast<void*>(address & ~uintptr_t{3}), 1);
+        const __m512i word =
+            _mm512_mask_i32gather_epi32(__m512i{}, mask, _mm512_and_si512(bytes, _mm512_set1_epi32(~3)),
+                                        reinterpret_cast<void*>(address & ~uintptr_t{3}), 1);
         const __mmask16 high = _mm512_test_epi32_mask(bytes, _mm512_set1_epi32(2));
         const __m512i low_half = _mm512_slli_epi32(word, 16);
         return (Vec)_mm512_mask_and_epi32(low_half, high, word, _mm512_set1_epi32(0xffff0000));
@@ -157,7 +159,8 @@ class AmxConv {
   }
 
   // The panel of weights of 32 out channels and a few chunks stays in the L1 while all rows pass it; what the chunks
-  // before have summed waits in `sums_`, for one pair of tiles, or for all where the packed rows come in several depths.
+  // before have summed waits in `sums_`, for one pair of tiles, or for all where the packed rows come in several
+  // depths.
   void run(const Block& block, int64_t pair_begin, int64_t pair_end) const {
     const bool whole = depth_ == in_chunks_;
     const int64_t columns = whole ? 32 : (pair_end - pair_begin) * 32;
@@ -169,9 +172,14 @@ class AmxConv {
         const bool wide = pair * 32 + 16 < p_.out_channels;
         float* sums = sums_ + (whole ? 0 : (pair - pair_begin) * 32);
         for (int64_t panel = 0; panel < panels; ++panel) {
-          const int64_t chunk = first + (end - first) * panel / panels, next = first + (end - first) * (panel + 1) / panels;
-          const Panel at{weights_of(block, pair, chunk, next), (weights_ ? in_chunks_ : next - chunk) * kChunkBytes, pair,
-                         first, chunk, next};
+          const int64_t chunk = first + (end - first) * panel / panels,
+                        next = first + (end - first) * (panel + 1) / panels;
+          const Panel at{weights_of(block, pair, chunk, next),
+                         (weights_ ? in_chunks_ : next - chunk) * kChunkBytes,
+                         pair,
+                         first,
+                         chunk,
+                         next};
           for (int64_t i = 0; i < block.rows; i += kRowUnit) {
             const int64_t live = block.live(i);
             if (live == 0) continue;
@@ -202,7 +210,9 @@ class AmxConv {
     return to;
   }
 
-  int64_t part_bytes(const Block& block) const { return (block.buffer_rows() | 1) * 64; }  // odd: no two in one cache set
+  int64_t part_bytes(const Block& block) const {
+    return (block.buffer_rows() | 1) * 64;
+  }  // odd: no two in one cache set
 
   template <int M, int N>
   void product(const Block& block, int64_t i, int64_t live, const Panel& at, float* sums, int64_t columns) const {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
 // How a dilated convolution is cut into blocks of output rows, and which rows of its input a block reads.
 //
-// A block holds the input rows of all its taps in one buffer, where tap k of output row i is row i + k * step. For a small
-// dilation the rows are consecutive positions and step is the dilation: neighbouring outputs share their taps, and
-// only a margin is read twice. For a large one they are runs of positions a dilation apart, and step is the length of a run:
-// the taps of a run are its neighbouring runs, so nothing is read twice however far the taps reach.
+// A block holds the input rows of all its taps in one buffer, where tap k of output row i is row i + k * step. For a
+// small dilation the rows are consecutive positions and step is the dilation: neighbouring outputs share their taps,
+// and only a margin is read twice. For a large one they are runs of positions a dilation apart, and step is the length
+// of a run: the taps of a run are its neighbouring runs, so nothing is read twice however far the taps reach.
 #pragma once
 
 #include <numeric>
@@ -76,7 +76,8 @@ inline std::vector<Block> cut(const Conv& p, int64_t most) {
       for (int64_t g = 0; g < groups; ++g)
         for (int64_t r = 0; r < span; r += run) {
           const int64_t first = runs * g / groups, count = runs * (g + 1) / groups - first;
-          blocks.push_back({b, first * dilation + r, count * run, run, std::min(run, span - r), run, length, taps, dilation});
+          blocks.push_back(
+              {b, first * dilation + r, count * run, run, std::min(run, span - r), run, length, taps, dilation});
         }
     return blocks;
   }
@@ -104,7 +105,12 @@ struct Extent {
   }
 };
 
-// Into how many ranges of output channels each of `blocks` blocks is split, so that no thread waits long for the others.
+inline void fill_bias(const Conv& p, const PerChannel& to) {
+  for (int64_t o = 0; o < to.padded(); ++o) to.at(0, 0)[o] = o < p.out_channels ? value(p.bias, 0, o, 0.0f) : 0.0f;
+}
+
+// Into how many ranges of output channels each of `blocks` blocks is split, so that no thread waits long for the
+// others.
 inline int64_t channel_splits(int64_t blocks, int64_t threads, int64_t most) {
   if (blocks >= 4 * threads) return 1;
   return std::clamp<int64_t>(threads / std::gcd(blocks, threads), 1, most);

@@ -34,8 +34,8 @@ inline int thread_count() {
 #endif
 }
 
-// Uninitialised floats that begin on a cache line. The memory of a few that are gone is kept for those of the next calls:
-// fresh from the system, every page would cost a fault again, together as much as the work done in them.
+// Uninitialised floats that begin on a cache line. The memory of a few that are gone is kept for those of the next
+// calls: fresh from the system, every page would cost a fault again, together as much as the work done in them.
 class Buffer {
  public:
   explicit Buffer(int64_t n) {
@@ -47,7 +47,8 @@ class Buffer {
   }
   ~Buffer() {
     Block* left = block_;
-    if (left->bytes <= kMostKept) left = exchange([&](Block* kept) { return !kept || kept->bytes < left->bytes; }, left);
+    if (left->bytes <= kMostKept)
+      left = exchange([&](Block* kept) { return !kept || kept->bytes < left->bytes; }, left);
     if (left) ::operator delete(left, std::align_val_t{kLine});
   }
   Buffer(const Buffer&) = delete;

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT
 // Group normalisation with FiLM and SiLU, forward and backward, over [batch, position, channel]:
 //   y = activate((h * weight + bias) * (1 + scale) + shift),  h = (x - mean) * rstd.
-// Forward reads x twice, once for the moments of its groups. Backward reads x and d_y twice: once for the sums of dz and
-// dz * h over the positions, from which all parameters' gradients follow, and once to write
-//   d_x = rstd * (gain * dz - S1 - h * S2),  gain = weight * (1 + scale),  S = means over the group of gain * (dz, dz * h).
+// Forward reads x twice, once for the moments of its groups. Backward reads x and d_y twice: once for the sums of dz
+// and dz * h over the positions, from which all parameters' gradients follow, and once to write
+//   d_x = rstd * (gain * dz - S1 - h * S2),  gain = weight * (1 + scale),  S = means over the group of gain * (dz, dz *
+//   h).
 #include "norm.h"
 
 #include "prologue.h"
@@ -62,7 +63,8 @@ void backward(const GroupNorm& p) {
   const Parts parts(p.length, p.channels);
   const int64_t padded = coefficients.padded(), count = p.batch * parts.count;
   const PerChannel partial(count, p.channels, 2);  // sums of dz and dz * (x - mean) over each part
-  const PerChannel steps(p.batch, p.channels, 2);  // constant and slope: d_x = factor * dz - constant - (x - mean) * slope
+  const PerChannel steps(p.batch, p.channels,
+                         2);  // constant and slope: d_x = factor * dz - constant - (x - mean) * slope
 #pragma omp parallel num_threads(p.threads)
   {
 #pragma omp for schedule(static)

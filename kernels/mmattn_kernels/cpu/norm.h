@@ -11,12 +11,18 @@ struct Tokens {  // [batch, position, channel], strides in elements, channels co
   int64_t batch, position;
 };
 
+struct Parameter {  // [channels], or [batch, channels] with a stride; float or bf16; null where absent
+  const void* data;
+  int64_t batch;
+  bool is_bf16;
+};
+
 // y = activation((h * weight + bias) * (1 + scale) + shift), h = (x - mean) / sqrt(variance + eps) of each group.
 struct Norm {
-  const float *weight, *bias;   // [channels], null without groups
-  const float *scale, *shift;   // [batch, channels], each may be null
-  float* stats;                 // [batch, groups, 2]: mean, 1 / sqrt(variance + eps)
-  int64_t groups;               // 0: h = x
+  Parameter weight, bias;  // [channels], null without groups
+  Parameter scale, shift;  // [batch, channels], each may be null
+  float* stats;            // [batch, groups, 2]: mean, 1 / sqrt(variance + eps)
+  int64_t groups;          // 0: h = x
   float eps;
   bool silu;
 };

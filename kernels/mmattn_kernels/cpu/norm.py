@@ -2,7 +2,7 @@
 """Group normalisation on the CPU: hands tensors to `norm.cpp` as pointers, sizes and strides.
 
 The same two functions as `mmattn_kernels.triton.norm`. Inputs [B, L, C], any strides with C contiguous, fp32 or bf16;
-parameters of any float dtype; outputs contiguous.
+parameters in either; outputs contiguous.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def forward(
     out = torch.empty(x.shape, dtype=x.dtype)
     stats = torch.empty((x.shape[0], groups, 2), dtype=torch.float32)
     if x.numel():
-        parameters = single(weight, bias, scale, shift)
+        parameters = readable(weight, bias, scale, shift)
         sizes = (*x.shape, x.dtype == torch.bfloat16, torch.get_num_threads())
         extension().group_norm_forward(
             tokens(x), tokens(out), norm_arguments(parameters, stats, groups, silu, eps), *sizes
@@ -54,24 +54,26 @@ def backward(
     d_x = d_out if in_place else torch.empty(x.shape, dtype=x.dtype)
     sums = torch.zeros((x.shape[0], x.shape[2], 2), dtype=torch.float32)
     if x.numel():
-        parameters = single(weight, bias, scale, shift)
+        parameters = readable(weight, bias, scale, shift)
         sizes = (*x.shape, x.dtype == torch.bfloat16, torch.get_num_threads())
         norm = norm_arguments(parameters, stats, groups, silu, 0.0)
         extension().group_norm_backward(tokens(x), tokens(d_out), tokens(d_x), norm, sums.data_ptr(), *sizes)
     return d_x, sums
 
 
-def single(*parameters: Tensor | None) -> list[Tensor | None]:
-    """The parameters as the kernels read them: contiguous float32. Keep the list while a kernel runs."""
-    return [
-        p if p is None or (p.dtype == torch.float32 and p.is_contiguous()) else p.to(torch.float32).contiguous()
-        for p in parameters
-    ]
+def readable(*parameters: Tensor | None) -> list[Tensor | None]:
+    """The parameters with their channels contiguous. Keep the list while a kernel runs."""
+    return [p if p is None or p.stride(-1) == 1 else p.contiguous() for p in parameters]
+
+
+def parameter(p: Tensor | None) -> tuple[int, int, bool]:
+    if p is None:
+        return 0, 0, False
+    return p.data_ptr(), p.stride(0) if p.dim() == 2 else 0, p.dtype == torch.bfloat16
 
 
 def norm_arguments(parameters: list[Tensor | None], stats: Tensor, groups: int, silu: bool, eps: float) -> Any:
-    pointers = (0 if p is None else p.data_ptr() for p in parameters)
-    return *pointers, stats.data_ptr(), groups, eps, silu
+    return [parameter(p) for p in parameters], stats.data_ptr(), groups, eps, silu
 
 
 def tokens(x: Tensor | None) -> tuple[int, int, int]:

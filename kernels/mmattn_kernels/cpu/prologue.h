@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Statistics of groups, and normalisation, FiLM and activation as one map per channel:
 //   y = activate(z),  z = (x - mean) * factor + offset,  with a mean, a factor and an offset for each (batch, channel).
-// The positions are cut into parts of a fixed size, each with sums of its own, merged in their order: the result does not
-// depend on the number of threads.
+// The positions are cut into parts of a fixed size, each with sums of its own, merged in their order: the result does
+// not depend on the number of threads.
 #pragma once
 
 #include <cmath>
@@ -15,15 +15,26 @@
 namespace mmattn::MMATTN_ISA {
 namespace {
 
-constexpr int64_t kSliceRows = 32;              // positions summed in registers
-constexpr int64_t kSlicePairs = 4;               // pairs of vectors of channels whose sums stay there
-constexpr int64_t kPartElements = 1 << 16;      // of x in a part
+constexpr int64_t kSliceRows = 32;          // positions summed in registers
+constexpr int64_t kSlicePairs = 4;          // pairs of vectors of channels whose sums stay there
+constexpr int64_t kPartElements = 1 << 16;  // of x in a part
 template <class T>
 constexpr int kDegree = sizeof(T) == 2 ? 3 : 5;  // of the exponential's polynomial
 
 template <class T>
 T* row(const Tokens& t, int64_t batch, int64_t position) {
   return static_cast<T*>(t.data) + batch * t.batch + position * t.position;
+}
+
+// One number of a parameter, or `missing` without one.
+inline float value(const Parameter& p, int64_t batch, int64_t c, float missing) {
+  if (!p.data) return missing;
+  const int64_t at = batch * p.batch + c;
+  if (!p.is_bf16) return static_cast<const float*>(p.data)[at];
+  const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(p.data)[at]) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
 }
 
 struct Parts {
@@ -124,9 +135,9 @@ void add_slice(const T* x, int64_t position, int64_t rows, int64_t channels, con
   }
 }
 
-// Moments of each group over positions [begin, end). The sums are of x - pivot, the pivot of a channel being its first value
-// here: as one of the values it is about as far from the mean as they are, so no digits are lost however far that is
-// from zero. `channel` holds three floats a channel, padded to whole pairs of vectors.
+// Moments of each group over positions [begin, end). The sums are of x - pivot, the pivot of a channel being its first
+// value here: as one of the values it is about as far from the mean as they are, so no digits are lost however far that
+// is from zero. `channel` holds three floats a channel, padded to whole pairs of vectors.
 template <class T>
 void part_moments(const Tokens& x, int64_t batch, int64_t begin, int64_t end, int64_t channels, int64_t groups,
                   float* channel, Moments* out) {
@@ -203,11 +214,10 @@ inline void set_coefficients(const Norm& norm, const Coefficients& to, int64_t b
       continue;
     }
     const GroupStats s = stats ? stats[c / size] : GroupStats{};
-    const float gain = norm.scale ? 1.0f + norm.scale[batch * channels + c] : 1.0f;
-    const float weight = norm.weight ? norm.weight[c] : 1.0f, bias = norm.bias ? norm.bias[c] : 0.0f;
+    const float gain = 1.0f + value(norm.scale, batch, c, 0.0f);
     mean = s.mean;
-    factor = s.rstd * weight * gain;
-    offset = bias * gain + (norm.shift ? norm.shift[batch * channels + c] : 0.0f) - s.remainder * factor;
+    factor = s.rstd * value(norm.weight, 0, c, 1.0f) * gain;
+    offset = value(norm.bias, 0, c, 0.0f) * gain + value(norm.shift, batch, c, 0.0f) - s.remainder * factor;
   }
 }
 
@@ -276,13 +286,14 @@ enum class Prologue { none, affine, silu };
 
 inline Prologue prologue_of(const Norm& norm) {
   if (norm.silu) return Prologue::silu;
-  return norm.groups || norm.scale || norm.shift ? Prologue::affine : Prologue::none;
+  return norm.groups || norm.scale.data || norm.shift.data ? Prologue::affine : Prologue::none;
 }
 
 // One batch's coefficients, as pointers that a loop keeps in registers, and those of one vector of channels.
 struct Maps {
   const float *mean, *factor, *offset;
-  Maps(const Coefficients& of, int64_t batch) : mean(of.mean(batch)), factor(of.factor(batch)), offset(of.offset(batch)) {}
+  Maps(const Coefficients& of, int64_t batch)
+      : mean(of.mean(batch)), factor(of.factor(batch)), offset(of.offset(batch)) {}
 };
 struct Map {
   Vec mean, factor, offset;
