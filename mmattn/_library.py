@@ -27,7 +27,7 @@ def kernels(op: str, impl: str, like: Tensor) -> Any:
 def unwatched(*tensors: Tensor | None) -> bool:
     """Whether nobody looks at a call on these tensors: no gradient, trace, mode, transform or profiler.
 
-    Its kernels may then be called without the dispatcher, on whose way through Python a small call spends half its time.
+    Its kernels may then be called without the dispatcher, in which a small call spends half its time.
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False

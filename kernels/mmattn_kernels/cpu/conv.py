@@ -40,7 +40,8 @@ def forward(
     if batch:
         parameters = readable(norm_weight, norm_bias, scale, shift)
         norm = norm_arguments(parameters, stats, groups, silu, eps)
-        _convolve(x, out, residual, _packed_weight(weight, x.dtype == torch.bfloat16), bias, norm, weight.shape, dilation)
+        packed = _packed_weight(weight, x.dtype == torch.bfloat16)
+        _convolve(x, out, residual, packed, bias, norm, weight.shape, dilation)
     return out, stats
 
 
@@ -127,7 +128,7 @@ def _fingerprint(weight: Tensor) -> int:
 
 
 def _pack(weight: Tensor, is_bf16: bool) -> Tensor:
-    """The weight [Cout, Cin, K] in the order in which the kernels of the instruction set read it, aligned to 64 bytes."""
+    """The weight [Cout, Cin, K] in the order in which the kernels of the instruction set read it, on a cache line."""
     size = extension().conv_packed_bytes(*weight.shape, is_bf16)
     packed = torch.empty(size + 64, dtype=torch.uint8)
     packed = packed[-packed.data_ptr() % 64 :][:size]

@@ -82,7 +82,9 @@ inline std::vector<Block> cut(const Conv& p, int64_t most) {
     return blocks;
   }
   int64_t count = (length + most - 1) / most;
-  if (count >= p.threads || length >= 256 * p.threads) count = round_up(count * p.batch, p.threads) / p.batch;
+  // Weights still to be packed are packed by whoever reads them: in a single block, each once.
+  if (count >= p.threads || (p.packed && length >= 192 * p.threads))
+    count = round_up(count * p.batch, p.threads) / p.batch;
   const int64_t units = (length + kRowUnit - 1) / kRowUnit;
   count = std::min(count, units);
   for (int64_t b = 0; b < p.batch; ++b)
