@@ -232,7 +232,7 @@ def _backward(d_out: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Ten
     norm_op.check_like("d_out", d_out, (*x.shape[:2], weight.shape[0]), x.dtype, x)
     norm_op.check_like("stats", stats, (x.shape[0], groups, 2), torch.float32, x)
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
-    return kernels("conv", impl, x).backward(
+    d_x, d_weight, d_bias, sums = kernels("conv", impl, x).backward(
         d_out,
         x,
         weight,
@@ -248,6 +248,7 @@ def _backward(d_out: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Ten
         need_weight=need_weight,
         need_bias=need_bias,
     )
+    return d_x, d_weight.to(weight.dtype), d_bias, sums
 
 
 @torch.library.register_fake(_OP)
@@ -264,7 +265,7 @@ def _fake_backward(d_out: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tupl
     sums = (x.shape[0], x.shape[2], 2) if need_x and has_prologue else (0,)
     return (
         x.new_empty(x.shape if need_x else (0,)),
-        x.new_empty(weight.shape if need_weight else (0,), dtype=torch.float32),
+        weight.new_empty(weight.shape if need_weight else (0,)),
         x.new_empty(weight.shape[:1] if need_bias else (0,), dtype=torch.float32),
         x.new_empty(sums, dtype=torch.float32),
     )
@@ -296,7 +297,7 @@ class _DilatedConv1d(torch.autograd.Function):
         return (
             None,
             d_x if need[0] else None,
-            d_weight.to(weight.dtype) if need_weight else None,
+            d_weight if need_weight else None,
             d_bias.to(ctx.bias_dtype) if need_bias else None,
             *d_prologue,
             d_out if need[7] else None,

@@ -218,10 +218,11 @@ void conv_input_gradient(const TokensArgs& d_out, const TokensArgs& d_y, const W
   active().conv_forward(p);
 }
 
-void conv_weight_gradient(const TokensArgs& x, const TokensArgs& d_out, uintptr_t d_weight, const NormArgs& args,
-                          const ConvSizes& sizes) {
+void conv_weight_gradient(const TokensArgs& x, const TokensArgs& d_out, uintptr_t d_weight, bool d_weight_is_bf16,
+                          const NormArgs& args, const ConvSizes& sizes) {
   Conv p = conv(x, d_out, args, sizes);
-  p.d_weight = floats(d_weight);
+  p.d_weight = reinterpret_cast<void*>(d_weight);
+  p.d_weight_is_bf16 = d_weight_is_bf16;
   py::gil_scoped_release release;
   active().conv_weight_gradient(p);
 }

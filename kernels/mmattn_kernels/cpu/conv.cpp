@@ -151,7 +151,7 @@ class WeightGradient {
 
   static void run(const Conv& p) {
     const Coefficients coefficients(p.batch, p.in_channels);
-    prepare_from_stats(p, coefficients);
+    set_coefficients_from_stats(p.norm, coefficients, p.batch, p.in_channels);
     const std::vector<Block> blocks = cut(p, kMostRows);
     const Extent extent(blocks);
     const int64_t units = (p.out_channels + 31) / 32, count = blocks.size();
@@ -177,7 +177,7 @@ class WeightGradient {
           shape.add_block(blocks[b], first, end, b == count * team / teams, own, own_sums);
       }
 #pragma omp for schedule(static)
-      for (int64_t o = 0; o < p.out_channels; ++o) shape.write(o, sums.data(), sums_of_all, teams, units * 32);
+      for (int64_t o = 0; o < p.out_channels; ++o) shape.write(o, sums.data(), sums_of_all, teams, units * 32, own);
     }
   }
 
@@ -196,25 +196,11 @@ class WeightGradient {
         rows_(round_up(extent.buffer_rows * row_stride_ * sizeof(Row) / sizeof(float) + 16, 16)),
         packed_(kAmx ? (columns + kInGroup) / 16 * (extent.rows / 32 * kTileFloats + 16) + 16
                      : extent.rows * (columns + kLanes)),
-        per_thread_(rows_ + packed_ + 16) {}
+        per_thread_(std::max(rows_ + packed_, round_up(p.in_channels * p.taps, 16)) + 16) {}
 
   static constexpr int64_t kTileFloats = sizeof(T) == 2 ? 256 : 768;  // of 16 x 32 numbers in all their parts
   static constexpr int64_t kInGroup =
       64;  // in channels packed at a time, to be read from the cache by all out channels
-
-  static void prepare_from_stats(const Conv& p, const Coefficients& to) {
-    struct Group {
-      GroupStats stats;
-    };
-    std::vector<Group> groups(p.norm.groups + 1);
-    for (int64_t b = 0; b < p.batch; ++b) {
-      for (int64_t g = 0; g < p.norm.groups; ++g) {
-        const float* s = p.norm.stats + (b * p.norm.groups + g) * 2;
-        groups[g].stats = {s[0], s[1], 0};
-      }
-      set_coefficients(p.norm, to, b, p.in_channels, p.norm.groups ? &groups[0].stats : nullptr);
-    }
-  }
 
   // The output gradient of a row of the block; null where there is none.
   const T* d_out(const Block& block, int64_t i) const {
@@ -290,26 +276,28 @@ class WeightGradient {
   }
 
   // The teams' sums of one out channel, added in their order, from [tap][in] to [in][tap].
-  void write(int64_t o, float* sums, int64_t sums_of_all, int64_t teams, int64_t out_rows) const {
+  void write(int64_t o, float* sums, int64_t sums_of_all, int64_t teams, int64_t out_rows, float* own) const {
+    const int64_t channels = p_.in_channels, taps = p_.taps, n = channels * taps;
     const auto row_of = [&](int64_t k, int64_t team) {
       return sums + team * sums_of_all + (k * out_rows + o) * in_padded_;
     };
-    for (int64_t k = 0; k < p_.taps; ++k)
+    for (int64_t k = 0; k < taps; ++k)
       for (int64_t team = 1; team < teams; ++team)
-        for (int64_t c = 0; c < p_.in_channels; c += kLanes)
+        for (int64_t c = 0; c < channels; c += kLanes)
           store(row_of(k, 0) + c, load(row_of(k, 0) + c) + load(row_of(k, team) + c));
-    float* to = p_.d_weight + o * p_.in_channels * p_.taps;
-    if (p_.taps == 3) {  // a loop the compiler turns into vectors
+    float* to = p_.d_weight_is_bf16 ? own : static_cast<float*>(p_.d_weight) + o * n;
+    if (taps == 3) {  // a loop the compiler turns into vectors
       const float *a = row_of(0, 0), *b = row_of(1, 0), *d = row_of(2, 0);
-      for (int64_t c = 0; c < p_.in_channels; ++c) {
+      for (int64_t c = 0; c < channels; ++c) {
         to[c * 3] = a[c];
         to[c * 3 + 1] = b[c];
         to[c * 3 + 2] = d[c];
       }
-      return;
+    } else {
+      for (int64_t k = 0; k < taps; ++k)
+        for (int64_t c = 0; c < channels; ++c) to[c * taps + k] = row_of(k, 0)[c];
     }
-    for (int64_t k = 0; k < p_.taps; ++k)
-      for (int64_t c = 0; c < p_.in_channels; ++c) to[c * p_.taps + k] = row_of(k, 0)[c];
+    if (p_.d_weight_is_bf16) store_row(static_cast<bf16*>(p_.d_weight) + o * n, own, n, 1.0f);
   }
 };
 

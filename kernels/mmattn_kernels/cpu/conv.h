@@ -25,7 +25,8 @@ struct Conv {
   int64_t batch, length, in_channels, out_channels, taps, dilation;
   bool is_bf16;
   int threads;
-  float* d_weight = nullptr;  // [out_channels, in_channels, taps]
+  void* d_weight = nullptr;  // [out_channels, in_channels, taps]
+  bool d_weight_is_bf16 = false;
 };
 
 #define MMATTN_DECLARE(isa)                                                                                \

@@ -68,7 +68,7 @@ def backward(
     prologue = (norm_weight, norm_bias, scale, shift)
     has_prologue = bool(groups) or silu or scale is not None or shift is not None
     d_x = torch.empty(x.shape if need_x else 0, dtype=x.dtype)
-    d_weight = torch.empty(weight.shape if need_weight else 0, dtype=torch.float32)
+    d_weight = torch.empty(weight.shape if need_weight else 0, dtype=weight.dtype)
     d_bias = torch.empty(out_channels if need_bias else 0, dtype=torch.float32)
     sums = torch.zeros((batch, in_channels, 2) if need_x and has_prologue else 0, dtype=torch.float32)
     if batch == 0:
@@ -86,7 +86,8 @@ def backward(
     if need_weight:
         parameters = readable(*prologue)
         norm = norm_arguments(parameters, stats, groups, silu, 0.0)
-        extension().conv_weight_gradient(tokens(x), tokens(d_out), d_weight.data_ptr(), norm, sizes)
+        is_half = weight.dtype == torch.bfloat16
+        extension().conv_weight_gradient(tokens(x), tokens(d_out), d_weight.data_ptr(), is_half, norm, sizes)
     if need_bias:
         extension().column_sums(tokens(d_out), batch, length, out_channels, is_bf16, d_bias.data_ptr(), threads)
     return d_x, d_weight, d_bias, sums

@@ -46,62 +46,61 @@ void forward(const GroupNorm& p) {
 template <class T, bool kSilu>
 void backward(const GroupNorm& p) {
   const Norm& norm = p.norm;
-  const Coefficients coefficients(p.batch, p.channels);
-  const int64_t groups = norm.groups, size = groups ? p.channels / groups : p.channels;
+  const Coefficients coefficients(p.batch, p.channels, kEvenAndOdd<T>);
+  const int64_t groups = norm.groups, channels = p.channels, size = groups ? channels / groups : channels;
   const auto rstd = [&](int64_t b, int64_t c) { return groups ? norm.stats[(b * groups + c / size) * 2 + 1] : 1.0f; };
-  for (int64_t b = 0; b < p.batch; ++b) {
-    struct Group {
-      GroupStats stats;
-    };
-    std::vector<Group> stats(groups + 1);
-    for (int64_t g = 0; g < groups; ++g) {
-      const float* s = norm.stats + (b * groups + g) * 2;
-      stats[g].stats = {s[0], s[1], 0};
-    }
-    set_coefficients(norm, coefficients, b, p.channels, groups ? &stats[0].stats : nullptr);
-  }
-  const Parts parts(p.length, p.channels);
+  set_coefficients_from_stats(norm, coefficients, p.batch, channels);
+  const Parts parts(p.length, channels);
   const int64_t padded = coefficients.padded(), count = p.batch * parts.count;
-  const PerChannel partial(count, p.channels, 2);  // sums of dz and dz * (x - mean) over each part
-  const PerChannel steps(p.batch, p.channels,
+  const PerChannel partial(count, channels, 2);  // sums of dz and dz * (x - mean) over each part
+  const PerChannel steps(p.batch, channels,
                          2);  // constant and slope: d_x = factor * dz - constant - (x - mean) * slope
 #pragma omp parallel num_threads(p.threads)
   {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t b = i / parts.count, part = i % parts.count;
-      const float *mean = coefficients.mean(b), *factor = coefficients.factor(b), *offset = coefficients.offset(b);
+      const int64_t b = i / parts.count, part = i % parts.count, x_step = p.x.position, d_out_step = p.d_out.position;
+      const Maps maps(coefficients, b);
       float *sums = partial.at(i, 0), *products = partial.at(i, 1);
       std::memset(sums, 0, padded * sizeof(float));
       std::memset(products, 0, padded * sizeof(float));
       for (int64_t first = parts.begin(part); first < parts.end(part); first += kSliceRows) {
         const int64_t rows = std::min(kSliceRows, parts.end(part) - first);
-        for (int64_t c = 0; c < p.channels; c += kLanes) {
-          const Vec m = load(mean + c), a = load(factor + c), o = load(offset + c);
+        for (int64_t c = 0; c < channels; c += 2 * kLanes) {
+          const Map map[2] = {Map(maps, c), Map(maps, c + kLanes)};
           const T *x = row<T>(p.x, b, first) + c, *d_out = row<T>(p.d_out, b, first) + c;
-          const int64_t n = p.channels - c, x_step = p.x.position, d_out_step = p.d_out.position;
-          Vec sum{}, product{};
+          const int64_t n = channels - c;
+          Vec sum[2] = {}, product[2] = {};
           for (int64_t r = 0; r < rows; ++r, x += x_step, d_out += d_out_step) {
-            const Vec centred = load_lanes(x, n) - m;
-            const Vec d_y = load_lanes(d_out, n);
-            const Vec d_z = activate_backward<kSilu>(centred * a + o, d_y);
-            sum += d_z;
-            product += d_z * centred;
+            const Pair values = load_pair(x, n), d_y = load_pair(d_out, n);
+            const auto add = [&](int half, Vec value, Vec d) {
+              const Vec centred = value - map[half].mean;
+              // In full precision: these sums are gradients of parameters, which may be of float.
+              const Vec d_z = activate_backward<kSilu, 5>(centred * map[half].factor + map[half].offset, d);
+              sum[half] += d_z;
+              product[half] += d_z * centred;
+            };
+            add(0, values.first, d_y.first);
+            add(1, values.second, d_y.second);
           }
-          store(sums + c, load(sums + c) + sum);
-          store(products + c, load(products + c) + product);
+          for (int half = 0; half < 2; ++half) {
+            float *s = sums + c + half * kLanes, *t = products + c + half * kLanes;
+            store(s, load(s) + sum[half]);
+            store(t, load(t) + product[half]);
+          }
         }
       }
     }
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < p.batch; ++b) {
-      float* sums = p.sums + b * p.channels * 2;
+      float* sums = p.sums + b * channels * 2;
       const float* factor = coefficients.factor(b);
-      for (int64_t c = 0; c < p.channels; ++c) {
+      for (int64_t c = 0; c < channels; ++c) {
+        const int64_t at = coefficients.place(c);
         double sum = 0, product = 0;
         for (int64_t part = 0; part < parts.count; ++part) {
-          sum += partial.at(b * parts.count + part, 0)[c];
-          product += partial.at(b * parts.count + part, 1)[c];
+          sum += partial.at(b * parts.count + part, 0)[at];
+          product += partial.at(b * parts.count + part, 1)[at];
         }
         sums[c * 2] = static_cast<float>(sum);
         sums[c * 2 + 1] = static_cast<float>(product * rstd(b, c));
@@ -112,27 +111,32 @@ void backward(const GroupNorm& p) {
       for (int64_t g = 0; g < groups; ++g) {
         double sum = 0, product = 0;  // factor is rstd * gain
         for (int64_t c = g * size; c < (g + 1) * size; ++c) {
-          sum += static_cast<double>(factor[c]) * sums[c * 2];
-          product += static_cast<double>(factor[c]) * sums[c * 2 + 1];
+          sum += static_cast<double>(factor[coefficients.place(c)]) * sums[c * 2];
+          product += static_cast<double>(factor[coefficients.place(c)]) * sums[c * 2 + 1];
         }
         for (int64_t c = g * size; c < (g + 1) * size; ++c) {
-          constant[c] = static_cast<float>(sum / (size * p.length));
-          slope[c] = static_cast<float>(product / (size * p.length) * rstd(b, c));
+          constant[coefficients.place(c)] = static_cast<float>(sum / (size * p.length));
+          slope[coefficients.place(c)] = static_cast<float>(product / (size * p.length) * rstd(b, c));
         }
       }
     }
     each_part_backwards(count, [&](int64_t i) {
-      const int64_t b = i / parts.count, part = i % parts.count, channels = p.channels;
-      const float *mean = coefficients.mean(b), *factor = coefficients.factor(b), *offset = coefficients.offset(b);
+      const int64_t b = i / parts.count, part = i % parts.count, n_channels = channels;
+      const Maps maps(coefficients, b);
       const float *constant = steps.at(b, 0), *slope = steps.at(b, 1);
       for (int64_t l = parts.begin(part); l < parts.end(part); ++l) {
         const T *x = row<T>(p.x, b, l), *d_out = row<T>(p.d_out, b, l);
         T* d_x = row<T>(p.d_x, b, l);
-        for (int64_t c = 0; c < channels; c += kLanes) {
-          const int64_t n = channels - c;
-          const Vec centred = load_lanes(x + c, n) - load(mean + c), a = load(factor + c);
-          const Vec d_z = activate_backward<kSilu>(centred * a + load(offset + c), load_lanes(d_out + c, n));
-          store_lanes(d_x + c, a * d_z - load(constant + c) - centred * load(slope + c), n);
+        for (int64_t c = 0; c < n_channels; c += 2 * kLanes) {
+          const int64_t n = n_channels - c;
+          const Pair values = load_pair(x + c, n), d_y = load_pair(d_out + c, n);
+          const auto step = [&](int64_t at, Vec value, Vec d) {
+            const Map map(maps, at);
+            const Vec centred = value - map.mean;
+            const Vec d_z = activate_backward<kSilu, kDegree<T>>(centred * map.factor + map.offset, d);
+            return map.factor * d_z - load(constant + at) - centred * load(slope + at);
+          };
+          store_pair(d_x + c, Pair{step(c, values.first, d_y.first), step(c + kLanes, values.second, d_y.second)}, n);
         }
       }
     });

@@ -221,6 +221,21 @@ inline void set_coefficients(const Norm& norm, const Coefficients& to, int64_t b
   }
 }
 
+// For backward: from the statistics that forward has written.
+inline void set_coefficients_from_stats(const Norm& norm, const Coefficients& to, int64_t batches, int64_t channels) {
+  struct Group {  // a type of this file, so that no other instruction set's build of the vector can be linked in
+    GroupStats stats;
+  };
+  std::vector<Group> groups(norm.groups + 1);
+  for (int64_t b = 0; b < batches; ++b) {
+    for (int64_t g = 0; g < norm.groups; ++g) {
+      const float* s = norm.stats + (b * norm.groups + g) * 2;
+      groups[g].stats = {s[0], s[1], 0};
+    }
+    set_coefficients(norm, to, b, channels, norm.groups ? &groups[0].stats : nullptr);
+  }
+}
+
 // Reads x once, writes norm.stats and the coefficients. Without groups there is nothing to read.
 template <class T>
 void prepare(const Norm& norm, const Tokens& x, int64_t batches, int64_t length, int64_t channels, int threads,
@@ -273,10 +288,10 @@ inline Vec activate(Vec z) {
 }
 
 // The derivative of the activation times `d_y`.
-template <bool kSilu>
+template <bool kSilu, int Degree>
 inline Vec activate_backward(Vec z, Vec d_y) {
   if constexpr (kSilu) {
-    const Vec s = sigmoid(z);
+    const Vec s = sigmoid<Degree>(z);
     return d_y * s * (1.0f + z * (1.0f - s));
   }
   return d_y;
