@@ -40,6 +40,7 @@ def dilated_conv1d(
     activation: str | None = None,
     residual: Tensor | None = None,
     eps: float = 1e-5,
+    overwrite_x: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Convolve over the positions, padded with zeros to the same length, with everything around it fused.
@@ -61,6 +62,8 @@ def dilated_conv1d(
         activation: None or "silu".
         residual: [B, L, Cout] in the dtype of x, Cout contiguous, added to the result; or None.
         eps: of the normalisation.
+        overwrite_x: x is of no more use, so the result may take its memory. It does on the CPU for a contiguous x,
+            K = 1 and Cout = Cin, where neither gradients nor a mode, trace, transform or profiler are in the way.
         impl: "auto", "reference", "triton" or "cpu". A named one runs or raises; "auto" picks
             (see `python -m mmattn.info`), and MMATTN_IMPL in the environment sets what it means.
 
@@ -99,8 +102,10 @@ def dilated_conv1d(
     tensors = (x, weight, bias, norm_weight, norm_bias, scale, shift, residual)
     silu, eps = activation == "silu", float(eps)
     if unwatched(*tensors):
-        kernel = kernels("conv", chosen, x).forward
-        return kernel(*tensors, groups=groups, dilation=dilation, silu=silu, eps=eps)[0]
+        options = {"groups": groups, "dilation": dilation, "silu": silu, "eps": eps}
+        if overwrite_x and chosen == "cpu" and weight.shape[::2] == (x.shape[2], 1) and x.is_contiguous():
+            options["out"] = x
+        return kernels("conv", chosen, x).forward(*tensors, **options)[0]
     return torch.ops.mmattn.dilated_conv1d(*tensors, groups, dilation, silu, eps, chosen)[0]
 
 

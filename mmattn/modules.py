@@ -342,6 +342,7 @@ class DilatedConvBlock(nn.Module):
             activation="silu",
             residual=residual,
             eps=self.norm2.eps,
+            overwrite_x=True,
         )
         return h.transpose(1, 2)
 

@@ -854,3 +854,38 @@ def test_a_named_impl_that_cannot_run_says_why(monkeypatch):
     monkeypatch.setenv("MMATTN_IMPL", "cpu")
     with pytest.raises(RuntimeError, match="impl 'cpu' cannot run conv"):
         convolve(Case(), tensors, "auto")
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_the_result_may_take_the_place_of_x(isa, dtype, instruction_set):
+    """With more channels than one depth or range of out channels holds, and few positions for the threads."""
+    instruction_set(isa)
+    for batch, length, channels in ((1, 400, 512), (2, 70, 48), (1, 33, 1100)):
+        generator = torch.Generator().manual_seed(length)
+        x, residual = torch.randn(2, batch, length, channels, generator=generator).to(dtype)
+        weight = (torch.randn(channels, channels, 1, generator=generator) / channels**0.5).to(dtype)
+        bias = torch.randn(channels, generator=generator).to(dtype)
+        options = {"norm": (bias, bias, 4), "activation": "silu", "residual": residual, "impl": "cpu"}
+        expected = mmattn.dilated_conv1d(x, weight, bias, **options)
+        found = mmattn.dilated_conv1d(x, weight, bias, overwrite_x=True, **options)
+        assert found.data_ptr() == x.data_ptr()
+        assert_equal_up_to_the_cut(found, expected)
+
+
+def assert_equal_up_to_the_cut(found, expected):
+    """Bits depend on how the work is cut, which writing over x forbids to do by out channels."""
+    torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(found.dtype).eps, atol=1e-5)
+
+
+def test_x_is_kept_where_it_is_needed():
+    weight, x = torch.randn(32, 32, 1), torch.randn(1, 40, 32)
+    before = x.clone()
+    options = {"activation": "silu", "overwrite_x": True, "impl": "cpu"}
+    for w, values in ((weight.clone().requires_grad_(), x), (torch.randn(16, 32, 1), x), (torch.randn(32, 32, 3), x)):
+        mmattn.dilated_conv1d(values, w, **options)
+        assert torch.equal(x, before)
+    rows = torch.randn(1, 40, 64)
+    expected = rows.clone()
+    mmattn.dilated_conv1d(rows[..., :32], weight, **options)
+    assert torch.equal(rows, expected)

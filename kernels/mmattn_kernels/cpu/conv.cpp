@@ -71,7 +71,7 @@ class FmaConv {
     const float* weights = p.packed ? static_cast<const float*>(p.packed) : packed.data();
     const std::vector<Block> blocks = cut(p, kMostRows);
     const int64_t panels = FmaWeights::panels(p.out_channels);
-    const int64_t splits = channel_splits(blocks.size(), p.threads, panels);
+    const int64_t splits = channel_splits(p, blocks.size(), panels);
     const Extent extent(blocks);
     const PerChannel bias(1, p.out_channels, 1);
     fill_bias(p, bias);

@@ -17,7 +17,8 @@ struct ConvWeights {
 };
 
 struct Conv {
-  Tokens x, out, residual;  // residual may be null; `out` is the gradient of the output in conv_weight_gradient
+  Tokens x, out, residual;  // residual may be null; of a single tap `out` may be x; `out` is the gradient of the output
+                            // in conv_weight_gradient
   const void* packed;       // null: the weights are packed on the way, for this call alone
   ConvWeights weights;      // where they are not packed
   Parameter bias;           // null or [out_channels]

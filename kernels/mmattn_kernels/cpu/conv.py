@@ -33,9 +33,12 @@ def forward(
     dilation: int,
     silu: bool,
     eps: float,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """Writes to `out`, which may be x itself where K = 1, or to new memory."""
     batch, length, _ = x.shape
-    out = torch.empty((batch, length, weight.shape[0]), dtype=x.dtype)
+    if out is None:
+        out = torch.empty((batch, length, weight.shape[0]), dtype=x.dtype)
     stats = torch.empty((batch, groups, 2), dtype=torch.float32)
     if batch:
         parameters = readable(norm_weight, norm_bias, scale, shift)

@@ -86,7 +86,7 @@ class AmxConv {
     const bool pack_first = !p.packed && blocks.size() > 1;
     const Buffer packed(pack_first ? packed_bytes(p.out_channels, p.in_channels, p.taps) / 4 : 0);
     if (pack_first) pack(p.weights, packed.data());
-    const int64_t splits = channel_splits(blocks.size(), p.threads, pairs);
+    const int64_t splits = channel_splits(p, blocks.size(), pairs);
     const Extent extent(blocks);
     const int64_t in_chunks = chunks(p.in_channels);
     const int64_t most = std::max<int64_t>(kBufferBytes / (extent.buffer_rows * 64 * kP), 1);

@@ -113,9 +113,10 @@ inline void fill_bias(const Conv& p, const PerChannel& to) {
 
 // Into how many ranges of output channels each of `blocks` blocks is split, so that no thread waits long for the
 // others.
-inline int64_t channel_splits(int64_t blocks, int64_t threads, int64_t most) {
-  if (blocks >= 4 * threads) return 1;
-  return std::clamp<int64_t>(threads / std::gcd(blocks, threads), 1, most);
+// A block that is written over its own input must not be read by another.
+inline int64_t channel_splits(const Conv& p, int64_t blocks, int64_t most) {
+  if (blocks >= 4 * p.threads || p.out.data == p.x.data) return 1;
+  return std::clamp<int64_t>(p.threads / std::gcd<int64_t>(blocks, p.threads), 1, most);
 }
 
 // y of channels [begin, end) of all rows of a block's buffer, `stride` numbers apart, zero up to whole vectors.
