@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import gc
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -489,15 +490,13 @@ def test_adam_with_many_weights(packing):
 
 
 def test_a_new_weight_at_an_old_address(packing):
-    """Freed and made anew: the memory is the same, the values are not."""
-    addresses = set()
-    for seed in range(20):
-        torch.manual_seed(seed)
-        weight = parameter(32, 32, 3)
-        addresses.add(weight.data_ptr())
+    """A tensor of its own in memory that another had, as an allocator hands it out again."""
+    memory = numpy.empty((32, 32, 3), numpy.float32)
+    for _ in range(3):
+        memory[:] = torch.randn(32, 32, 3) / 10
+        weight = nn.Parameter(torch.from_numpy(memory))
         packing.check(weight, packed=1)
         del weight
-    assert len(addresses) < 20, "no address was used twice, so this tests nothing"
 
 
 def test_the_packed_copy_goes_with_the_weight(packing):
