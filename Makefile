@@ -32,7 +32,7 @@ test: install ## all tests
 	$(RUN) -m pytest
 
 SANITIZED := build/sanitized
-sanitize: install ## the extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer (ten minutes)
+sanitize: install ## the extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer (three minutes)
 	MMATTN_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g1" \
 	  $(RUN) setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	PYTHONPATH=$(SANITIZED)/lib ASAN_OPTIONS=detect_leaks=0 \
@@ -57,6 +57,7 @@ bench: install ## the full benchmarks of this machine into bench/results and REA
 	$(RUN) bench/norm.py --json bench/results/norm-cpu.json
 	$(RUN) bench/conv.py --json bench/results/conv-cpu.json
 	$(RUN) bench/plot.py bench/results/attn-cpu.json docs/attn-cpu.png --modes forward
+	$(RUN) bench/plot.py bench/results/conv-cpu.json docs/conv-cpu.png --modes forward --shape block
 	$(RUN) bench/tables.py
 
 tables: install ## README's tables from bench/results
