@@ -65,7 +65,8 @@ class Provider:
 class Settings:
     """How long to measure: `rounds` samples at most, `budget_s` seconds a provider and row, but 3 samples at least.
 
-    Calls of more work than `max_gflop` are left out.
+    Calls of more work than `max_gflop` are left out. With `prime` a call that is not timed goes before each sample:
+    where memory bounds an op, peers that share an input would else find it in the cache, and one of another layout not.
     """
 
     rounds: int = 30
@@ -73,6 +74,7 @@ class Settings:
     warmup_s: float = 0.3
     minimum: int = 3
     graphs: bool = False
+    prime: bool = False
     max_gflop: float | None = None
 
 
@@ -202,6 +204,8 @@ def interleave(calls: dict[str, Call], sample: Callable[[Call], float], settings
         # A rotation would leave each its neighbour, and one that sweeps the caches would slow the same peer every time.
         for name in order.sample(active, len(active)):
             try:
+                if settings.prime:
+                    calls[name]()
                 samples.ms[name].append(sample(calls[name]))
             except Exception as error:
                 samples.reasons[name] = reason_of(error)

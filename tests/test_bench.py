@@ -167,6 +167,13 @@ def takes(*ms):
     return lambda: left.pop(0) if len(left) > 1 else left[0]
 
 
+def test_harness_primes_each_sample_with_its_own_call():
+    seen = []
+    calls = {name: lambda name=name: seen.append(name) for name in "ab"}
+    harness.interleave(calls, lambda call: call() or 1.0, harness.Settings(rounds=3, prime=True))
+    assert len(seen) == 12 and seen[::2] == seen[1::2]
+
+
 def test_harness_interleaves_in_changing_order():
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
