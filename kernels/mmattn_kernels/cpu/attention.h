@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "isa.h"
+
 namespace mmattn {
 
 struct Strided {  // [batch, position, head, channel], strides in elements, channels contiguous
@@ -31,10 +33,7 @@ struct Attention {
   void attention_forward(const Attention& p);  \
   void attention_backward(const Attention& p); \
   }
-MMATTN_DECLARE(portable)
-MMATTN_DECLARE(avx2)
-MMATTN_DECLARE(avx512)
-MMATTN_DECLARE(amx)
+MMATTN_EACH_ISA(MMATTN_DECLARE)
 #undef MMATTN_DECLARE
 
 }  // namespace mmattn

@@ -224,13 +224,7 @@ class WeightGradient {
         const T* p = d_out(block, c * 32 + i);
         return p ? p + first : nullptr;
       });
-    for (int64_t k = 0; k < block.taps; ++k) {
-      float* to = sums + (k * out_rows + first) * in_padded_;
-      const auto [lo, hi] = block.readers(k);
-      if (lo == hi) {
-        if (is_first) std::memset(to, 0, (end - first) * in_padded_ * sizeof(float));
-        continue;
-      }
+    const auto product = [&](int64_t k, int64_t lo, int64_t hi, float* to) {
       const Tiles a{left.at(0, 0, lo / 32), left.block, left.part, left.chunk};
       const Tiles b{right.at(0, 0, lo / 32), right.block, right.part, right.chunk};
       for (int64_t at = 0; at < p_.in_channels; at += kInGroup) {
@@ -240,7 +234,7 @@ class WeightGradient {
               right, c, group, [&](int64_t i) { return rows + (c * 32 + i + k * block.step) * row_stride_ + at; });
         tile_gemm<kP>(out_blocks, 0, (group + 15) / 16, (hi - lo) / 32, a, b, to + at, in_padded_, !is_first);
       }
-    }
+    };
 #else
     float* gradients = own + rows_;
     const int64_t stride = columns_ + kLanes;
@@ -252,13 +246,7 @@ class WeightGradient {
         std::memset(gradients + i * stride, 0, round_up(count, kLanes) * sizeof(float));
     }
     const int64_t vecs = (p_.in_channels + kLanes - 1) / kLanes;
-    for (int64_t k = 0; k < block.taps; ++k) {
-      float* to = sums + (k * out_rows + first) * in_padded_;
-      const auto [lo, hi] = block.readers(k);
-      if (lo == hi) {
-        if (is_first) std::memset(to, 0, (end - first) * in_padded_ * sizeof(float));
-        continue;
-      }
+    const auto product = [&](int64_t k, int64_t lo, int64_t hi, float* to) {
       const Gemm g{count,
                    vecs,
                    hi - lo,
@@ -271,8 +259,16 @@ class WeightGradient {
                    to,
                    in_padded_};
       is_first ? gemm<Init::zero>(g) : gemm<Init::add>(g);
-    }
+    };
 #endif
+    for (int64_t k = 0; k < block.taps; ++k) {
+      float* to = sums + (k * out_rows + first) * in_padded_;
+      const auto [lo, hi] = block.readers(k);
+      if (lo < hi)
+        product(k, lo, hi, to);
+      else if (is_first)
+        std::memset(to, 0, (end - first) * in_padded_ * sizeof(float));
+    }
   }
 
   // The teams' sums of one out channel, added in their order, from [tap][in] to [in][tap].

@@ -2,6 +2,7 @@
 // What a dilated convolution call needs to know, as mmattn_kernels.cpu.conv passes it.
 #pragma once
 
+#include "isa.h"
 #include "norm.h"
 
 namespace mmattn {
@@ -39,10 +40,7 @@ struct Conv {
   void column_sums(const Tokens& t, int64_t batch, int64_t length, int64_t channels, bool is_bf16, float*, \
                    int threads);                                                                           \
   }
-MMATTN_DECLARE(portable)
-MMATTN_DECLARE(avx2)
-MMATTN_DECLARE(avx512)
-MMATTN_DECLARE(amx)
+MMATTN_EACH_ISA(MMATTN_DECLARE)
 #undef MMATTN_DECLARE
 
 }  // namespace mmattn

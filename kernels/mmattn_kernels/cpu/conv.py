@@ -78,9 +78,9 @@ def backward(
         return d_x, d_weight.zero_(), d_bias.zero_(), sums
     sizes = (batch, length, in_channels, out_channels, taps, int(dilation), is_bf16, threads)
     if need_x:
-        kept, (pointer, kind, out_stride, in_stride, tap_stride, *_) = _weight_arguments(weight)
+        pointer, kind, out_stride, in_stride, tap_stride, *_ = _weight_arguments(weight)
         # The gradient of y is the convolution with channels swapped and taps in reverse.
-        last_tap = pointer + (taps - 1) * tap_stride * kept.element_size()
+        last_tap = pointer + (taps - 1) * tap_stride * weight.element_size()
         reverse = (last_tap, kind, in_stride, out_stride, -tap_stride, in_channels, out_channels, taps)
         swapped = (batch, length, out_channels, in_channels, *sizes[4:])
         extension().conv_input_gradient(tokens(d_out), tokens(d_x), reverse, swapped)
@@ -136,13 +136,9 @@ def _pack(weight: Tensor, is_bf16: bool) -> Tensor:
     size = extension().conv_packed_bytes(*weight.shape, is_bf16)
     packed = torch.empty(size + 64, dtype=torch.uint8)
     packed = packed[-packed.data_ptr() % 64 :][:size]
-    _readable, arguments = _weight_arguments(weight)
-    extension().conv_pack(arguments, is_bf16, packed.data_ptr(), torch.get_num_threads())
+    extension().conv_pack(_weight_arguments(weight), is_bf16, packed.data_ptr(), torch.get_num_threads())
     return packed
 
 
-def _weight_arguments(weight: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """The weight in a dtype the kernels read, to be kept while they run, and how they find its numbers."""
-    if weight.dtype not in (torch.float32, torch.bfloat16):
-        weight = weight.float()
-    return weight, (weight.data_ptr(), weight.dtype == torch.bfloat16, *weight.stride(), *weight.shape)
+def _weight_arguments(weight: Tensor) -> tuple[int, ...]:
+    return weight.data_ptr(), weight.dtype == torch.bfloat16, *weight.stride(), *weight.shape

@@ -228,9 +228,8 @@ class AmxConv {
     return to;
   }
 
-  int64_t part_bytes(const Block& block) const {
-    return (block.buffer_rows() | 1) * 64;
-  }  // odd: no two in one cache set
+  // An odd number of lines, so that no two parts begin in one cache set.
+  int64_t part_bytes(const Block& block) const { return (block.buffer_rows() | 1) * 64; }
 
   template <int M, int N>
   void product(const Block& block, int64_t i, int64_t live, const Panel& at, float* sums, int64_t columns) const {
@@ -301,10 +300,7 @@ class AmxConv {
           Pair pair = load_pair(x + c, n);
           pair.first = apply<kPrologue, kDegree<T>>(pair.first, Map(maps, c));
           pair.second = apply<kPrologue, kDegree<T>>(pair.second, Map(maps, c + 16));
-          if constexpr (kP == 1)
-            word[0] = in_order(pair);
-          else
-            split_words<kP>(pair.first, pair.second, word);
+          split_words<kP>(pair.first, pair.second, word);
         }
         for (int j = 0; j < kP; ++j) _mm512_store_si512(to + j * part, word[j]);
       }

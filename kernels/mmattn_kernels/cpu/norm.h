@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "isa.h"
+
 namespace mmattn {
 
 struct Tokens {  // [batch, position, channel], strides in elements, channels contiguous; null where absent
@@ -41,10 +43,7 @@ struct GroupNorm {
   void group_norm_forward(const GroupNorm& p);  \
   void group_norm_backward(const GroupNorm& p); \
   }
-MMATTN_DECLARE(portable)
-MMATTN_DECLARE(avx2)
-MMATTN_DECLARE(avx512)
-MMATTN_DECLARE(amx)
+MMATTN_EACH_ISA(MMATTN_DECLARE)
 #undef MMATTN_DECLARE
 
 }  // namespace mmattn

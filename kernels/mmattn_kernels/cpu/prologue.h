@@ -213,7 +213,7 @@ inline void set_coefficients(const Norm& norm, const Coefficients& to, int64_t b
       mean = factor = offset = 0;
       continue;
     }
-    const GroupStats s = stats ? stats[c / size] : GroupStats{};
+    const GroupStats s = norm.groups ? stats[c / size] : GroupStats{};
     const float gain = 1.0f + value(norm.scale, batch, c, 0.0f);
     mean = s.mean;
     factor = s.rstd * value(norm.weight, 0, c, 1.0f) * gain;
@@ -221,18 +221,15 @@ inline void set_coefficients(const Norm& norm, const Coefficients& to, int64_t b
   }
 }
 
-// For backward: from the statistics that forward has written.
+// From the statistics that forward has written; of no groups there are none.
 inline void set_coefficients_from_stats(const Norm& norm, const Coefficients& to, int64_t batches, int64_t channels) {
-  struct Group {  // a type of this file, so that no other instruction set's build of the vector can be linked in
-    GroupStats stats;
-  };
-  std::vector<Group> groups(norm.groups + 1);
+  std::vector<GroupStats> groups(norm.groups);
   for (int64_t b = 0; b < batches; ++b) {
     for (int64_t g = 0; g < norm.groups; ++g) {
       const float* s = norm.stats + (b * norm.groups + g) * 2;
-      groups[g].stats = {s[0], s[1], 0};
+      groups[g] = {s[0], s[1], 0};
     }
-    set_coefficients(norm, to, b, channels, norm.groups ? &groups[0].stats : nullptr);
+    set_coefficients(norm, to, b, channels, groups.data());
   }
 }
 
@@ -240,19 +237,10 @@ inline void set_coefficients_from_stats(const Norm& norm, const Coefficients& to
 template <class T>
 void prepare(const Norm& norm, const Tokens& x, int64_t batches, int64_t length, int64_t channels, int threads,
              const Coefficients& to) {
-  if (norm.groups == 0) {
-    for (int64_t b = 0; b < batches; ++b) set_coefficients(norm, to, b, channels, nullptr);
-    return;
-  }
-  struct Slot {  // types of this file, so that no other instruction set's build of their vectors can be linked in
-    Moments moments;
-  };
-  struct Group {
-    GroupStats stats;
-  };
+  if (norm.groups == 0) return set_coefficients_from_stats(norm, to, batches, channels);
   const Parts parts(length, channels);
   const int64_t padded = round_up(channels, 2 * kLanes) * 3;
-  std::vector<Slot> partial(batches * parts.count * norm.groups);
+  std::vector<Moments> partial(batches * parts.count * norm.groups);
   const Buffer memory(padded * threads);
 #pragma omp parallel num_threads(threads)
   {
@@ -261,22 +249,22 @@ void prepare(const Norm& norm, const Tokens& x, int64_t batches, int64_t length,
     for (int64_t i = 0; i < batches * parts.count; ++i) {
       const int64_t b = i / parts.count, part = i % parts.count;
       part_moments<T>(x, b, parts.begin(part), parts.end(part), channels, norm.groups, channel,
-                      &partial[i * norm.groups].moments);
+                      &partial[i * norm.groups]);
     }
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < batches; ++b) {
-      std::vector<Group> groups(norm.groups);
+      std::vector<GroupStats> groups(norm.groups);
       for (int64_t g = 0; g < norm.groups; ++g) {
         Moments all;
         for (int64_t part = 0; part < parts.count; ++part)
-          all.merge(partial[(b * parts.count + part) * norm.groups + g].moments);
+          all.merge(partial[(b * parts.count + part) * norm.groups + g]);
         const float mean = static_cast<float>(all.mean);
         const float rstd = static_cast<float>(1.0 / std::sqrt(all.m2 / all.n + norm.eps));
-        groups[g].stats = {mean, rstd, static_cast<float>(all.mean - mean)};
+        groups[g] = {mean, rstd, static_cast<float>(all.mean - mean)};
         norm.stats[(b * norm.groups + g) * 2] = mean;
         norm.stats[(b * norm.groups + g) * 2 + 1] = rstd;
       }
-      set_coefficients(norm, to, b, channels, &groups[0].stats);
+      set_coefficients(norm, to, b, channels, groups.data());
     }
   }
 }
