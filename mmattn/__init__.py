@@ -8,9 +8,10 @@ from importlib import metadata as _metadata
 
 from mmattn._swap import swap
 from mmattn.attention import draw_shift, random_shift_attention
-from mmattn.conv import dilated_conv1d
+from mmattn.conv import dilated_conv1d, spatial_conv2d
 from mmattn.modules import DilatedConvBlock, RandomShiftAttention
 from mmattn.norm import group_norm
+from mmattn.self_attention import self_attention
 
 try:
     __version__ = _metadata.version("mmattn")
@@ -25,5 +26,7 @@ __all__ = [
     "draw_shift",
     "group_norm",
     "random_shift_attention",
+    "self_attention",
+    "spatial_conv2d",
     "swap",
 ]

@@ -109,6 +109,38 @@ def dilated_conv1d(
     return torch.ops.mmattn.dilated_conv1d(*tensors, groups, dilation, silu, eps, chosen)[0]
 
 
+def spatial_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    height: int,
+    width: int,
+    norm: tuple[Tensor, Tensor, int] | None = None,
+    film: tuple[Tensor, Tensor] | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    impl: str = "auto",
+) -> Tensor:
+    """Convolve each frame of video tokens over its height and width, padded with zeros to the same size.
+
+    Args:
+        x: [B, F*height*width, Cin], frames outermost and columns innermost, any strides as long as Cin is contiguous.
+        weight: [Cout, Cin, 3, 3] as in torch.nn.Conv2d.
+
+    Returns:
+        [B, F*height*width, Cout], contiguous.
+    """
+    y = _prologue(x, norm, film, activation, eps)
+    batch, length, channels = y.shape
+    image = y.reshape(-1, height, width, channels).permute(0, 3, 1, 2)
+    bias = None if bias is None else bias.to(x.dtype)
+    out = functional.conv2d(image, weight.to(x.dtype), bias, padding=weight.shape[2] // 2)
+    out = out.permute(0, 2, 3, 1).reshape(batch, length, -1)
+    return (out if residual is None else out + residual).contiguous()
+
+
 def reference(
     x: Tensor,
     weight: Tensor,
