@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: MIT
+"""The coupled U-Net composed as in the release: the peer of bench/unet.py, in torch's own modules.
+
+Written from the description of the published network, with its key names, so its checkpoints load as they are. What
+makes it the release's way is kept: video is [B, F, C, H, W] and audio [B, C, T], every layer brings them into the order
+that its torch module wants; norm, SiLU, FiLM and convolution are calls of their own; attention is product, softmax in
+fp32, product, of whole matrices; cross-attention gathers keys and values by index, one segment after another. Two
+things are left out, in its favour: the checkpointing that computes each block again in backward, and the index maps kept
+for every length. The shifts are arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Norm(nn.Module):
+    """GroupNorm in fp32 over (C/32, all positions); of video [B, F, C, H, W] over its frames too."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.GroupNorm = nn.GroupNorm(32, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 5:
+            return self.GroupNorm(x.float()).type(x.dtype)
+        return self.GroupNorm(x.transpose(1, 2).float()).type(x.dtype).transpose(1, 2)
+
+
+class SpatialConv(nn.Conv2d):
+    """Per frame: [B, F, C, H, W] as [B*F, C, H, W]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+class TemporalConv(nn.Conv1d):
+    """Over frames: [B, F, C, H, W] as [B*H*W, C, F]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, f, _, h, w = x.shape
+        y = super().forward(x.permute(0, 3, 4, 2, 1).reshape(b * h * w, -1, f))
+        return y.reshape(b, h, w, -1, f).permute(0, 4, 3, 1, 2)
+
+
+class FactoredConv(nn.Module):
+    """3x3 per frame, then 3 over frames."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.video_conv_spatial = SpatialConv(channels, out_channels, 3, padding=1)
+        self.video_conv_temporal = TemporalConv(out_channels, out_channels, 3, padding=1)
+
+    def forward(self, video: Tensor) -> Tensor:
+        return self.video_conv_temporal(self.video_conv_spatial(video))
+
+
+class VideoConv(nn.Module):
+    """A 3-D convolution."""
+
+    def __init__(self, channels: int, out_channels: int, k: int = 1) -> None:
+        super().__init__()
+        self.video_conv = nn.Conv3d(channels, out_channels, k, padding=k // 2)
+
+    def forward(self, video: Tensor) -> Tensor:
+        return self.video_conv(video.transpose(1, 2)).transpose(1, 2)
+
+
+class AudioConv(nn.Module):
+    def __init__(self, channels: int, out_channels: int, k: int = 1, dilation: int = 1) -> None:
+        super().__init__()
+        padding = dilation * (k // 2)
+        self.audio_conv = nn.Conv1d(channels, out_channels, k, padding=padding, dilation=dilation)
+
+    def forward(self, audio: Tensor) -> Tensor:
+        return self.audio_conv(audio)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q [N, D, M], k and v [N, D, L] -> [N, D, M]."""
+    scale = q.shape[1] ** -0.25  # on both factors, which keeps fp16 in range
+    scores = torch.einsum("ndm,ndl->nml", q * scale, k * scale)
+    return torch.einsum("nml,ndl->ndm", scores.float().softmax(-1).type(scores.dtype), v)
+
+
+class SelfAttention(nn.Module):
+    """Over the last axis of [N, C, L], added to it."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = Norm(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = nn.Conv1d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, length = x.shape
+        q, k, v = (y.reshape(n * self.heads, -1, length) for y in self.qkv(self.norm(x)).chunk(3, 1))
+        return x + self.proj_out(attend(q, k, v).reshape(n, c, length))
+
+
+class SpatialAttention(SelfAttention):
+    """Within each frame."""
+
+    def forward(self, video: Tensor) -> Tensor:
+        return super().forward(video.flatten(0, 1).flatten(2)).reshape(video.shape)
+
+
+class TemporalAttention(SelfAttention):
+    """Over the frames of each pixel."""
+
+    def forward(self, video: Tensor) -> Tensor:
+        b, f, c, h, w = video.shape
+        rows = super().forward(video.permute(0, 3, 4, 2, 1).reshape(b * h * w, c, f))
+        return rows.reshape(b, h, w, c, f).permute(0, 4, 3, 1, 2)
+
+
+class CrossAttention(nn.Module):
+    """Random-shift attention between the streams, with its norms and projections."""
+
+    def __init__(self, channels: int, heads: int, window: int, shifting: bool) -> None:
+        super().__init__()
+        self.heads, self.window, self.shifting = heads, window, shifting
+        self.v_norm, self.a_norm = Norm(channels), Norm(channels)
+        self.v_qkv, self.a_qkv = (nn.Conv1d(channels, 3 * channels, 1) for _ in range(2))
+        self.video_proj_out, self.audio_proj_out = VideoConv(channels, channels), AudioConv(channels, channels)
+
+    def forward(self, video: Tensor, audio: Tensor, shift: int) -> Pair:
+        b, f, c, h, w = video.shape
+        rows = video.transpose(1, 2).reshape(b, c, f * h * w)
+        video_q, video_k, video_v = self.heads_of(self.v_qkv(self.v_norm(rows)))
+        audio_q, audio_k, audio_v = self.heads_of(self.a_qkv(self.a_norm(audio)))
+        to_video = self.windows(video_q, audio_k, audio_v, f, shift).reshape(b, c, f, h, w).transpose(1, 2)
+        to_audio = self.windows(audio_q, video_k, video_v, f, shift).reshape(b, c, -1)
+        return video + self.video_proj_out(to_video), audio + self.audio_proj_out(to_audio)
+
+    def heads_of(self, qkv: Tensor) -> Iterator[Tensor]:
+        return (x.reshape(x.shape[0] * self.heads, -1, x.shape[2]) for x in qkv.chunk(3, 1))
+
+    def windows(self, q: Tensor, k: Tensor, v: Tensor, frames: int, shift: int) -> Tensor:
+        rows, n, keys = q.shape[2] // frames, k.shape[2] // frames, k.shape[2]
+        out = []
+        for i in range(frames):
+            end = q.shape[2] if i == frames - 1 else (i + 1) * rows
+            index = torch.arange(self.window * n, device=k.device).add((i + shift) * n).remainder(keys)
+            out.append(attend(q[..., i * rows : end], k.index_select(2, index), v.index_select(2, index)))
+        return torch.cat(out, 2)
+
+
+class InitialBlock(nn.Module):
+    def __init__(self, video_channels: int, audio_channels: int, channels: int) -> None:
+        super().__init__()
+        self.video_conv = FactoredConv(video_channels, channels)
+        self.audio_conv = AudioConv(audio_channels, channels, 3)
+
+    def forward(self, video: Tensor, audio: Tensor) -> Pair:
+        return self.video_conv(video), self.audio_conv(audio)
+
+
+class Resample(nn.Module):
+    """Halves or doubles a video's height and width, and a quarter or four times the audio's length."""
+
+    def __init__(self, up: bool) -> None:
+        super().__init__()
+        self.up = up
+
+    def forward(self, video: Tensor, audio: Tensor) -> Pair:
+        images = video.flatten(0, 1)
+        if self.up:
+            images, audio = F.interpolate(images, scale_factor=2), F.interpolate(audio, scale_factor=4)
+        else:
+            images, audio = F.avg_pool2d(images, 2), F.avg_pool1d(audio, 4)
+        return images.unflatten(0, video.shape[:2]), audio
+
+
+class ResidualBlock(nn.Module):
+    """Both streams' residual block, then the self-attention of the streams that have it."""
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        embedding: int,
+        dilation: int,
+        *,
+        film: bool,
+        heads: int,
+        video_attention: bool = False,
+        audio_attention: bool = False,
+        resample: Resample | None = None,
+    ) -> None:
+        super().__init__()
+        self.film, self.resample = film, resample
+        convs: dict[str, Any] = {
+            "video": (FactoredConv(channels, out_channels), VideoConv),
+            "audio": (AudioConv(channels, out_channels, 3, dilation), AudioConv),
+        }
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, (2 if film else 1) * out_channels))
+        for stream, (conv, one) in convs.items():
+            self.add_module(f"{stream}_in_layers", nn.Sequential(Norm(channels), nn.SiLU(), conv))
+            last = one(out_channels, out_channels)
+            self.add_module(f"{stream}_out_layers", nn.Sequential(Norm(out_channels), nn.SiLU(), nn.Dropout(0.0), last))
+            skip = nn.Identity() if channels == out_channels else one(channels, out_channels)
+            self.add_module(f"{stream}_skip_connection", skip)
+        self.spatial_attention_block = SpatialAttention(out_channels, heads) if video_attention else nn.Identity()
+        self.temporal_attention_block = TemporalAttention(out_channels, heads) if video_attention else nn.Identity()
+        self.audio_attention_block = SelfAttention(out_channels, heads) if audio_attention else nn.Identity()
+
+    def forward(self, video: Tensor, audio: Tensor, emb: Tensor) -> Pair:
+        video_h, audio_h = self.video_in_layers(video), self.audio_in_layers(audio)
+        if self.resample is not None:
+            video_h, audio_h = self.resample(video_h, audio_h)
+            video, audio = self.resample(video, audio)
+        emb = self.emb_layers(emb)
+        video_h = self.conditioned(self.video_out_layers, video_h, emb[:, None, :, None, None])
+        audio_h = self.conditioned(self.audio_out_layers, audio_h, emb[:, :, None])
+        video, audio = self.video_skip_connection(video) + video_h, self.audio_skip_connection(audio) + audio_h
+        video = self.temporal_attention_block(self.spatial_attention_block(video))
+        return video, self.audio_attention_block(audio)
+
+    def conditioned(self, layers: nn.Sequential, h: Tensor, emb: Tensor) -> Tensor:
+        if not self.film:
+            return layers(h + emb)
+        scale, shift = emb.chunk(2, -3 if h.dim() == 5 else 1)
+        return layers[1:](layers[0](h) * (1 + scale) + shift)
+
+
+class ReleaseUNet(nn.Module):
+    """The network; its arguments are those of the release's configuration."""
+
+    def __init__(
+        self,
+        video_size: Sequence[int],  # F, C, H, W
+        audio_size: Sequence[int],  # C, T
+        model_channels: int,
+        video_out_channels: int,
+        audio_out_channels: int,
+        num_res_blocks: int,
+        cross_attention_resolutions: Sequence[int],
+        cross_attention_windows: Sequence[int],
+        cross_attention_shift: bool,
+        video_attention_resolutions: Sequence[int],
+        audio_attention_resolutions: Sequence[int],
+        channel_mult: Sequence[int],
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        use_scale_shift_norm: bool = True,
+        resblock_updown: bool = True,
+    ) -> None:
+        super().__init__()
+        assert resblock_updown, "the release has no other resampling"
+        embedding = self.channels = model_channels
+        self.time_embed = nn.Sequential(nn.Linear(embedding, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+
+        def block(cin: int, cout: int, position: int, level: int | None, resample: Resample | None = None) -> nn.Module:
+            """`level` is the downsampling that decides on attention: None for none, 0 for the middle's."""
+            return ResidualBlock(
+                cin,
+                cout,
+                embedding,
+                2 ** (position % 10),
+                film=use_scale_shift_norm,
+                heads=num_heads,
+                video_attention=level == 0 or level in video_attention_resolutions,
+                audio_attention=level == 0 or level in audio_attention_resolutions,
+                resample=resample,
+            )
+
+        def cross(channels: int, level: int) -> list[nn.Module]:
+            if level not in cross_attention_resolutions:
+                return []
+            window = cross_attention_windows[list(cross_attention_resolutions).index(level)]
+            return [CrossAttention(channels, heads_at(channels), window, cross_attention_shift)]
+
+        def heads_at(channels: int) -> int:
+            return num_heads if num_head_channels == -1 else channels // num_head_channels
+
+        ch, level, position = channel_mult[0] * model_channels, 1, 1
+        encoder: list[list[nn.Module]] = [[InitialBlock(video_size[1], audio_size[0], ch)]]
+        widths = [ch]
+        for i, mult in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                encoder.append(
+                    [block(ch, mult * model_channels, position, level), *cross(mult * model_channels, level)]
+                )
+                ch = mult * model_channels
+                widths.append(ch)
+                position += 1
+            if i < len(channel_mult) - 1:
+                encoder.append([block(ch, ch, position, None, Resample(up=False))])
+                widths.append(ch)
+                position += 1
+                level *= 2
+        middle = [block(ch, ch, position, 0), block(ch, ch, position, 0)]
+        if list(cross_attention_windows) == [1, 4, 8]:
+            middle.insert(1, CrossAttention(ch, heads_at(ch), video_size[0], False))
+        position -= 1
+        decoder: list[list[nn.Module]] = []
+        for i, mult in reversed(list(enumerate(channel_mult))):
+            for j in range(num_res_blocks + 1):
+                layers = [block(ch + widths.pop(), mult * model_channels, position, level)]
+                ch = mult * model_channels
+                layers += cross(ch, level)
+                position -= 1
+                if i and j == num_res_blocks:
+                    layers.append(block(ch, ch, position, None, Resample(up=True)))
+                    level //= 2
+                decoder.append(layers)
+        self.input_blocks = nn.ModuleList(nn.ModuleList(layers) for layers in encoder)
+        self.middle_blocks = nn.ModuleList(middle)
+        self.output_blocks = nn.ModuleList(nn.ModuleList(layers) for layers in decoder)
+        self.video_out = nn.Sequential(Norm(ch), nn.SiLU(), VideoConv(ch, video_out_channels, 3))
+        self.audio_out = nn.Sequential(Norm(ch), nn.SiLU(), AudioConv(ch, audio_out_channels, 3))
+
+    def forward(self, video: Tensor, audio: Tensor, timesteps: Tensor, shifts: Sequence[int] = ()) -> Pair:
+        """video [B, F, C, H, W], audio [B, C, T], timesteps [B], one shift for each block that shifts, in order."""
+        half = self.channels // 2
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=video.device) / half)
+        angles = timesteps[:, None].float() * frequencies
+        emb = self.time_embed(torch.cat([angles.cos(), angles.sin()], 1))
+        left = iter(shifts)
+
+        def run(layers: nn.ModuleList, video: Tensor, audio: Tensor) -> Pair:
+            for layer in layers:
+                if isinstance(layer, CrossAttention):
+                    video, audio = layer(video, audio, next(left) if layer.shifting else 0)
+                elif isinstance(layer, InitialBlock):
+                    video, audio = layer(video, audio)
+                else:
+                    video, audio = layer(video, audio, emb)
+            return video, audio
+
+        skips = []
+        for layers in self.input_blocks:
+            video, audio = run(layers, video, audio)
+            skips.append((video, audio))
+        video, audio = run(self.middle_blocks, video, audio)
+        for layers in self.output_blocks:
+            video_skip, audio_skip = skips.pop()
+            video, audio = run(layers, torch.cat([video, video_skip], 2), torch.cat([audio, audio_skip], 1))
+        return self.video_out(video), self.audio_out(audio)
