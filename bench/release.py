@@ -5,8 +5,8 @@ Written from the description of the published network, with its key names, so it
 makes it the release's way is kept: video is [B, F, C, H, W] and audio [B, C, T], every layer brings them into the order
 that its torch module wants; norm, SiLU, FiLM and convolution are calls of their own; attention is product, softmax in
 fp32, product, of whole matrices; cross-attention gathers keys and values by index, one segment after another. Two
-things are left out, in its favour: the checkpointing that computes each block again in backward, and the index maps kept
-for every length. The shifts are arguments.
+things are left out, in its favour: the checkpointing that computes each block again in backward, and index maps that
+are kept for every length. The shifts are arguments.
 """
 
 from __future__ import annotations
@@ -166,19 +166,24 @@ class InitialBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """Halves or doubles a video's height and width, and a quarter or four times the audio's length."""
+    """Halves or doubles the height and width of a video; a quarter or four times the length of audio."""
 
     def __init__(self, up: bool) -> None:
         super().__init__()
         self.up = up
 
-    def forward(self, video: Tensor, audio: Tensor) -> Pair:
-        images = video.flatten(0, 1)
-        if self.up:
-            images, audio = F.interpolate(images, scale_factor=2), F.interpolate(audio, scale_factor=4)
-        else:
-            images, audio = F.avg_pool2d(images, 2), F.avg_pool1d(audio, 4)
-        return images.unflatten(0, video.shape[:2]), audio
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 3:
+            return F.interpolate(x, scale_factor=4) if self.up else F.avg_pool1d(x, 4)
+        images = x.flatten(0, 1)
+        images = F.interpolate(images, scale_factor=2) if self.up else F.avg_pool2d(images, 2)
+        return images.unflatten(0, x.shape[:2])
+
+
+class FiLM(nn.Module):
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        scale, shift = emb.chunk(2, 1 if x.dim() == 3 else 2)
+        return x * (1 + scale) + shift
 
 
 class ResidualBlock(nn.Module):
@@ -198,7 +203,7 @@ class ResidualBlock(nn.Module):
         resample: Resample | None = None,
     ) -> None:
         super().__init__()
-        self.film, self.resample = film, resample
+        self.film, self.resample = FiLM() if film else None, resample
         convs: dict[str, Any] = {
             "video": (FactoredConv(channels, out_channels), VideoConv),
             "audio": (AudioConv(channels, out_channels, 3, dilation), AudioConv),
@@ -217,8 +222,7 @@ class ResidualBlock(nn.Module):
     def forward(self, video: Tensor, audio: Tensor, emb: Tensor) -> Pair:
         video_h, audio_h = self.video_in_layers(video), self.audio_in_layers(audio)
         if self.resample is not None:
-            video_h, audio_h = self.resample(video_h, audio_h)
-            video, audio = self.resample(video, audio)
+            video_h, audio_h, video, audio = map(self.resample, (video_h, audio_h, video, audio))
         emb = self.emb_layers(emb)
         video_h = self.conditioned(self.video_out_layers, video_h, emb[:, None, :, None, None])
         audio_h = self.conditioned(self.audio_out_layers, audio_h, emb[:, :, None])
@@ -227,10 +231,9 @@ class ResidualBlock(nn.Module):
         return video, self.audio_attention_block(audio)
 
     def conditioned(self, layers: nn.Sequential, h: Tensor, emb: Tensor) -> Tensor:
-        if not self.film:
+        if self.film is None:
             return layers(h + emb)
-        scale, shift = emb.chunk(2, -3 if h.dim() == 5 else 1)
-        return layers[1:](layers[0](h) * (1 + scale) + shift)
+        return layers[1:](self.film(layers[0](h), emb))
 
 
 class ReleaseUNet(nn.Module):
