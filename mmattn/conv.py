@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Dilated 1-D convolution of tokens [B, L, C], with normalisation, FiLM and SiLU fused in front of it.
+"""Convolutions of tokens [B, L, C], with normalisation, FiLM and SiLU fused in front of them.
 
-`dilated_conv1d` is the public function, `reference` its definition in plain torch. The fused kernels of the same name
-live in `mmattn_kernels`; both are registered here behind one torch.library op.
+`dilated_conv1d` convolves along the positions and `spatial_conv2d` over the lines and columns of frames; `reference` is
+the definition of both in plain torch. The fused kernels live in `mmattn_kernels`; all are registered here behind one
+torch.library op.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from mmattn._library import (
     unwatched,
 )
 
-_OP = "mmattn::dilated_conv1d"
-_BACKWARD_OP = "mmattn::dilated_conv1d_backward"
+_OP = "mmattn::conv"
+_BACKWARD_OP = "mmattn::conv_backward"
 
 
 def dilated_conv1d(
@@ -76,29 +77,15 @@ def dilated_conv1d(
         ValueError: on any other argument outside the ranges above, naming it, its value and what was expected.
         RuntimeError: if the named `impl` cannot run here, with the reason.
     """
-    device_type = x.device.type if isinstance(x, Tensor) else "cpu"
-    if is_autocast(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        x, residual = to_autocast(x, dtype), to_autocast(residual, dtype)
-        # Parameters in float32 stay so: kernels round them as they pack them, once for all calls.
-        weight, bias, norm, film = (_parameter_to_autocast(p, dtype) for p in (weight, bias, norm, film))
-    norm_weight, norm_bias, groups = (None, None, 0) if norm is None else _unpack("norm", norm, "weight, bias, groups")
-    scale, shift = (None, None) if film is None else _unpack("film", film, "scale, shift")
-    _check(x, weight, bias, dilation, residual)
+    x, weight, bias, norm, film, residual = _autocast(x, weight, bias, norm, film, residual)
+    norm_weight, norm_bias, groups = _unpack_norm(norm)
+    scale, shift = _unpack_film(film)
+    _check(x, weight, bias, dilation, 0, 0, residual)
     _check_prologue(x, norm, scale, shift, activation, eps)
     chosen = dispatch.choose("conv", impl, x)
     if chosen == "reference":
-        return reference(
-            x,
-            weight,
-            bias,
-            dilation=dilation,
-            norm=norm,
-            film=film,
-            activation=activation,
-            residual=residual,
-            eps=eps,
-        )
+        options: dict[str, Any] = {"norm": norm, "film": film, "activation": activation, "residual": residual}
+        return reference(x, weight, bias, dilation=dilation, eps=eps, **options)
     tensors = (x, weight, bias, norm_weight, norm_bias, scale, shift, residual)
     silu, eps = activation == "silu", float(eps)
     if unwatched(*tensors):
@@ -106,7 +93,7 @@ def dilated_conv1d(
         if overwrite_x and chosen == "cpu" and weight.shape[::2] == (x.shape[2], 1) and x.is_contiguous():
             options["out"] = x
         return kernels("conv", chosen, x).forward(*tensors, **options)[0]
-    return torch.ops.mmattn.dilated_conv1d(*tensors, groups, dilation, silu, eps, chosen)[0]
+    return torch.ops.mmattn.conv(*tensors, groups, dilation, 0, 0, silu, eps, chosen)[0]
 
 
 def spatial_conv2d(
@@ -123,22 +110,49 @@ def spatial_conv2d(
     eps: float = 1e-5,
     impl: str = "auto",
 ) -> Tensor:
-    """Convolve each frame of video tokens over its height and width, padded with zeros to the same size.
+    """Convolve each frame of a video over its lines and columns, padded with zeros to the same size.
+
+    The nine taps of a 3x3 kernel, on the prologue of `dilated_conv1d` and with its bias and residual; the normalisation
+    takes its statistics over all frames. Stacked frames [B*F, height*width, C] have statistics of their own.
 
     Args:
         x: [B, F*height*width, Cin], frames outermost and columns innermost, any strides as long as Cin is contiguous.
-        weight: [Cout, Cin, 3, 3] as in torch.nn.Conv2d.
+        weight: [Cout, Cin, 3, 3] as in torch.nn.Conv2d, in the dtype of x or float32.
+        height, width: of a frame, in tokens.
+        bias, norm, film, activation, residual, eps: as in `dilated_conv1d`.
+        impl: "auto", "reference", "triton" or "cpu". "triton" is mmattn's normalisation followed by torch's
+            convolution, which is cuDNN's, on channels-last memory.
 
     Returns:
-        [B, F*height*width, Cout], contiguous.
+        [B, F*height*width, Cout], contiguous, in the dtype of x, or in autocast's dtype under autocast. Differentiable
+        once in all tensors.
+
+    Raises:
+        TypeError: on a dtype other than those above.
+        ValueError: on any other argument outside the ranges above, naming it, its value and what was expected.
+        RuntimeError: if the named `impl` cannot run here, with the reason.
     """
-    y = _prologue(x, norm, film, activation, eps)
-    batch, length, channels = y.shape
-    image = y.reshape(-1, height, width, channels).permute(0, 3, 1, 2)
-    bias = None if bias is None else bias.to(x.dtype)
-    out = functional.conv2d(image, weight.to(x.dtype), bias, padding=weight.shape[2] // 2)
-    out = out.permute(0, 2, 3, 1).reshape(batch, length, -1)
-    return (out if residual is None else out + residual).contiguous()
+    x, weight, bias, norm, film, residual = _autocast(x, weight, bias, norm, film, residual)
+    norm_weight, norm_bias, groups = _unpack_norm(norm)
+    scale, shift = _unpack_film(film)
+    if isinstance(weight, Tensor) and (weight.dim() != 4 or weight.shape[2:] != (3, 3)):
+        raise ValueError(f"weight has shape {list(weight.shape)}; expected [Cout, Cin, 3, 3]")
+    taps = weight.flatten(2) if isinstance(weight, Tensor) else weight
+    _check(x, taps, bias, 1, height, width, residual)
+    _check_prologue(x, norm, scale, shift, activation, eps)
+    chosen = dispatch.choose("conv", impl, x)
+    if chosen != "cpu":
+        if chosen == "triton" and norm is not None:
+            film_options = {"scale": scale, "shift": shift, "activation": activation, "eps": eps}
+            x, norm, film, activation = norm_op.group_norm(x, *norm, **film_options, impl=impl), None, None, None
+        options: dict[str, Any] = {"norm": norm, "film": film, "activation": activation, "residual": residual}
+        return reference(x, taps, bias, height=height, width=width, eps=eps, **options)
+    tensors = (x, taps, bias, norm_weight, norm_bias, scale, shift, residual)
+    silu, eps = activation == "silu", float(eps)
+    if unwatched(*tensors):
+        options = {"groups": groups, "dilation": 1, "height": height, "width": width, "silu": silu, "eps": eps}
+        return kernels("conv", chosen, x).forward(*tensors, **options)[0]
+    return torch.ops.mmattn.conv(*tensors, groups, 1, height, width, silu, eps, chosen)[0]
 
 
 def reference(
@@ -147,17 +161,27 @@ def reference(
     bias: Tensor | None = None,
     *,
     dilation: int = 1,
+    height: int = 0,
+    width: int = 0,
     norm: tuple[Tensor, Tensor, int] | None = None,
     film: tuple[Tensor, Tensor] | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """The definition of `dilated_conv1d` in plain torch: any device, any float dtype, any order of derivative."""
-    y = _prologue(x, norm, film, activation, eps).transpose(1, 2)
-    padding = dilation * (weight.shape[2] // 2)
-    bias = None if bias is None else bias.to(x.dtype)
-    out = functional.conv1d(y, weight.to(x.dtype), bias, padding=padding, dilation=dilation).transpose(1, 2)
+    """The definition in plain torch: any device, any float dtype, any order of derivative.
+
+    With a height and a width, weight [Cout, Cin, 9] has the taps of a 3x3 kernel over the frames that x consists of.
+    """
+    y = _prologue(x, norm, film, activation, eps)
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if width:
+        frames = y.reshape(-1, height, width, y.shape[2]).permute(0, 3, 1, 2)  # channels last in memory
+        out = functional.conv2d(frames, weight.unflatten(2, (3, 3)), bias, padding=1)
+        out = out.permute(0, 2, 3, 1).reshape(*x.shape[:2], -1)
+    else:
+        padding = dilation * (weight.shape[2] // 2)
+        out = functional.conv1d(y.transpose(1, 2), weight, bias, padding=padding, dilation=dilation).transpose(1, 2)
     return (out if residual is None else out + residual).contiguous()
 
 
@@ -169,10 +193,28 @@ def _prologue(x: Tensor, norm: Any, film: Any, activation: str | None, eps: floa
     return norm_op.reference(x, weight, bias, groups, scale=scale, shift=shift, activation=activation, eps=eps)
 
 
+def _autocast(x: Any, weight: Any, bias: Any, norm: Any, film: Any, residual: Any) -> tuple[Any, ...]:
+    device_type = x.device.type if isinstance(x, Tensor) else "cpu"
+    if not is_autocast(device_type):
+        return x, weight, bias, norm, film, residual
+    dtype = torch.get_autocast_dtype(device_type)
+    # Parameters in float32 stay so: kernels round them as they pack them, once for all calls.
+    parameters = (_parameter_to_autocast(p, dtype) for p in (weight, bias, norm, film))
+    return to_autocast(x, dtype), *parameters, to_autocast(residual, dtype)
+
+
 def _parameter_to_autocast(p: Any, dtype: torch.dtype) -> Any:
     if isinstance(p, tuple):
         return tuple(_parameter_to_autocast(t, dtype) for t in p)
     return p if isinstance(p, Tensor) and p.dtype == torch.float32 else to_autocast(p, dtype)
+
+
+def _unpack_norm(norm: Any) -> Any:
+    return (None, None, 0) if norm is None else _unpack("norm", norm, "weight, bias, groups")
+
+
+def _unpack_film(film: Any) -> Any:
+    return (None, None) if film is None else _unpack("film", film, "scale, shift")
 
 
 def _unpack(name: str, value: Any, letters: str) -> Any:
@@ -183,7 +225,9 @@ def _unpack(name: str, value: Any, letters: str) -> Any:
     return value
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, residual: Tensor | None) -> None:
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, height: int, width: int, residual: Tensor | None
+) -> None:
     norm_op.check_tokens("x", x)
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight is a {type(weight).__name__}; expected a tensor [Cout, Cin, K]")
@@ -198,6 +242,10 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, residu
     norm_op.check_int("dilation", dilation)
     if dilation < 1:
         raise ValueError(f"dilation is {dilation}; expected at least 1")
+    if weight.shape[2] == 9 and not (height == 0 and width == 0):
+        _check_frames(x, height, width)
+    elif height or width:
+        raise ValueError(f"weight has shape {list(weight.shape)}; expected nine taps for a height and a width")
     if residual is not None:
         norm_op.check_tokens("residual", residual)
         expected = (x.shape[0], x.shape[1], out_channels)
@@ -207,6 +255,17 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, residu
             raise TypeError(f"residual has dtype {residual.dtype}; expected {x.dtype}, the dtype of x")
         if residual.device != x.device:
             raise ValueError(f"residual is on {residual.device}; expected {x.device}, the device of x")
+
+
+def _check_frames(x: Tensor, height: int, width: int) -> None:
+    for name, value in (("height", height), ("width", width)):
+        norm_op.check_int(name, value)
+        if value < 1:
+            raise ValueError(f"{name} is {value}; expected at least 1")
+    if x.shape[1] % (height * width):
+        raise ValueError(
+            f"x has {x.shape[1]} positions; expected a multiple of height * width = {height} * {width}, whole frames"
+        )
 
 
 def _check_prologue(
@@ -225,25 +284,32 @@ def _norm_of(weight: Tensor | None, bias: Tensor | None, groups: int) -> Any:
     return None if weight is None and bias is None and groups == 0 else (weight, bias, groups)
 
 
+def _frames_of(height: int, width: int) -> dict[str, int]:
+    """What only kernels that know of frames are told."""
+    return {"height": height, "width": width} if width else {}
+
+
 _PROLOGUE = "Tensor? norm_weight, Tensor? norm_bias, Tensor? scale, Tensor? shift"
+
+_GEOMETRY = "SymInt dilation, SymInt height, SymInt width"
 
 torch.library.define(
     _OP,
-    f"(Tensor x, Tensor weight, Tensor? bias, {_PROLOGUE}, Tensor? residual, int groups, SymInt dilation, bool silu, "
+    f"(Tensor x, Tensor weight, Tensor? bias, {_PROLOGUE}, Tensor? residual, int groups, {_GEOMETRY}, bool silu, "
     "float eps, str impl) -> (Tensor, Tensor)",
 )
 torch.library.define(
     _BACKWARD_OP,
-    f"(Tensor d_out, Tensor x, Tensor weight, {_PROLOGUE}, Tensor stats, int groups, SymInt dilation, bool silu, "
+    f"(Tensor d_out, Tensor x, Tensor weight, {_PROLOGUE}, Tensor stats, int groups, {_GEOMETRY}, bool silu, "
     "bool need_x, bool need_weight, bool need_bias, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @torch.library.impl(_OP, "CompositeExplicitAutograd")
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
-    norm_weight, norm_bias, scale, shift, residual, groups, dilation, silu, eps, impl = args
+    norm_weight, norm_bias, scale, shift, residual, groups, dilation, height, width, silu, eps, impl = args
     # Again: the op can be called directly, and kernels trust these.
-    _check(x, weight, bias, dilation, residual)
+    _check(x, weight, bias, dilation, height, width, residual)
     _check_prologue(x, _norm_of(norm_weight, norm_bias, groups), scale, shift, None, eps)
     return kernels("conv", impl, x).forward(
         x,
@@ -258,13 +324,15 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tupl
         dilation=dilation,
         silu=silu,
         eps=eps,
+        **_frames_of(height, width),
     )
 
 
 @torch.library.impl(_BACKWARD_OP, "CompositeExplicitAutograd")
 def _backward(d_out: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    norm_weight, norm_bias, scale, shift, stats, groups, dilation, silu, need_x, need_weight, need_bias, impl = args
-    _check(x, weight, None, dilation, None)
+    norm_weight, norm_bias, scale, shift, stats, groups, dilation, height, width, silu, *need, impl = args
+    need_x, need_weight, need_bias = need
+    _check(x, weight, None, dilation, height, width, None)
     _check_prologue(x, _norm_of(norm_weight, norm_bias, groups), scale, shift, None, 0.0)
     norm_op.check_like("d_out", d_out, (*x.shape[:2], weight.shape[0]), x.dtype, x)
     norm_op.check_like("stats", stats, (x.shape[0], groups, 2), torch.float32, x)
@@ -284,6 +352,7 @@ def _backward(d_out: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Ten
         need_x=need_x,
         need_weight=need_weight,
         need_bias=need_bias,
+        **_frames_of(height, width),
     )
     return d_x, d_weight.to(weight.dtype), d_bias, sums
 
@@ -297,7 +366,7 @@ def _fake_forward(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor
 
 @torch.library.register_fake(_BACKWARD_OP)
 def _fake_backward(d_out: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *_, groups, _dilation, silu, need_x, need_weight, need_bias, _impl = args
+    groups, silu, need_x, need_weight, need_bias = args[5], *args[9:13]
     has_prologue = groups or silu or args[2] is not None or args[3] is not None
     sums = (x.shape[0], x.shape[2], 2) if need_x and has_prologue else (0,)
     return (
@@ -308,16 +377,16 @@ def _fake_backward(d_out: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tupl
     )
 
 
-_gradients = gradients_of("dilated_conv1d")
+_gradients = gradients_of("conv")
 
 
-class _DilatedConv1d(torch.autograd.Function):
+class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, ...]:
-        out, stats = below_autograd("dilated_conv1d", keyset, *args)
-        x, weight, bias, *prologue, _residual, groups, dilation, silu, _eps, impl = args
+        out, stats = below_autograd("conv", keyset, *args)
+        x, weight, bias, *prologue, _residual, groups, dilation, height, width, silu, _eps, impl = args
         ctx.save_for_backward(x, weight, *prologue, stats)
-        ctx.options = groups, dilation, silu
+        ctx.options = groups, dilation, height, width, silu
         ctx.impl, ctx.bias_dtype = impl, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(stats)
         return out, stats
@@ -338,8 +407,8 @@ class _DilatedConv1d(torch.autograd.Function):
             d_bias.to(ctx.bias_dtype) if need_bias else None,
             *d_prologue,
             d_out if need[7] else None,
-            *(None,) * 5,
+            *(None,) * 7,
         )
 
 
-register_autograd("dilated_conv1d", _DilatedConv1d)
+register_autograd("conv", _Conv)

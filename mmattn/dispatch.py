@@ -30,9 +30,11 @@ def unavailable(op: str, impl: str, device: str, dtype: torch.dtype, head_dim: i
             return f"the tensors are on {device}, and it runs on the CPU"
         if dtype not in (torch.float32, torch.bfloat16):
             return f"the dtype is {dtype}, and it computes torch.float32 and torch.bfloat16"
-        if op == "attention" and head_dim is not None and head_dim > 256:
+        if op in ("attention", "self_attention") and head_dim is not None and head_dim > 256:
             return f"the head dimension is {head_dim}, and it takes up to 256"
         return _extension_missing()
+    if op == "self_attention":
+        return "torch's scaled_dot_product_attention is that kernel on accelerators, and it has none of its own"
     if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"the tensors are on {device}, and it runs on CUDA devices (anywhere with TRITON_INTERPRET=1, slowly)"
     if dtype not in _HALF_AND_SINGLE:
@@ -83,7 +85,8 @@ def _choose(op: str, requested: str, device: str, dtype: torch.dtype, head_dim: 
         _announced.add(key)
         _logger.info("%s on %s %s runs %s %s", op, device, dtype, chosen, passed_over or "")
         # fp64 has no kernel anywhere, and whoever computes in it does not ask for speed.
-        if passed_over and dtype != torch.float64 and device != "meta":
+        has_none = dtype == torch.float64 or device == "meta" or (op == "self_attention" and device != "cpu")
+        if passed_over and not has_none:
             warnings.warn(f"mmattn computes {op} by its slow reference: {passed_over[0]}", stacklevel=4)
     return chosen
 

@@ -13,7 +13,7 @@ import torch
 import mmattn
 from mmattn import dispatch
 
-_OPS = ("attention", "norm", "conv")
+_OPS = ("attention", "self_attention", "norm", "conv")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _VARIABLES = ("MMATTN_IMPL", "MMATTN_CPU_ISA", "TRITON_INTERPRET")
 

@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import gc
+import math
 
 import numpy
 import pytest
@@ -43,10 +44,28 @@ class Case:
     strided: bool = False
     fp32_parameters: bool = False
     mean: float = 0.2
+    frame: tuple = ()  # height and width, for 3x3 taps
 
     @property
     def options(self):
-        return {"dilation": self.dilation, "activation": "silu" if self.silu else None}
+        where = dict(zip(("height", "width"), self.frame, strict=True)) if self.frame else {"dilation": self.dilation}
+        return {"activation": "silu" if self.silu else None, **where}
+
+    @property
+    def kernel(self):
+        return (3, 3) if self.frame else (self.taps,)
+
+    @property
+    def geometry(self):
+        return (1, *self.frame) if self.frame else (self.dilation, 0, 0)
+
+    @property
+    def function(self):
+        return mmattn.spatial_conv2d if self.frame else mmattn.dilated_conv1d
+
+
+def frames(count, height, width, **options):
+    return Case(length=count * height * width, frame=(height, width), **options)
 
 
 BLOCK = {"groups": 8, "film": True, "silu": True, "residual": True}
@@ -99,6 +118,19 @@ CASES = {
     "residual alone, strided": Case(residual=True, strided=True, batch=2),
     "fp32 parameters": Case(fp32_parameters=True, batch=2, **BLOCK),
     "fp32 parameters, no prologue": Case(fp32_parameters=True, channels=(20, 48)),
+    "frames of one pixel": frames(3, 1, 1, batch=2, **BLOCK),
+    "frames of one line": frames(2, 1, 7, channels=(20, 33)),
+    "frames of one column": frames(3, 5, 1, batch=2, residual=True),
+    "frames of 4 x 6": frames(3, 4, 6, channels=(48, 33), batch=2, strided=True, **BLOCK),
+    "frames of 8 x 8": frames(5, 8, 8, channels=(48, 32), **BLOCK),
+    "frames of 3 x 16": frames(3, 3, 16, channels=(40, 48), **BLOCK),
+    "frames of 16 x 16": frames(2, 16, 16, channels=(32, 20), batch=2, strided=True, **BLOCK),
+    "frames of 5 x 32": frames(1, 5, 32, groups=8, silu=True),
+    "frames of 20 x 48": frames(2, 20, 48, channels=(16, 20), silu=True),
+    "frames of 17 x 64": frames(1, 17, 64, channels=(16, 16), residual=True),
+    "frames of 30 x 30": frames(2, 30, 30, channels=(16, 20), film=True),
+    "frames of three channels": frames(2, 16, 16, channels=(3, 32)),
+    "frames, fp32 parameters": frames(2, 6, 16, fp32_parameters=True, **BLOCK),
 }  # fmt: skip
 
 
@@ -114,7 +146,7 @@ def inputs(case, dtype=torch.float32, seed=0):
     film = (0.5 * draw(case.batch, 2 * c_in)).to(own).chunk(2, 1)
     tensors = {
         "x": rows((case.mean + draw(case.batch, case.length, c_in)).to(dtype)),
-        "weight": (draw(c_out, c_in, case.taps) / (c_in * case.taps) ** 0.5).to(own),
+        "weight": (draw(c_out, c_in, *case.kernel) / (c_in * math.prod(case.kernel)) ** 0.5).to(own),
         "bias": draw(c_out).to(own) if case.bias else None,
         "norm_weight": (1 + 0.3 * draw(c_in)).to(own) if case.groups else None,
         "norm_bias": (0.3 * draw(c_in)).to(own) if case.groups else None,
@@ -135,8 +167,14 @@ def plain_torch(case, tensors):
         y = y * (1 + tensors["scale"][..., None]) + tensors["shift"][..., None]
     if case.silu:
         y = F.silu(y)
-    padding = case.dilation * (case.taps // 2)
-    out = F.conv1d(y, tensors["weight"], tensors.get("bias"), padding=padding, dilation=case.dilation).transpose(1, 2)
+    weight, bias = tensors["weight"], tensors.get("bias")
+    if case.frame:
+        images = y.unflatten(2, (-1, *case.frame)).transpose(1, 2).flatten(0, 1)
+        out = F.conv2d(images, weight, bias, padding=1).unflatten(0, (case.batch, -1)).transpose(1, 2).flatten(2)
+        out = out.transpose(1, 2)
+    else:
+        padding = case.dilation * (case.taps // 2)
+        out = F.conv1d(y, weight, bias, padding=padding, dilation=case.dilation).transpose(1, 2)
     return out + tensors["residual"] if case.residual else out
 
 
@@ -144,7 +182,7 @@ def convolve(case, tensors, impl="cpu", **overrides):
     norm = (tensors["norm_weight"], tensors["norm_bias"], case.groups) if "norm_weight" in tensors else None
     film = (tensors["scale"], tensors["shift"]) if "scale" in tensors else None
     options = {**case.options, "norm": norm, "film": film, "residual": tensors.get("residual"), "impl": impl}
-    return mmattn.dilated_conv1d(tensors["x"], tensors["weight"], tensors.get("bias"), **{**options, **overrides})
+    return case.function(tensors["x"], tensors["weight"], tensors.get("bias"), **{**options, **overrides})
 
 
 @functools.cache
@@ -256,7 +294,8 @@ def test_a_mean_far_from_zero(isa, instruction_set):
 @needs_extension
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_two_runs_are_bitwise_equal(dtype, poisoned_memory):
-    for name in ("several blocks, everything", "several blocks, dilation 100", "channels 160 to 130"):
+    names = "several blocks, everything", "several blocks, dilation 100", "channels 160 to 130", "frames of 20 x 48"
+    for name in names:
         one, two = outputs(CASES[name], dtype), outputs(CASES[name], dtype)
         assert all(torch.equal(one[key], two[key]) for key in one), name
 
@@ -595,7 +634,7 @@ def test_a_second_derivative_is_refused():
         tensors = {name: x.detach().requires_grad_() for name, x in inputs(case)[0].items()}
         out = convolve(case, tensors)
         (grad,) = torch.autograd.grad(out.square().sum(), tensors["weight"], create_graph=True)
-        with pytest.raises(RuntimeError, match="dilated_conv1d is differentiable once; impl='reference'"):
+        with pytest.raises(RuntimeError, match="conv is differentiable once; impl='reference'"):
             grad.sum().backward()
 
 
@@ -635,11 +674,17 @@ def test_the_slow_reference_is_announced(monkeypatch):
 
 def op_tensors(case, requires_grad=False):
     """As the op takes them, none a view of another: opcheck copies each by itself."""
-    tensors = {name: x.clone().requires_grad_(requires_grad) for name, x in inputs(case)[0].items()}
+    tensors = inputs(case)[0]
+    tensors["weight"] = tensors["weight"].flatten(2)
+    tensors = {name: x.clone().requires_grad_(requires_grad) for name, x in tensors.items()}
     return [tensors.get(name) for name in NAMES]
 
 
-OPCHECKED = {"plain": Case(bias=False), "everything": Case(channels=(32, 20), **BLOCK)}
+OPCHECKED = {
+    "plain": Case(bias=False),
+    "everything": Case(channels=(32, 20), **BLOCK),
+    "frames": frames(2, 3, 4, channels=(32, 20), **BLOCK),
+}
 
 
 @needs_extension
@@ -647,15 +692,15 @@ OPCHECKED = {"plain": Case(bias=False), "everything": Case(channels=(32, 20), **
 @pytest.mark.parametrize("name", OPCHECKED)
 def test_opcheck(name, requires_grad):
     case = OPCHECKED[name]
-    arguments = (*op_tensors(case, requires_grad), case.groups, 2, case.silu, 1e-5, "cpu")
-    torch.library.opcheck(torch.ops.mmattn.dilated_conv1d.default, arguments)
+    arguments = (*op_tensors(case, requires_grad), case.groups, *case.geometry, case.silu, 1e-5, "cpu")
+    torch.library.opcheck(torch.ops.mmattn.conv.default, arguments)
 
 
 def backward_arguments(case, needed=(True, True, True)):
     tensors = op_tensors(case)
-    _, stats = torch.ops.mmattn.dilated_conv1d(*tensors, case.groups, 2, case.silu, 1e-5, "cpu")
+    _, stats = torch.ops.mmattn.conv(*tensors, case.groups, *case.geometry, case.silu, 1e-5, "cpu")
     x, weight, _bias, *prologue, _residual = tensors
-    return inputs(case)[1], x, weight, *prologue, stats, case.groups, 2, case.silu, *needed, "cpu"
+    return inputs(case)[1], x, weight, *prologue, stats, case.groups, *case.geometry, case.silu, *needed, "cpu"
 
 
 @needs_extension
@@ -665,7 +710,7 @@ def backward_arguments(case, needed=(True, True, True)):
 @pytest.mark.parametrize("name", OPCHECKED)
 def test_opcheck_of_the_backward_op(name, needed):
     arguments = backward_arguments(OPCHECKED[name], needed)
-    torch.library.opcheck(torch.ops.mmattn.dilated_conv1d_backward.default, arguments)
+    torch.library.opcheck(torch.ops.mmattn.conv_backward.default, arguments)
 
 
 BAD_OPS = {
@@ -687,7 +732,7 @@ def test_the_backward_op_refuses_what_kernels_would_trust(name):
     arguments = list(backward_arguments(OPCHECKED["everything"]))
     arguments[position] = alter(arguments[position])
     with pytest.raises(error, match=message):
-        torch.ops.mmattn.dilated_conv1d_backward(*arguments)
+        torch.ops.mmattn.conv_backward(*arguments)
 
 
 @needs_extension
@@ -699,13 +744,16 @@ def test_the_op_refuses_what_kernels_would_trust():
         r"weight has shape \[20, 32, 2\]": {1: tensors[1][..., :2]},
         r"residual has shape \[1, 36, 20\]": {7: tensors[7][:, 1:]},
         "x has stride": {0: tensors[0].mT.contiguous().mT},
-        "plain torch": {12: "reference"},
+        "plain torch": {14: "reference"},
+        "height is 0": {1: tensors[1].new_zeros(20, 32, 9), 11: 37},
+        "whole frames": {1: tensors[1].new_zeros(20, 32, 9), 10: 6, 11: 6},
+        "nine taps": {10: 1, 11: 37},
     }.items():
-        arguments = [*tensors, 8, 2, True, 1e-5, "cpu"]
+        arguments = [*tensors, 8, 2, 0, 0, True, 1e-5, "cpu"]
         for position, value in change.items():
             arguments[position] = value
         with pytest.raises((ValueError, RuntimeError), match=message):
-            torch.ops.mmattn.dilated_conv1d(*arguments)
+            torch.ops.mmattn.conv(*arguments)
 
 
 @pytest.mark.parametrize("impl", REFERENCE_AND_AUTO)
@@ -844,6 +892,53 @@ def test_bad_argument(name):
     overrides, error, message = BAD_ARGUMENTS[name]
     with pytest.raises(error, match=message):
         convolve(Case(), inputs(Case())[0], **{"impl": "auto", **overrides})
+
+
+BAD_FRAMES = {
+    "height": ({"height": 0}, ValueError, "height is 0; expected at least 1"),
+    "width": ({"width": -4}, ValueError, "width is -4; expected at least 1"),
+    "float width": ({"width": 4.0}, TypeError, "width is 4.0; expected an int"),
+    "not whole frames": (
+        {"width": 5},
+        ValueError,
+        r"x has 24 positions; expected a multiple of height \* width = 3 \* 5",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FRAMES)
+def test_bad_frames(name):
+    overrides, error, message = BAD_FRAMES[name]
+    case = frames(2, 3, 4)
+    with pytest.raises(error, match=message):
+        convolve(case, inputs(case)[0], "auto", **overrides)
+
+
+def test_bad_kernel_of_frames():
+    case = frames(2, 3, 4)
+    tensors, _ = inputs(case)
+    for weight in (tensors["weight"].flatten(2), tensors["weight"][..., :2], tensors["weight"][:, 1:]):
+        with pytest.raises(ValueError, match=r"weight has shape .*; expected \[Cout, Cin"):
+            convolve(case, {**tensors, "weight": weight}, "auto")
+
+
+@needs_extension
+def test_channels_last_weights(poisoned_memory):
+    """As a model in torch.channels_last has them."""
+    case = frames(2, 6, 16, **BLOCK)
+    tensors, _ = inputs(case)
+    weight = tensors["weight"].contiguous(memory_format=torch.channels_last)
+    assert torch.equal(convolve(case, {**tensors, "weight": weight}), convolve(case, tensors))
+
+
+@needs_extension
+@pytest.mark.parametrize("name", ("frames of 8 x 8", "frames of 16 x 16"))
+def test_compiled_frames(name, fresh_dynamo):
+    case = CASES[name]
+    tensors, d_out = inputs(case)
+    compiled = torch.compile(lambda t: convolve(case, t, "auto"), fullgraph=True, backend="aot_eager")
+    found, plain = with_gradients(compiled, tensors, d_out), outputs(case, torch.float32)
+    assert all(relative_error(found[key], plain[key]) < 1e-6 for key in plain)
 
 
 def test_a_named_impl_that_cannot_run_says_why(monkeypatch):

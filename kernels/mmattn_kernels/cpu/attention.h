@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "isa.h"
 
@@ -13,7 +14,7 @@ struct Strided {  // [batch, position, head, channel], strides in elements, chan
   int64_t batch, position, head;
 };
 
-// Queries of one stream against circular windows of the other's keys and values.
+// Queries of one stream against circular windows of the other's keys and values, or of its own.
 struct Direction {
   Strided q, k, v, out, d_out, d_q, d_k, d_v;  // the last four in backward only
   float* lse;                                  // [batch, head, q_len], natural logarithm
@@ -21,7 +22,7 @@ struct Direction {
 };
 
 struct Attention {
-  Direction directions[2];  // video queries, audio queries
+  std::vector<Direction> directions;  // video queries and audio queries; or those of a stream that attends to itself
   int64_t batch, heads, dim, frames, window, shift;
   float scale;
   bool is_bf16;

@@ -30,8 +30,7 @@ def forward(
     audio_out, audio_lse = _empty(audio_q), _empty_lse(audio_q)
     _run(
         extension().attention_forward,
-        ((video_q, audio_k, audio_v, video_out), video_lse),
-        ((audio_q, video_k, video_v, audio_out), audio_lse),
+        [((video_q, audio_k, audio_v, video_out), video_lse), ((audio_q, video_k, video_v, audio_out), audio_lse)],
         (frames, window, int(shift), scale),
     )
     return video_out, audio_out, video_lse, audio_lse
@@ -61,21 +60,39 @@ def backward(
     d_video_out, d_audio_out = _contiguous_channels(d_video_out), _contiguous_channels(d_audio_out)
     video = (video_q, audio_k, audio_v, video_out, d_video_out, d_video_q, d_audio_k, d_audio_v)
     audio = (audio_q, video_k, video_v, audio_out, d_audio_out, d_audio_q, d_video_k, d_video_v)
-    _run(extension().attention_backward, (video, video_lse), (audio, audio_lse), (frames, window, int(shift), scale))
+    geometry = frames, window, int(shift), scale
+    _run(extension().attention_backward, [(video, video_lse), (audio, audio_lse)], geometry)
     return d_video_q, d_video_k, d_video_v, d_audio_q, d_audio_k, d_audio_v
 
 
-def _run(kernel, video, audio, geometry) -> None:
-    batch, _, heads, dim = video[0][0].shape
+def self_forward(q: Tensor, k: Tensor, v: Tensor, *, segments: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Each of `segments` equal pieces of the sequence attends to itself: (out, lse)."""
+    out, lse = _empty(q), _empty_lse(q)
+    _run(extension().attention_forward, [((q, k, v, out), lse)], (segments, 1, 0, scale))
+    return out, lse
+
+
+def self_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, segments: int, scale: float
+) -> Tensor:
+    """The gradients of q, k and v as one packed [B, L, 3, H, D]."""
+    batch, length, heads, dim = q.shape
+    d_qkv = torch.empty((batch, length, 3, heads, dim), dtype=q.dtype)
+    tensors = (q, k, v, out, _contiguous_channels(d_out), *d_qkv.unbind(2))
+    _run(extension().attention_backward, [(tensors, lse)], (segments, 1, 0, scale))
+    return d_qkv
+
+
+def _run(kernel, directions, geometry) -> None:
+    batch, _, heads, dim = directions[0][0][0].shape
     if batch == 0:
         return
-    directions = []
-    for tensors, lse in (video, audio):
-        q, k = tensors[:2]
+    arguments = []
+    for tensors, lse in directions:
         matrices = [(t.data_ptr(), *t.stride()[:3]) for t in tensors]
-        directions.append((matrices, lse.data_ptr(), q.shape[1], k.shape[1]))
-    is_bf16 = video[0][0].dtype == torch.bfloat16
-    kernel(directions, batch, heads, dim, *geometry, is_bf16, torch.get_num_threads())
+        arguments.append((matrices, lse.data_ptr(), tensors[0].shape[1], tensors[1].shape[1]))
+    is_bf16 = directions[0][0][0].dtype == torch.bfloat16
+    kernel(arguments, batch, heads, dim, *geometry, is_bf16, torch.get_num_threads())
 
 
 def _empty(like: Tensor) -> Tensor:

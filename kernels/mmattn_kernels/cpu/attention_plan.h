@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <list>
 #include <vector>
 
 #include "attention.h"
@@ -175,12 +176,15 @@ class Runs {
 // Kernel(p, longest ring, scratch) takes its memory from scratch; kernel.run(run) computes one run.
 template <class Kernel>
 void run_all(const Attention& p) {
-  const auto cut = [&](const Direction& d) {
-    return Runs(p, d, Kernel::kQueryRows, Kernel::kRowUnit, Kernel::bytes_per_key(p.dim), Kernel::kExclusive);
-  };
-  const Runs runs[] = {cut(p.directions[0]), cut(p.directions[1])};
-  const int64_t longest = std::max(runs[0].longest(), runs[1].longest());
-  const int64_t first = runs[0].all().size(), count = first + runs[1].all().size();
+  std::list<Runs> directions;
+  std::vector<const Run*> runs;
+  int64_t longest = 0;
+  for (const Direction& d : p.directions) {
+    const Runs& own = directions.emplace_back(p, d, Kernel::kQueryRows, Kernel::kRowUnit, Kernel::bytes_per_key(p.dim),
+                                              Kernel::kExclusive);
+    for (const Run& run : own.all()) runs.push_back(&run);
+    longest = std::max(longest, own.longest());
+  }
   Scratch counter(nullptr);
   Kernel(p, longest, counter);
   const int64_t per_thread = round_up(counter.used(), 1024);
@@ -190,7 +194,7 @@ void run_all(const Attention& p) {
     Scratch scratch(memory.data() + thread_number() * per_thread);
     const Kernel kernel(p, longest, scratch);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < count; ++i) kernel.run(i < first ? runs[0].all()[i] : runs[1].all()[i - first]);
+    for (size_t i = 0; i < runs.size(); ++i) kernel.run(*runs[i]);
   }
 }
 

@@ -100,24 +100,22 @@ Strided strided(const Matrix& m) {
 // Each direction: (q, k, v, out[, d_out, d_q, d_k, d_v]), lse pointer, q_len, k_len.
 using DirectionArgs = std::tuple<std::vector<Matrix>, uintptr_t, int64_t, int64_t>;
 
-Attention unpack(const std::array<DirectionArgs, 2>& directions, int64_t batch, int64_t heads, int64_t dim,
+Attention unpack(const std::vector<DirectionArgs>& directions, int64_t batch, int64_t heads, int64_t dim,
                  int64_t frames, int64_t window, int64_t shift, float scale, bool is_bf16, int threads) {
   Attention p{{}, batch, heads, dim, frames, window, shift, scale, is_bf16, threads};
-  for (int i = 0; i < 2; ++i) {
-    const auto& [matrices, lse, q_len, k_len] = directions[i];
-    Strided* const fields[] = {&p.directions[i].q,   &p.directions[i].k,     &p.directions[i].v,
-                               &p.directions[i].out, &p.directions[i].d_out, &p.directions[i].d_q,
-                               &p.directions[i].d_k, &p.directions[i].d_v};
+  for (const auto& [matrices, lse, q_len, k_len] : directions) {
+    Direction& d = p.directions.emplace_back();
+    Strided* const fields[] = {&d.q, &d.k, &d.v, &d.out, &d.d_out, &d.d_q, &d.d_k, &d.d_v};
     for (size_t j = 0; j < matrices.size(); ++j) *fields[j] = strided(matrices[j]);
-    p.directions[i].lse = reinterpret_cast<float*>(lse);
-    p.directions[i].q_len = q_len;
-    p.directions[i].k_len = k_len;
+    d.lse = reinterpret_cast<float*>(lse);
+    d.q_len = q_len;
+    d.k_len = k_len;
   }
   return p;
 }
 
 template <void (*InstructionSet::*kKernel)(const Attention&)>
-void run(const std::array<DirectionArgs, 2>& directions, int64_t batch, int64_t heads, int64_t dim, int64_t frames,
+void run(const std::vector<DirectionArgs>& directions, int64_t batch, int64_t heads, int64_t dim, int64_t frames,
          int64_t window, int64_t shift, float scale, bool is_bf16, int threads) {
   const Attention p = unpack(directions, batch, heads, dim, frames, window, shift, scale, is_bf16, threads);
   const auto kernel = active().*kKernel;
@@ -191,13 +189,13 @@ void conv_pack(const WeightArgs& args, bool is_bf16, uintptr_t packed, int threa
   active().conv_pack(w, reinterpret_cast<void*>(packed));
 }
 
-// Batch, length, in channels, out channels, taps, dilation, bf16, threads.
-using ConvSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, int>;
+// Batch, length, in channels, out channels, taps, dilation, height, width, bf16, threads.
+using ConvSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, int>;
 
 Conv conv(const TokensArgs& x, const TokensArgs& out, const NormArgs& args, const ConvSizes& sizes) {
-  const auto& [batch, length, in_channels, out_channels, taps, dilation, is_bf16, threads] = sizes;
-  return {tokens(x), tokens(out), {},           nullptr, {},       {},      norm(args), batch,
-          length,    in_channels, out_channels, taps,    dilation, is_bf16, threads};
+  const auto& [batch, length, in_channels, out_channels, taps, dilation, height, width, is_bf16, threads] = sizes;
+  return {tokens(x),   tokens(out),  {},   nullptr,  {},     {},    norm(args), batch,  length,
+          in_channels, out_channels, taps, dilation, height, width, is_bf16,    threads};
 }
 
 void conv_forward(const TokensArgs& x, const TokensArgs& out, const TokensArgs& residual, uintptr_t packed,

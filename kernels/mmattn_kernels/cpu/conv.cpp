@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Dilated convolution over [batch, position, channel] with its prologue and epilogue, as implicit matrix products:
+// Convolution over [batch, position, channel] with its prologue and epilogue, as implicit matrix products:
 //   out[l, o] = bias[o] + residual[l, o] + sum over taps k: y[l + (k - K/2) * dilation, :] . weight[o, :, k],
 // y the prologue of x, zero outside the sequence. A block of output rows prepares the rows of y that its taps read
 // once, in a buffer of its thread, and every tap is a matrix product on that buffer (conv_plan.h). The gradient of y is
@@ -108,7 +108,7 @@ class FmaConv {
           if (lo == hi) continue;
           const float* weights = packed + ((panel * block.taps + k) * p.in_channels + c) * kPanel;
           const Gemm g{hi - lo, vecs,
-                       end - c, buffer + (lo + k * block.step) * stride,
+                       end - c, buffer + (lo + block.offset(k)) * stride,
                        stride,  1,
                        weights, kLanes,
                        kPanel,  sums + lo * columns + (panel - panel_begin) * kPanel,
@@ -121,6 +121,7 @@ class FmaConv {
     for (int64_t i = 0; i < block.rows; i += kRowUnit)
       for (int64_t r = i; r < i + block.live(i); ++r) {
         const int64_t position = block.position(r);
+        if (position < 0) continue;
         T* out = row<T>(p.out, block.batch, position);
         const T* residual = p.residual.data ? row<T>(p.residual, block.batch, position) : nullptr;
         for (int64_t o = first; o < last; o += kLanes) {
@@ -204,8 +205,9 @@ class WeightGradient {
 
   // The output gradient of a row of the block; null where there is none.
   const T* d_out(const Block& block, int64_t i) const {
-    if (i % block.run >= block.width || block.position(i) >= block.length) return nullptr;
-    return row<T>(p_.out, block.batch, block.position(i));
+    if (!block.spatial() && i % block.run >= block.width) return nullptr;
+    const int64_t position = block.position(i);
+    return position < 0 || position >= block.length ? nullptr : row<T>(p_.out, block.batch, position);
   }
 
   void add_block(const Block& block, int64_t first, int64_t end, bool is_first, float* own, float* sums) const {
@@ -229,9 +231,13 @@ class WeightGradient {
       const Tiles b{right.at(0, 0, lo / 32), right.block, right.part, right.chunk};
       for (int64_t at = 0; at < p_.in_channels; at += kInGroup) {
         const int64_t group = std::min(kInGroup, p_.in_channels - at);
-        for (int64_t c = lo / 32; c < hi / 32; ++c)
-          pack_depth_tiles<kP, false>(
-              right, c, group, [&](int64_t i) { return rows + (c * 32 + i + k * block.step) * row_stride_ + at; });
+        for (int64_t c = lo / 32; c < hi / 32; ++c) {
+          const Row* low = rows + (block.at(c * 32) + block.offset(k)) * row_stride_ + at;
+          const Row* high = rows + (block.at(c * 32 + 16) + block.offset(k)) * row_stride_ + at;
+          pack_depth_tiles<kP, false>(right, c, group, [&](int64_t i) {
+            return i < 16 ? low + i * row_stride_ : high + (i - 16) * row_stride_;
+          });
+        }
         tile_gemm<kP>(out_blocks, 0, (group + 15) / 16, (hi - lo) / 32, a, b, to + at, in_padded_, !is_first);
       }
     };
@@ -253,7 +259,7 @@ class WeightGradient {
                    gradients + lo * stride,
                    1,
                    stride,
-                   rows + (lo + k * block.step) * row_stride_,
+                   rows + (lo + block.offset(k)) * row_stride_,
                    kLanes,
                    row_stride_,
                    to,

@@ -25,6 +25,7 @@ struct Conv {
   Parameter bias;           // null or [out_channels]
   Norm norm;                // of the prologue
   int64_t batch, length, in_channels, out_channels, taps, dilation;
+  int64_t height, width;  // of the frames that the sequence consists of, for 3 x 3 taps; 0 for taps along the sequence
   bool is_bf16;
   int threads;
   void* d_weight = nullptr;  // [out_channels, in_channels, taps]

@@ -33,9 +33,11 @@ def forward(
     dilation: int,
     silu: bool,
     eps: float,
+    height: int = 0,
+    width: int = 0,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Writes to `out`, which may be x itself where K = 1, or to new memory."""
+    """Writes to `out`, which may be x itself where K = 1, or to new memory. Nine taps are 3 x 3 where there is a width."""
     batch, length, _ = x.shape
     if out is None:
         out = torch.empty((batch, length, weight.shape[0]), dtype=x.dtype)
@@ -44,7 +46,7 @@ def forward(
         parameters = readable(norm_weight, norm_bias, scale, shift)
         norm = norm_arguments(parameters, stats, groups, silu, eps)
         packed = _packed_weight(weight, x.dtype == torch.bfloat16)
-        _convolve(x, out, residual, packed, bias, norm, weight.shape, dilation)
+        _convolve(x, out, residual, packed, bias, norm, weight.shape, (int(dilation), int(height), int(width)))
     return out, stats
 
 
@@ -61,6 +63,8 @@ def backward(
     groups: int,
     dilation: int,
     silu: bool,
+    height: int = 0,
+    width: int = 0,
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
@@ -76,13 +80,14 @@ def backward(
     sums = torch.zeros((batch, in_channels, 2) if need_x and has_prologue else 0, dtype=torch.float32)
     if batch == 0:
         return d_x, d_weight.zero_(), d_bias.zero_(), sums
-    sizes = (batch, length, in_channels, out_channels, taps, int(dilation), is_bf16, threads)
+    geometry = (int(dilation), int(height), int(width), is_bf16, threads)
+    sizes = (batch, length, in_channels, out_channels, taps, *geometry)
     if need_x:
         pointer, kind, out_stride, in_stride, tap_stride, *_ = _weight_arguments(weight)
         # The gradient of y is the convolution with channels swapped and taps in reverse.
         last_tap = pointer + (taps - 1) * tap_stride * weight.element_size()
         reverse = (last_tap, kind, in_stride, out_stride, -tap_stride, in_channels, out_channels, taps)
-        swapped = (batch, length, out_channels, in_channels, *sizes[4:])
+        swapped = (batch, length, out_channels, in_channels, taps, *geometry)
         extension().conv_input_gradient(tokens(d_out), tokens(d_x), reverse, swapped)
         if has_prologue:
             d_x, sums = norm_kernels.backward(d_x, x, *prologue, stats, groups=groups, silu=silu, in_place=True)
@@ -96,10 +101,10 @@ def backward(
     return d_x, d_weight, d_bias, sums
 
 
-def _convolve(x, out, residual, packed, bias, norm, weight_shape, dilation) -> None:
+def _convolve(x, out, residual, packed, bias, norm, weight_shape, geometry) -> None:
     (bias,) = readable(bias)
     out_channels, in_channels, taps = weight_shape
-    sizes = (*x.shape[:2], in_channels, out_channels, taps, int(dilation), x.dtype == torch.bfloat16)
+    sizes = (*x.shape[:2], in_channels, out_channels, taps, *geometry, x.dtype == torch.bfloat16)
     extension().conv_forward(
         tokens(x),
         tokens(out),

@@ -236,14 +236,18 @@ class AmxConv {
     const int64_t part = part_bytes(block);
     const bool last = at.next == in_chunks_;
     if (last)
-      for (int64_t r = 0; r < live; ++r) prefetch(out_row(block, i + r) + at.pair * 32, 32);
+      for (int64_t r = 0; r < live; ++r) {
+        const int64_t position = block.position(i + r);
+        if (position >= 0) prefetch(row<T>(p_.out, block.batch, position) + at.pair * 32, 32);
+      }
     load_c<M, N>(sums, columns, at.chunk > 0);
+    const int64_t first = block.at(i), a_block = (block.at(i + 16) - first) * 64;
     for (int64_t k = 0; k < block.taps; ++k) {
       if (!block.reads(i, k)) continue;
-      const char* a = buffer_ + (at.chunk - at.first) * kP * part + (i + k * block.step) * 64;
+      const char* a = buffer_ + (at.chunk - at.first) * kP * part + (first + block.offset(k)) * 64;
       const char* b = at.weights + k * at.tap;
       for (int64_t c = at.chunk; c < at.next; ++c, a += kP * part, b += kChunkBytes)
-        multiply_chunk<kP, M, N>(a, kTileBytes, part, b, kTileBytes, kPairBytes);
+        multiply_chunk<kP, M, N>(a, a_block, part, b, kTileBytes, kPairBytes);
     }
     if (!last) return store_c<M, N>(sums, columns);
     store_c<M, N>(tile_, 32);
@@ -255,11 +259,13 @@ class AmxConv {
     const int64_t at = pair * 32, n = p_.out_channels - at;
     const Vec bias[2] = {load(bias_ + at), load(bias_ + at + 16)};
     for (int64_t r = 0; r < live; ++r) {
-      T* out = out_row(block, i + r) + at;
+      const int64_t position = block.position(i + r);
+      if (position < 0) continue;
+      T* out = row<T>(p_.out, block.batch, position) + at;
       Vec value[2] = {};
       for (int v = 0; v < N; ++v) value[v] = load(tile_ + r * 32 + v * 16) + bias[v];
       if (p_.residual.data) {
-        const T* residual = row<T>(p_.residual, block.batch, block.position(i + r)) + at;
+        const T* residual = row<T>(p_.residual, block.batch, position) + at;
         for (int v = 0; v < N; ++v) value[v] += load_lanes(residual + v * 16, n - v * 16);
       }
       if (kP == 1 && n >= 32) {  // one store of a whole line
@@ -270,8 +276,6 @@ class AmxConv {
       }
     }
   }
-
-  T* out_row(const Block& block, int64_t i) const { return row<T>(p_.out, block.batch, block.position(i)); }
 
   void fill(const Block& block, int64_t chunk, int64_t chunk_end) const {
     switch (prologue_of(p_.norm)) {

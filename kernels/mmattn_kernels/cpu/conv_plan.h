@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: MIT
-// How a dilated convolution is cut into blocks of output rows, and which rows of its input a block reads.
+// How a convolution is cut into blocks of output rows, and which rows of its input a block reads.
 //
-// A block holds the input rows of all its taps in one buffer, where tap k of output row i is row i + k * step. For a
-// small dilation the rows are consecutive positions and step is the dilation: neighbouring outputs share their taps,
-// and only a margin is read twice. For a large one they are runs of positions a dilation apart, and step is the length
-// of a run: the taps of a run are its neighbouring runs, so nothing is read twice however far the taps reach.
+// A block holds the input rows of all its taps in one buffer, where tap k of output row i is row at(i) + offset(k).
+// Along the sequence at(i) is i. For a small dilation the rows are consecutive positions and taps are the dilation
+// apart: neighbouring outputs share their taps, and only a margin is read twice. For a large one they are runs of
+// positions a dilation apart, and taps are the length of a run apart: the taps of a run are its neighbouring runs, so
+// nothing is read twice however far the taps reach.
+// In frames the buffer holds whole lines with a zero after each, and a line of zeros after each frame, so that all nine
+// taps of a position lie at fixed distances. Output rows are the positions where a line is a whole number of tiles, and
+// else the places of the buffer, those of zeros computed in vain.
 #pragma once
 
 #include <numeric>
@@ -18,20 +22,62 @@ namespace {
 
 constexpr int64_t kRowUnit = 32;  // rows that are computed together: consecutive positions
 
+// Whether the input rows of each 16 output rows may lie anywhere, or those of all rows are consecutive.
+#if defined(__AMX_BF16__)
+constexpr bool kTiles = true;
+#else
+constexpr bool kTiles = false;
+#endif
+
+// The places of a sequence of frames in the buffer: every line and every frame with a zero behind.
+struct Frames {
+  int64_t height, width, length;
+  explicit Frames(const Conv& p) : height(p.height), width(p.width), length(p.length) {}
+
+  int64_t pitch() const { return width + 1; }
+  bool dense() const { return kTiles && width % 16 == 0; }
+  int64_t place(int64_t position) const {
+    const int64_t line = position / width;
+    return (line + line / height) * pitch() + position - line * width;
+  }
+  int64_t position(int64_t place) const {  // -1 at the zeros
+    if (place < 0) return -1;
+    const int64_t line = place / pitch(), column = place - line * pitch(), frame = line / (height + 1);
+    if (column == width || line - frame * (height + 1) == height) return -1;
+    const int64_t at = (line - frame) * width + column;
+    return at < length ? at : -1;
+  }
+  int64_t rows() const { return dense() ? length : place(length - 1) + 1; }
+};
+
 struct Block {
-  int64_t batch, origin, rows;  // position of the first row; rows are a multiple of kRowUnit
+  int64_t batch, origin, rows;  // position or place of the first row; rows are a multiple of kRowUnit
   int64_t run, width;           // rows of a run, how many of them are in use
   int64_t step;                 // rows from a tap to the next, 0 if all but the middle one lie outside the sequence
   int64_t length, taps, dilation;
+  Frames frames;
 
-  int64_t buffer_rows() const { return rows + (taps - 1) * step; }
-  int64_t position(int64_t row) const { return origin + row / run * dilation + row % run; }
-  // Of the kRowUnit rows from `row` on, those that exist.
+  bool spatial() const { return frames.width > 0; }
+  int64_t offset(int64_t k) const { return spatial() ? k / 3 * frames.pitch() + k % 3 : k * step; }
+  int64_t buffer_rows() const { return at(rows - 16) + 16 + offset(taps - 1); }
+  // Where the buffer has the first tap of a row, whose tile begins with it; it is `row` outside of dense frames.
+  int64_t at(int64_t row) const {
+    if (!spatial() || !frames.dense()) return row;
+    return frames.place(std::min(origin + row, length - 1)) - frames.place(origin);
+  }
+  // -1 where there is none.
+  int64_t position(int64_t row) const {
+    if (spatial()) return frames.dense() ? origin + row : frames.position(origin + row);
+    return origin + row / run * dilation + row % run;
+  }
+  // Of the kRowUnit rows from `row` on, those after which none exists.
   int64_t live(int64_t row) const {
-    return std::clamp<int64_t>(std::min(width - row % run, length - position(row)), 0, kRowUnit);
+    const int64_t left = spatial() ? frames.rows() - origin - row : std::min(width - row % run, length - position(row));
+    return std::clamp<int64_t>(left, 0, kRowUnit);
   }
   // Whether tap k of any of these rows lies inside the sequence.
   bool reads(int64_t row, int64_t k) const {
+    if (spatial()) return true;
     const int64_t first = position(row) + (k - taps / 2) * dilation;
     return first < length && first + live(row) > 0;
   }
@@ -46,6 +92,18 @@ struct Block {
   template <class Visit>
   void each_buffer_row(Visit visit) const {
     const int64_t total = buffer_rows();
+    if (spatial()) {
+      const int64_t first = (frames.dense() ? frames.place(origin) : origin) - frames.pitch() - 1;
+      for (int64_t r = 0; r < total;) {  // a line at a time
+        const int64_t place = first + r, column = (place + 2 * frames.pitch()) % frames.pitch();
+        const int64_t count = std::min(frames.pitch() - column, total - r), position = frames.position(place);
+        for (int64_t i = 0; i < count; ++i, ++r) {
+          const bool inside = position >= 0 && column + i < frames.width && position + i < length;
+          visit(r, inside ? position + i : -1);
+        }
+      }
+      return;
+    }
     for (int64_t first = 0; first < total; first += run) {
       const int64_t at = origin + first / run * dilation - (step ? taps / 2 * dilation : 0);
       for (int64_t r = 0; r < std::min(run, total - first); ++r) {
@@ -59,7 +117,9 @@ struct Block {
 // Blocks of at most `most` rows, at least as many as threads where the sequence is long enough to share.
 inline std::vector<Block> cut(const Conv& p, int64_t most) {
   constexpr int64_t kWholeRun = int64_t{1} << 40;
-  const int64_t length = p.length, dilation = p.dilation, taps = p.taps;
+  const Frames frames(p);
+  const bool spatial = p.width > 0;
+  const int64_t length = p.length, dilation = p.dilation, taps = p.taps, total = spatial ? frames.rows() : length;
   const int64_t runs = (length + dilation - 1) / dilation, span = std::min(dilation, length);
   const int64_t padded_span = round_up(span, kRowUnit);
   // Rows computed in vain by runs, against rows prepared twice without them, at about a quarter of the cost.
@@ -68,7 +128,7 @@ inline std::vector<Block> cut(const Conv& p, int64_t most) {
   const double with_runs = vain + (runs_of_block < runs ? 0.25 * (taps - 1) / runs_of_block : 0);
   const double without = 0.25 * (taps - 1) * std::min(dilation, length) / std::min(most, length);
   std::vector<Block> blocks;
-  if (taps > 1 && with_runs < without) {
+  if (!spatial && taps > 1 && with_runs < without) {
     int64_t run = std::max(std::min(most / runs_of_block / kRowUnit * kRowUnit, padded_span), kRowUnit);
     const int64_t groups = (runs + runs_of_block - 1) / runs_of_block;
     while (run > kRowUnit && (padded_span + run - 1) / run * groups * p.batch < p.threads) run -= kRowUnit;
@@ -76,22 +136,22 @@ inline std::vector<Block> cut(const Conv& p, int64_t most) {
       for (int64_t g = 0; g < groups; ++g)
         for (int64_t r = 0; r < span; r += run) {
           const int64_t first = runs * g / groups, count = runs * (g + 1) / groups - first;
-          blocks.push_back(
-              {b, first * dilation + r, count * run, run, std::min(run, span - r), run, length, taps, dilation});
+          blocks.push_back({b, first * dilation + r, count * run, run, std::min(run, span - r), run, length, taps,
+                            dilation, frames});
         }
     return blocks;
   }
-  int64_t count = (length + most - 1) / most;
+  int64_t count = (total + most - 1) / most;
   // Weights still to be packed are packed by whoever reads them: in a single block, each once.
-  if (count >= p.threads || (p.packed && length >= 192 * p.threads))
+  if (count >= p.threads || (p.packed && total >= 192 * p.threads))
     count = round_up(count * p.batch, p.threads) / p.batch;
-  const int64_t units = (length + kRowUnit - 1) / kRowUnit;
+  const int64_t units = (total + kRowUnit - 1) / kRowUnit;
   count = std::min(count, units);
   for (int64_t b = 0; b < p.batch; ++b)
     for (int64_t i = 0; i < count; ++i) {
       const int64_t first = units * i / count * kRowUnit, end = units * (i + 1) / count * kRowUnit;
       const int64_t step = dilation < length ? dilation : 0;
-      blocks.push_back({b, first, end - first, kWholeRun, kWholeRun, step, length, taps, dilation});
+      blocks.push_back({b, first, end - first, kWholeRun, kWholeRun, step, length, taps, dilation, frames});
     }
   return blocks;
 }
