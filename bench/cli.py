@@ -6,8 +6,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import harness
@@ -30,8 +31,13 @@ def make_parser(
     shape: Callable[[str], Any],
     metavar: str,
     modes: Iterable[str] = MODES,
+    batches: Iterable[int] = (1, 4, 16),
+    quick_shapes: str = "published",
 ) -> argparse.ArgumentParser:
-    """The command line of bench/{name}.py; `shape` reads a custom shape, shown as `metavar`; `modes` is the default."""
+    """The command line of bench/{name}.py; `shape` reads a custom shape, shown as `metavar`; `modes` is the default.
+
+    `batches` are the default on CUDA, `quick_shapes` with --quick.
+    """
     prog = f"python bench/{name}.py"
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -47,14 +53,17 @@ def make_parser(
     parser.add_argument(
         "--shape", action="append", type=shape, metavar=metavar, default=[], help="repeatable; implies custom"
     )
-    parser.add_argument("--batch", nargs="+", type=int, metavar="B", help="1 on a CPU; 1 4 16 on CUDA")
+    parser.add_argument(
+        "--batch", nargs="+", type=int, metavar="B", help=f"1 on a CPU; {' '.join(map(str, batches))} on CUDA"
+    )
     parser.add_argument("--modes", nargs="+", choices=MODES, help=modes_help)
     parser.add_argument("--providers", nargs="+", choices=list(providers), help="all, where they apply")
     parser.add_argument("--threads", type=int, default=None, help="of the CPU; torch's choice by default")
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"fewer samples (norm, conv: and shapes), no call above 100 GFLOP on a CPU, no {COMPILE}",
+        help=f"fewer samples (norm, conv: and shapes), no call above 100 GFLOP on a CPU, no {COMPILE}"
+        + ("" if quick_shapes == "published" else f"; {quick_shapes} shapes"),
     )
     parser.add_argument("--rounds", type=int, default=None, help="samples of each provider at most")
     parser.add_argument("--budget", type=float, default=None, metavar="S", help="seconds a provider and row at most")
@@ -64,25 +73,33 @@ def make_parser(
     parser.add_argument("--json", type=Path, default=Path(f"out/{name}.json"), help="default: %(default)s")
     parser.add_argument("--plot", type=Path, default=None, help="default: the JSON's name with .png")
     parser.set_defaults(all_providers=tuple(providers), all_modes=tuple(modes))
+    parser.set_defaults(cuda_batches=list(batches), quick_shapes=quick_shapes)
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Parse, refuse what does not go together, and fill in what depends on the device and on --quick."""
+def parse(
+    parser: argparse.ArgumentParser, argv: list[str] | None, on_request: Iterable[str] = ()
+) -> argparse.Namespace:
+    """Parse, refuse what does not go together, and fill in what depends on the device and on --quick.
+
+    The providers `on_request` are left out on a CPU unless --providers names them.
+    """
     args = parser.parse_args(argv)
     on_cuda = args.device == "cuda"
     if on_cuda and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device")
     if args.graphs and not on_cuda:
         parser.error("--graphs needs --device cuda")
-    args.shapes = args.shapes or ("custom" if args.shape else "published")
+    usual = args.quick_shapes if args.quick else "published"
+    args.shapes = args.shapes or ("custom" if args.shape else usual)
     if (args.shapes == "custom") != bool(args.shape):
         parser.error("--shape and --shapes custom go together")
     args.dtype = args.dtype or (["bfloat16"] if on_cuda else ["float32", "bfloat16"])
-    args.batch = args.batch or ([1, 4, 16] if on_cuda else [1])
+    args.batch = args.batch or (args.cuda_batches if on_cuda else [1])
     args.modes = args.modes or [m for m in args.all_modes if not (args.quick and m == "backward")]
     # Compiling takes longer than all the rest of a quick run.
-    args.providers = args.providers or [p for p in args.all_providers if not (args.quick and p == COMPILE)]
+    left_out = {COMPILE} if args.quick else set() if on_cuda else set(on_request)
+    args.providers = args.providers or [p for p in args.all_providers if p not in left_out]
     args.plot = args.plot or args.json.with_suffix(".png")
     if args.max_gflop is None and args.quick and not on_cuda:
         args.max_gflop = 100.0
@@ -100,10 +117,12 @@ def run(
     header: dict[str, Any],
     shapes: list[Any],
     providers_of: Callable[[argparse.Namespace, Any, str, str], list[harness.Provider]],
+    minimum: Mapping[str, int] = MappingProxyType({}),
 ) -> int:
     """Measure providers_of(args, shape, dtype, mode) for all cases; print the table, write the JSON and the picture.
 
     `header` is the op's part of a results file's; shapes are dataclasses with a batch, whose str is that of the tables.
+    `minimum` is the least number of samples by mode, where it is not the harness's.
     """
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -111,6 +130,7 @@ def run(
     settings = harness.Settings(rounds=7, budget_s=0.4, warmup_s=0.0) if args.quick else harness.Settings()
     settings.rounds, settings.budget_s = args.rounds or settings.rounds, args.budget or settings.budget_s
     settings.graphs, settings.max_gflop = args.graphs, args.max_gflop
+    settings.disagreement = header.get("disagreement", settings.disagreement)
     settings.prime = header["bound"] == "copy" and args.device == "cpu"  # on CUDA every sample begins with a flush
     header = header | harness.describe_machine(args.device)
     sample = harness.sampler(args.device)
@@ -126,7 +146,7 @@ def run(
                 case,
                 providers_of(args, shape, dtype, mode),
                 sample=sample,
-                settings=settings,
+                settings=dataclasses.replace(settings, minimum=minimum.get(mode, settings.minimum)),
                 baseline=header["baseline"],
                 ratios_to=args.all_providers,
                 memory=not args.no_memory,

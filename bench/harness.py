@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import functools
 import multiprocessing
 import os
 import platform
@@ -50,6 +51,8 @@ class Provider:
         probe: for CPU memory, a picklable (function, arguments); the function returns (a small call, the call) and runs
             in a fresh process.
         note: shown beside the row.
+        compare: of the call's result, the tensors that are compared; all of them by default.
+        divide: measures, after the rest, how the call's time divides among its parts; kept in the row as it is.
     """
 
     name: str
@@ -59,13 +62,16 @@ class Provider:
     same: bool = True
     probe: tuple[Callable[..., tuple[Call, Call]], tuple] | None = None
     note: str = ""
+    compare: Callable[[Any], list[Tensor]] | None = None
+    divide: Callable[[Call], Any] | None = None
 
 
 @dataclass
 class Settings:
-    """How long to measure: `rounds` samples at most, `budget_s` seconds a provider and row, but 3 samples at least.
+    """How long to measure: `rounds` samples at most, `budget_s` seconds a provider and row, but `minimum` samples.
 
-    Calls of more work than `max_gflop` are left out. With `prime` a call that is not timed goes before each sample:
+    Calls of more work than `max_gflop` are left out. `disagreement` is by how much results may differ from the
+    baseline's, in each dtype. With `prime` a call that is not timed goes before each sample:
     where memory bounds an op, peers that share an input would else find it in the cache, and one of another layout not.
     """
 
@@ -76,6 +82,7 @@ class Settings:
     graphs: bool = False
     prime: bool = False
     max_gflop: float | None = None
+    disagreement: dict[str, float] = field(default_factory=lambda: DISAGREEMENT)
 
 
 @dataclass
@@ -239,12 +246,12 @@ def run_case(
                 limit = f"more than --max-gflop {settings.max_gflop:g}"
                 raise NotApplicable(f"skipped: {provider.gflop:.0f} GFLOP a call, {limit}")
             call = provider.build()
-            result = warm_up(call, sample, settings.warmup_s)
+            result = (provider.compare or _detached)(warm_up(call, sample, settings.warmup_s))
             if provider.name == baseline:
-                expected = _detached(result)
+                expected = result
             elif provider.same and expected is not None:
-                error = relative_difference(_detached(result), expected)
-                if not error <= DISAGREEMENT.get(case["dtype"], 3e-2):
+                error = relative_difference(result, expected)
+                if not error <= settings.disagreement.get(case["dtype"], 3e-2):
                     raise AssertionError(f"disagrees with {baseline}: relative difference {error:.1e}")
             calls[provider.name] = call
         except Exception as error:
@@ -265,6 +272,8 @@ def run_case(
             row |= _figures(provider, samples, ratios_to)
             if memory:
                 row |= _memory(provider, calls[provider.name], on_cuda)
+            if provider.divide is not None:
+                row["parts"] = provider.divide(calls[provider.name])
         rows.append(row)
     return rows
 
@@ -342,6 +351,7 @@ def cuda_peak_extra(call: Call) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+@functools.cache  # a peer in fp32 may be in the rows of several dtypes
 def cpu_peak_extra(function: Callable[..., tuple[Call, Call]], arguments: tuple, timeout_s: float = 300) -> int:
     """Bytes by which resident memory grew, at its peak, in the first full-size call of a process of its own.
 

@@ -21,6 +21,10 @@ import report
 # Okabe and Ito's palette: distinct to colour-blind readers, and in lightness, with mmattn the darkest.
 COLOURS = {
     "mmattn": "#0072B2",
+    "mmdiffusion": "#0072B2",
+    "mmdiffusion, CUDA graph": "#009E73",
+    "release": "#E69F00",
+    "release, autocast": "#F0E442",
     "SDPA over views": "#E69F00",
     "SDPA over unfold": "#009E73",
     "SDPA over copies": "#F0E442",
@@ -89,7 +93,7 @@ def draw(
     for axis, (title, value, text) in zip(axes, panels, strict=True):
         measured = [(where, value(row), row) for where, row in bars if value(row) is not None]
         for where, x, row in measured:
-            own = row["provider"] == report.OWN
+            own = row["provider"] == report.own_of(header)
             axis.barh(where, x, height=0.86, color=colours[row["provider"]])
             axis.annotate(
                 text(x),

@@ -4,9 +4,11 @@
 A results file is {"schema", "header", "rows"}. The header says what ran on what, from which commit, by which command,
 the machine's ceilings, and how to read the rows: op, baseline (the peer that the others are compared with), bound (the
 ceiling that counts, matmul or copy), versus (the peers of README's table; BEST is the fastest of the same result) and
-other_result (the peers that compute something else, and when). A row is one provider on one case (op, shape, dims,
-dtype, mode, device) with its times in ms (ms_p20, ms_p50, ms_p80), its speed relative to named peers, GFLOP/s, GB/s,
-shares of the ceilings and peak extra memory in MB (2^20 bytes), or with the reason why it has none.
+other_result (the peers that compute something else, and when); where they differ from the default, own (the provider
+that is measured against the others) and disagreement (relative difference allowed to the baseline, by dtype). A row is
+one provider on one case (op, shape, dims, dtype, mode, device) with its times in ms (ms_p20, ms_p50, ms_p80), its speed
+relative to named peers, GFLOP/s, GB/s, shares of the ceilings and peak extra memory in MB (2^20 bytes), or with the
+reason why it has none. Its parts, if any, are {part: {"ms", "gflop"}} of one call.
 """
 
 from __future__ import annotations
@@ -56,9 +58,14 @@ def read_json(path: Path | str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return content["header"], content["rows"]
 
 
-def is_own(provider: str) -> bool:
-    """Whether a provider is mmattn, in one of its ways, and no peer of it."""
-    return provider.split(",")[0] == OWN
+def own_of(header: dict[str, Any]) -> str:
+    """The provider that this file is about."""
+    return header.get("own", OWN)
+
+
+def is_own(header: dict[str, Any], provider: str) -> bool:
+    """Whether a provider is the one that this file is about, in one of its ways, and no peer of it."""
+    return provider.split(",")[0] == own_of(header)
 
 
 def rate(header: dict[str, Any], row: dict[str, Any]) -> str:

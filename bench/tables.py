@@ -26,26 +26,26 @@ def block(path: Path) -> str:
     if not path.exists():
         return "Not measured yet.\n"
     header, rows = report.read_json(path)
-    baseline, bound = header["baseline"], header["bound"]
-    titles = ["shape", "dtype", "mode", "mmattn ms", report.UNITS[bound], f"of {bound}"]
-    titles += [*(f"vs {peer}" for peer in header["versus"]), f"extra MB: mmattn, {baseline.split()[-1]}"]
+    baseline, bound, name_of_own = header["baseline"], header["bound"], report.own_of(header)
+    titles = ["shape", "dtype", "mode", f"{name_of_own} ms", report.UNITS[bound], f"of {bound}"]
+    titles += [*(f"vs {peer}" for peer in header["versus"]), f"extra MB: {name_of_own}, {baseline.split()[-1]}"]
     by_case: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
         by_case.setdefault((row["shape"], row["dtype"], row["mode"]), {})[row["provider"]] = row
     lines = ["| " + " | ".join(titles) + " |", "|---|---|---" + "|--:" * (len(titles) - 3) + "|"]
     for (shape, dtype, mode), providers in by_case.items():
-        own = providers.get(report.OWN)
+        own = providers.get(name_of_own)
         if own is None:
             continue
         name = "forward + backward" if mode == "both" else mode
         if own.get("ms_p50") is None:
             lines.append(f"| {shape} | {dtype} | {name} | {own['reason']}" + " |" * (len(titles) - 3))
             continue
-        memory = [report.number((providers.get(p) or {}).get("peak_extra_mb")) for p in (report.OWN, baseline)]
+        memory = [report.number((providers.get(p) or {}).get("peak_extra_mb")) for p in (name_of_own, baseline)]
         cells = [shape, dtype, name, report.number(own["ms_p50"]), report.rate(header, own)]
         cells += [report.percent(own.get(f"share_of_{bound}"))]
         for peer in header["versus"]:
-            same = [p for p in providers if not report.is_own(p) and p not in header["other_result"]]
+            same = [p for p in providers if not report.is_own(header, p) and p not in header["other_result"]]
             cells.append(_best(own, same) if peer == report.BEST else _times(own, peer))
         lines.append("| " + " | ".join([*cells, ", ".join(memory)]) + " |")
     rates = report.describe_ceilings(header)

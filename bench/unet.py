@@ -1,0 +1,426 @@
+# SPDX-License-Identifier: MIT
+"""The coupled U-Net against the same network composed as in the release (bench/release.py), with the same parameters.
+
+forward   both predicted noises, without a graph
+both      a training step without the optimizer: loss = MSE(video) + MSE(audio), and the gradients of all parameters
+
+Rows of float32 compute in it. Rows of bfloat16 and float16 are mmdiffusion with parameters and inputs in that dtype,
+against the release in fp32 (the baseline) and under autocast to it. Work is that of the release's matrix products
+and convolutions, forward, and three times that with gradients, whatever an implementation saves of it.
+
+Parts: the forward pass is run once more with a clock around the functions of each part; what is called inside a part
+belongs to it, and what no part has is the rest. Attention includes its norm and its projections. "audio" is all of that
+stream outside of RS-MMA. A convolution of mmdiffusion includes the norm, FiLM and SiLU in front of it, which for the
+release are a part of their own. `--help` has examples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import functools
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import cli
+import harness
+import peers
+import release
+import report
+import torch
+import torch.nn.functional as F
+from harness import NotApplicable, Provider
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import mmattn
+
+BASELINE = "release"
+AUTOCAST = "release, autocast"
+OWN = "mmdiffusion"
+GRAPH = "mmdiffusion, CUDA graph"
+PROVIDERS = (BASELINE, OWN, AUTOCAST, GRAPH, cli.COMPILE)
+HEADER = {
+    "op": "unet",
+    "own": OWN,
+    "baseline": BASELINE,
+    "bound": "matmul",
+    "versus": [BASELINE, AUTOCAST],
+    "other_result": {},
+    "disagreement": {"float32": 2e-3, "bfloat16": 0.15, "float16": 0.05},
+}
+WORK = {"forward": 1, "both": 3}
+REST = "rest"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Clips of the published configuration: B, frames, height and width, audio positions, width of the first level."""
+
+    batch: int
+    frames: int
+    size: int
+    audio_len: int
+    channels: int
+
+    def __str__(self) -> str:
+        return f"B{self.batch} {self.frames}x3x{self.size}x{self.size} 1x{self.audio_len} C{self.channels}"
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "video_size": [self.frames, 3, self.size, self.size],
+            "audio_size": [1, self.audio_len],
+            "model_channels": self.channels,
+            "video_out_channels": 3,
+            "audio_out_channels": 1,
+            "num_res_blocks": 2,
+            "cross_attention_resolutions": [2, 4, 8],
+            "cross_attention_windows": [1, 4, 8],
+            "cross_attention_shift": True,
+            "video_attention_resolutions": [2, 4, 8],
+            "audio_attention_resolutions": [-1],
+            "channel_mult": [1, 2, 3, 4],
+            "num_heads": 4,
+            "num_head_channels": self.channels // 2,
+            "use_scale_shift_norm": True,
+            "resblock_updown": True,
+        }
+
+    def short(self) -> Shape:
+        """The smallest clip for the same parameters."""
+        return dataclasses.replace(self, batch=1, size=8, audio_len=64 * self.frames)
+
+    def inputs(self, dtype: torch.dtype, device: str) -> list[Tensor]:
+        """Video, audio, timesteps."""
+        random = peers.random("cpu", dtype)
+        video = random(self.batch, self.frames, 3, self.size, self.size)
+        audio = random(self.batch, 1, self.audio_len)
+        return [x.to(device) for x in (video, audio, torch.linspace(900, 100, self.batch).long())]
+
+    def shifts(self) -> list[int]:
+        """One for each block that shifts, in the order in which they run."""
+        generator = torch.Generator().manual_seed(0)
+        blocks = (block for block in skeleton(self).modules() if isinstance(block, release.CrossAttention))
+        return [mmattn.draw_shift(self.frames, b.window, generator=generator) for b in blocks if b.shifting]
+
+    def gflop(self, mode: str) -> float:
+        return WORK[mode] * sum(parts_of_work(self).values())
+
+    def gbytes(self, mode: str, dtype: torch.dtype) -> float:
+        clips = self.batch * (3 * self.frames * self.size**2 + self.audio_len)
+        parameters = sum(p.numel() for p in skeleton(self).parameters())
+        return peers.least_gbytes(mode, clips + parameters, clips, dtype)
+
+
+PUBLISHED, SMALL = (16, 64, 25600, 128), (8, 16, 1024, 32)
+
+
+@functools.cache
+def skeleton(shape: Shape) -> release.ReleaseUNet:
+    """The release's network without memory behind it."""
+    with torch.device("meta"):
+        return release.ReleaseUNet(**shape.config())
+
+
+def fill(state: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
+    """Parameters of these names and sizes that all matter to the output; the published network is born as zero."""
+    generator = torch.Generator().manual_seed(seed)
+    filled = {}
+    for name in sorted(state):
+        noise = torch.randn(state[name].shape, generator=generator)
+        if noise.dim() == 1:
+            filled[name] = 0.1 * noise + (1 if name.endswith("weight") else 0)
+        else:
+            filled[name] = noise / noise[0].numel() ** 0.5
+    return filled
+
+
+@functools.lru_cache(maxsize=2)
+def network(own: bool, shape: Shape, dtype: torch.dtype, device: str) -> nn.Module:
+    """Ours or the release's, with the filled parameters; `shape` is a short one, as longer clips have the same."""
+    parameters = fill(skeleton(shape).state_dict())
+    if own:
+        try:
+            from mmdiffusion import CoupledUNet
+        except ImportError as error:
+            raise NotApplicable(f"mmdiffusion cannot be imported: {error}") from error
+        return CoupledUNet.from_published(parameters, **shape.config(), dropout=0.0).to(device, dtype)
+    unet = release.ReleaseUNet(**shape.config())
+    unet.load_state_dict(parameters, assign=True)
+    return unet.requires_grad_().to(device, dtype)
+
+
+def is_own(name: str) -> bool:
+    return report.is_own(HEADER, name)
+
+
+def network_of(name: str, shape: Shape, dtype: str, device: str) -> nn.Module:
+    """A provider's network: that of the release is in fp32, whatever the row."""
+    own = is_own(name)
+    return network(own, shape.short(), getattr(torch, dtype) if own else torch.float32, device)
+
+
+def make_call(name: str, shape: Shape, dtype: str, mode: str, device: str) -> harness.Call:
+    """What is timed: it returns both outputs, or the loss and the gradients of all parameters."""
+    if name == GRAPH and (device != "cuda" or mode != "forward"):
+        raise NotApplicable("CUDA graphs are of the forward pass on CUDA")
+    low = getattr(torch, dtype)
+    if name == AUTOCAST and low == torch.float32:
+        raise NotApplicable("fp32 needs no autocast")
+    unet = network_of(name, shape, dtype, device).train(mode == "both")
+    inputs, shifts = shape.inputs(low if is_own(name) else torch.float32, device), shape.shifts()
+    function: Any = unet
+    if name == cli.COMPILE:
+        function = peers.compiled(unet, mode)
+    if name == GRAPH:
+        function = unet.capture(*inputs)
+    autocast = functools.partial(torch.autocast, device, low, enabled=name == AUTOCAST)
+
+    if mode == "forward":
+
+        def forward() -> tuple[Tensor, Tensor]:
+            with torch.no_grad(), autocast():
+                return function(*inputs, shifts=shifts)
+
+        return forward
+    noises = [x.flip(-1) for x in shape.inputs(torch.float32, device)[:2]]
+    parameters = list(unet.parameters())
+
+    def step() -> list[Tensor]:
+        with autocast():
+            outputs = function(*inputs, shifts=shifts)
+        loss = sum(F.mse_loss(out.float(), noise) for out, noise in zip(outputs, noises, strict=True))
+        return [loss, *torch.autograd.grad(loss, parameters)]
+
+    return step
+
+
+def comparable(unet: nn.Module, result: list[Tensor]) -> list[Tensor]:
+    """Of the loss and the gradients in a network's own order: the loss, and all gradients by published name, as one."""
+    loss, *gradients = result
+    twin = copy.deepcopy(unet).requires_grad_(False)
+    for parameter, gradient in zip(twin.parameters(), gradients, strict=True):
+        parameter.copy_(gradient)
+    named = twin.to_published() if hasattr(twin, "to_published") else twin.state_dict()
+    return [loss.detach(), torch.cat([named[name].flatten() for name in sorted(named)])]
+
+
+def memory_probe(name: str, shape: Shape, dtype: str, mode: str, threads: int) -> tuple[harness.Call, harness.Call]:
+    """For a fresh process: the call on the smallest clip and on the whole one, with the same network.
+
+    What mmattn keeps between calls, a packed copy of each weight, is there before the whole call.
+    """
+    torch.set_num_threads(threads)
+    short, full = (make_call(name, clip, dtype, mode, "cpu") for clip in (shape.short(), shape))
+    return short, full
+
+
+# Parts: where a part's functions are, as (owner, name, part); a part that is a function is given the call's arguments.
+Place = tuple[Any, str, "str | Callable[..., str]"]
+SPATIAL, TEMPORAL, ONE, NORM = "spatial convolution", "temporal convolution", "video 1x1", "norm, FiLM, SiLU"
+WITHIN_FRAMES, OVER_FRAMES, CROSS = "self-attention in frames", "self-attention over frames", "RS-MMA"
+RESAMPLE, AUDIO = "resampling, concatenation", "audio"
+PARTS = (SPATIAL, TEMPORAL, ONE, WITHIN_FRAMES, OVER_FRAMES, CROSS, AUDIO, NORM, RESAMPLE, REST)
+
+
+def places_of_release() -> list[Place]:
+    forwards = {
+        release.SpatialConv: SPATIAL,
+        release.TemporalConv: TEMPORAL,
+        release.VideoConv: lambda conv, *_: ONE if conv.video_conv.kernel_size == (1, 1, 1) else SPATIAL,
+        release.AudioConv: AUDIO,
+        release.SelfAttention: AUDIO,
+        release.SpatialAttention: WITHIN_FRAMES,
+        release.TemporalAttention: OVER_FRAMES,
+        release.CrossAttention: CROSS,
+        release.Norm: NORM,
+        release.FiLM: NORM,
+        nn.SiLU: NORM,
+        release.Resample: RESAMPLE,
+    }
+    return [(cls, "forward", part) for cls, part in forwards.items()] + [(torch, "cat", RESAMPLE)]
+
+
+def places_of_own() -> list[Place]:
+    from mmdiffusion import blocks
+
+    return [
+        (blocks, "convolve_frames", SPATIAL),
+        (blocks, "convolve", lambda x, layer, **_: ONE if layer.kernel_size == (1,) else TEMPORAL),
+        (blocks.AudioBlock, "forward", AUDIO),
+        (blocks.AudioHead, "forward", AUDIO),
+        (blocks.SpatialAttention, "forward", WITHIN_FRAMES),
+        (blocks.TemporalAttention, "forward", OVER_FRAMES),
+        (mmattn.RandomShiftAttention, "forward", CROSS),
+        (mmattn, "group_norm", NORM),
+        (blocks.VideoBlock, "_pool", RESAMPLE),
+        (blocks.VideoBlock, "_repeat", RESAMPLE),
+        (torch, "cat", RESAMPLE),
+    ]
+
+
+@contextlib.contextmanager
+def divided(places: list[Place], clock: Callable[[], float]) -> Iterator[Counter[str]]:
+    """While open, adds up by part what the clock advances in calls of the places."""
+    spent: Counter[str] = Counter()
+    inside = False
+
+    def watched(function: Callable[..., Any], part: str | Callable[..., str]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            nonlocal inside
+            first = next(x for x in args if not isinstance(x, nn.Module))
+            dim = (first if isinstance(first, Tensor) else first[0]).dim()
+            if inside or dim < 3:  # the time embedding is no stream
+                return function(*args, **options)
+            name = AUDIO if dim == 3 else part if isinstance(part, str) else part(*args, **options)
+            inside, start = True, clock()
+            try:
+                return function(*args, **options)
+            finally:
+                spent[name] += clock() - start
+                inside = False
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, part in places:
+            stack.enter_context(mock.patch.object(owner, name, watched(getattr(owner, name), part)))
+        yield spent
+
+
+@functools.cache
+def parts_of_work(shape: Shape) -> dict[str, float]:
+    """GFLOP of the forward pass by part, counted on the release's network."""
+    inputs = shape.inputs(torch.float32, "meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with divided(places_of_release(), counter.get_total_flops) as spent:
+            skeleton(shape)(*inputs, shifts=shape.shifts())
+        spent[REST] = counter.get_total_flops() - spent.total()
+    return {part: 1e-9 * spent[part] for part in PARTS}
+
+
+def divide(name: str, shape: Shape, device: str, call: harness.Call) -> dict[str, dict[str, float]]:
+    """Milliseconds and GFLOP of a forward call by part: the faster of two calls."""
+
+    def clock() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() * 1e3
+
+    runs = []
+    for _ in range(2):
+        with divided(places_of_own() if is_own(name) else places_of_release(), clock) as spent:
+            start = clock()
+            call()
+            spent[REST] = clock() - start - spent.total()
+        runs.append(spent)
+    best, gflop = min(runs, key=Counter.total), parts_of_work(shape)
+    return {part: {"ms": best[part], "gflop": gflop[part]} for part in PARTS}
+
+
+def providers_of(args: argparse.Namespace, shape: Shape, dtype: str, mode: str) -> list[Provider]:
+    def provider(name: str) -> Provider:
+        # In the rows of another dtype the release in fp32 is the same once more.
+        has_parts = mode == "forward" and name in (BASELINE, AUTOCAST, OWN) and (name != BASELINE or dtype == "float32")
+        stored = dtype if name in (OWN, GRAPH, AUTOCAST) else "float32"
+        computes = "" if stored == dtype else "in float32"
+        return Provider(
+            name,
+            build=lambda: make_call(name, shape, dtype, mode, args.device),
+            gflop=shape.gflop(mode),
+            gbytes=shape.gbytes(mode, getattr(torch, stored)),
+            probe=(memory_probe, (name, shape, stored, mode, args.threads)),
+            note=cli.chosen("conv", args.device, dtype, shape.channels) if is_own(name) else computes,
+            compare=None
+            if mode == "forward"
+            else lambda result: comparable(network_of(name, shape, dtype, args.device), result),
+            divide=functools.partial(divide, name, shape, args.device) if has_parts else None,
+        )
+
+    return [provider(name) for name in args.providers]
+
+
+def breakdown(header: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The parts of each row that has them, as aligned plain text."""
+    lines = []
+    for row in rows:
+        if "parts" not in row:
+            continue
+        total = sum(part["ms"] for part in row["parts"].values())
+        lines.append(f"\n{row['provider']}, {row['shape']}, {row['dtype']}: {report.number(total)} ms")
+        lines.append(f"{'part':28}{'ms':>8}{'of time':>9}{'GFLOP':>8}{'GFLOP/s':>9}{'of matmul':>11}")
+        for name, part in row["parts"].items():
+            rate = 1e3 * part["gflop"] / part["ms"] if part["ms"] else 0.0
+            share = rate / header["ceilings"]["matmul_gflop_per_s"][row["dtype"]]
+            cells = f"{report.number(part['ms']):>8}{report.percent(part['ms'] / total):>9}"
+            if report.number(part["gflop"]) != "0" and name != REST:
+                cells += f"{report.number(part['gflop']):>8}{rate:9.0f}{report.percent(share):>11}"
+            lines.append(f"{name:28}{cells}")
+    return "\n".join(lines)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    examples = (
+        "--quick --breakdown",
+        "--dtype bfloat16 --modes forward --breakdown",
+        "--device cuda --batch 1 4 --json bench/results/unet-cuda.json",
+        "--shape 1,16,32,12800,64 --threads 1",
+    )
+    parser = cli.make_parser(
+        "unet",
+        "the coupled U-Net",
+        examples,
+        PROVIDERS,
+        _shape,
+        "B,F,SIZE,T,CHANNELS",
+        modes=("forward", "both"),
+        batches=(1, 4),
+        quick_shapes="small",
+    )
+    parser.add_argument("--breakdown", action="store_true", help="print how the time of a forward pass is divided")
+    args = cli.parse(parser, argv, on_request=[cli.COMPILE, GRAPH])
+    if "backward" in args.modes:
+        parser.error("--modes: forward or both")
+    return args
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        batch, frames, size, audio_len, channels = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not five integers B,F,SIZE,T,CHANNELS") from None
+    if min(batch, size, audio_len, channels) < 1 or frames < 8 or size % 8 or audio_len % 64 or channels % 32:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected B from 1, F from 8, SIZE in multiples of 8, T of 64, CHANNELS of 32"
+        )
+    if audio_len // 64 < frames:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected T of at least 64 F, a position a frame where it is shortest"
+        )
+    return batch, frames, size, audio_len, channels
+
+
+def shapes_of(args: argparse.Namespace) -> list[Shape]:
+    if args.shapes == "custom":
+        return [Shape(*size) for size in args.shape]
+    return [Shape(batch, *(SMALL if args.shapes == "small" else PUBLISHED)) for batch in args.batch]
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    # A step of the release takes a minute on a few cores, and warming up is one more.
+    status = cli.run(args, HEADER, shapes_of(args), providers_of, minimum={"both": 2})
+    if args.breakdown:
+        print(breakdown(*report.read_json(args.json)))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
