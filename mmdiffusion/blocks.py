@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: MIT
+"""What the coupled U-Net is made of (MM-Diffusion, arXiv 2212.09478, section 3.2), on tokens in channels-last memory.
+
+Video is [B, F, H, W, C] and audio [B, T, C] everywhere, contiguous, so that both are token sequences [B, L, C] without
+a copy. A stream that a model does not have is None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import mmattn
+
+Streams: TypeAlias = tuple[Tensor | None, Tensor | None]
+Resampling: TypeAlias = Literal["down", "up"] | None
+Layer = TypeVar("Layer", bound=nn.Module)
+
+NORM_GROUPS = 32
+VIDEO_RATE, AUDIO_RATE = (
+    2,
+    4,
+)  # by which a level is coarser than the one above: video in height and width, audio in time
+
+
+def convolve(
+    x: Tensor,
+    layer: nn.Conv1d,
+    *,
+    norm: nn.GroupNorm | None = None,
+    residual: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """`mmattn.dilated_conv1d` of tokens [B, ..., Cin] by a layer's parameters; residual [B, ..., Cout]."""
+    if norm is not None:
+        options |= {"norm": (norm.weight, norm.bias, norm.num_groups), "eps": norm.eps}
+    if residual is not None:
+        residual = residual.flatten(1, -2)
+    out = mmattn.dilated_conv1d(x.flatten(1, -2), layer.weight, layer.bias, residual=residual, **options)
+    return out.unflatten(1, x.shape[1:-1])
+
+
+def convolve_frames(
+    video: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    norm: nn.GroupNorm | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """`mmattn.spatial_conv2d` of video [B, F, H, W, Cin] by weight [Cout, Cin, 3, 3], the norm in front fused."""
+    height, width = video.shape[2:4]
+    options: dict[str, Any] = {}
+    if norm is not None:
+        options = {"norm": (norm.weight, norm.bias, norm.num_groups), "eps": norm.eps}
+    tokens = video.flatten(1, 3)
+    out = mmattn.spatial_conv2d(tokens, weight, bias, height=height, width=width, activation=activation, **options)
+    return out.unflatten(1, video.shape[1:4])
+
+
+def zeroed(layer: Layer) -> Layer:
+    """The layer with its parameters set to zero: a residual branch begins as nothing."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+class SelfAttention(nn.Module):
+    """x + out(attention(qkv(group_norm(x)))) over the tokens of each sequence x [N, L, C]; statistics per sequence."""
+
+    def __init__(self, channels: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = nn.GroupNorm(NORM_GROUPS, channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)  # rows: all q, all k, all v; heads contiguous inside each
+        self.out = zeroed(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        attended = self._attend(convolve(x, self.qkv, norm=self.norm), 1)
+        return convolve(attended, self.out, residual=x)
+
+    def _attend(self, qkv: Tensor, segments: int) -> Tensor:
+        """[B, L, C] from [B, L, 3C], inside equal segments of the sequence."""
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        return mmattn.self_attention(q, k, v, segments=segments).flatten(2)
+
+
+class SpatialAttention(SelfAttention):
+    """Self-attention of video [B, F, H, W, C] inside each frame."""
+
+    def forward(self, video: Tensor) -> Tensor:
+        batch, frames, height, width, channels = video.shape
+        return super().forward(video.view(batch * frames, height * width, channels)).view(video.shape)
+
+
+class TemporalAttention(SelfAttention):
+    """Self-attention of video [B, F, H, W, C] over the frames of each pixel."""
+
+    def forward(self, video: Tensor) -> Tensor:
+        batch, frames, height, width, channels = video.shape
+        pixels = height * width
+        by_frame = video.view(batch, frames, pixels, channels)
+        by_pixel = by_frame.transpose(1, 2).reshape(batch * pixels, frames, channels)
+        normed = mmattn.group_norm(
+            by_pixel, self.norm.weight, self.norm.bias, self.norm.num_groups, eps=self.norm.eps
+        ).view(batch, pixels * frames, channels)
+        update = convolve(self._attend(convolve(normed, self.qkv), pixels), self.out)
+        return (by_frame + update.view(batch, pixels, frames, channels).transpose(1, 2)).view(video.shape)
+
+
+class _StreamBlock(nn.Module):
+    """One stream of a residual block; subclasses say what its convolution, resampling and self-attention are."""
+
+    def __init__(self, channels: int, out_channels: int, *, resampling: Resampling, dropout: float) -> None:
+        super().__init__()
+        self.resampling = resampling
+        self.dropout = dropout
+        self.norm1 = nn.GroupNorm(NORM_GROUPS, channels)
+        self.norm2 = nn.GroupNorm(NORM_GROUPS, out_channels)
+        self.conv2 = zeroed(nn.Conv1d(out_channels, out_channels, 1))
+        self.skip = None if out_channels == channels else nn.Conv1d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor, *, is_film: bool) -> Tensor:
+        """Tokens from tokens; embedding [B, 2*Cout] is FiLM, scale before shift, or [B, Cout] is added to h."""
+        h = self._convolve(x)
+        if self.resampling == "down":
+            x = self._pool(x)
+        # All that follows the repetition is pointwise, statistics of a norm do not change by it, and dropout's mask
+        # alone is drawn at the full resolution; so without dropout the repetition comes last.
+        is_dropping = self.training and self.dropout > 0
+        if self.resampling == "up" and is_dropping:
+            h, x = self._repeat(h), self._repeat(x)
+        h = self._project(h, x, embedding, is_film, is_dropping)
+        return self._repeat(h) if self.resampling == "up" and not is_dropping else h
+
+    def _project(self, h: Tensor, x: Tensor, embedding: Tensor, is_film: bool, is_dropping: bool) -> Tensor:
+        residual = x if self.skip is None else convolve(x, self.skip)
+        film = None
+        if is_film:
+            film = tuple(embedding.chunk(2, -1))
+        else:
+            h = h + embedding.view(len(h), *(1,) * (h.dim() - 2), -1)
+        if not is_dropping:
+            # h is read by this convolution alone.
+            return convolve(
+                h, self.conv2, norm=self.norm2, film=film, activation="silu", residual=residual, overwrite_x=True
+            )
+        # The mask goes between the norm and the projection, which are two calls then.
+        scale, shift = film or (None, None)
+        norm = self.norm2
+        y = mmattn.group_norm(
+            h.flatten(1, -2),
+            norm.weight,
+            norm.bias,
+            norm.num_groups,
+            scale=scale,
+            shift=shift,
+            activation="silu",
+            eps=norm.eps,
+        )
+        return convolve(functional.dropout(y.view(h.shape), self.dropout), self.conv2, residual=residual)
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        """The first half, to h at the resolution of the output, or of x in an up block."""
+        raise NotImplementedError
+
+    def _pool(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _repeat(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class VideoBlock(_StreamBlock):
+    """The video stream of a residual block: a convolution of each frame, then one over the frames."""
+
+    def __init__(
+        self, channels: int, out_channels: int, *, num_heads: int, resampling: Resampling, dropout: float
+    ) -> None:
+        super().__init__(channels, out_channels, resampling=resampling, dropout=dropout)
+        self.spatial = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.temporal = nn.Conv1d(out_channels, out_channels, 3, padding=1)
+        self.spatial_attention = SpatialAttention(out_channels, num_heads) if num_heads else None
+        self.temporal_attention = TemporalAttention(out_channels, num_heads) if num_heads else None
+
+    def forward(self, x: Tensor, embedding: Tensor, *, is_film: bool) -> Tensor:
+        x = super().forward(x, embedding, is_film=is_film)
+        if self.spatial_attention is not None and self.temporal_attention is not None:
+            x = self.temporal_attention(self.spatial_attention(x))
+        return x
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        h = convolve_frames(x, self.spatial.weight, self.spatial.bias, norm=self.norm1, activation="silu")
+        if self.resampling == "down":
+            # The mean over a frame commutes with a convolution over the frames: a quarter of the tokens to convolve.
+            h = self._pool(h)
+        return convolve(h, self.temporal, dilation=h.shape[2] * h.shape[3])
+
+    def _pool(self, x: Tensor) -> Tensor:
+        frames = functional.avg_pool2d(x.flatten(0, 1).permute(0, 3, 1, 2), VIDEO_RATE)
+        return frames.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
+
+    def _repeat(self, x: Tensor) -> Tensor:
+        frames = functional.interpolate(x.flatten(0, 1).permute(0, 3, 1, 2), scale_factor=VIDEO_RATE)
+        return frames.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
+
+
+class AudioBlock(_StreamBlock):
+    """The audio stream of a residual block: a dilated convolution."""
+
+    def __init__(
+        self, channels: int, out_channels: int, *, dilation: int, num_heads: int, resampling: Resampling, dropout: float
+    ) -> None:
+        super().__init__(channels, out_channels, resampling=resampling, dropout=dropout)
+        self.conv1 = nn.Conv1d(channels, out_channels, 3, padding=dilation, dilation=dilation)
+        self.attention = SelfAttention(out_channels, num_heads) if num_heads else None
+
+    def forward(self, x: Tensor, embedding: Tensor, *, is_film: bool) -> Tensor:
+        x = super().forward(x, embedding, is_film=is_film)
+        return x if self.attention is None else self.attention(x)
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        h = convolve(x, self.conv1, norm=self.norm1, activation="silu", dilation=self.conv1.dilation[0])
+        return self._pool(h) if self.resampling == "down" else h
+
+    def _pool(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (-1, AUDIO_RATE)).mean(2)
+
+    def _repeat(self, x: Tensor) -> Tensor:
+        return x.unsqueeze(2).expand(-1, -1, AUDIO_RATE, -1).flatten(1, 2)
+
+
+class ResidualBlock(nn.Module):
+    """Residual block of both streams under one time embedding, with self-attention where a stream has heads for it.
+
+    h = conv(silu(norm1(x))), resampled; skip(resampled x) + conv2(dropout(silu(norm2(h) * (1 + scale) + shift)))
+
+    Args:
+        channels, out_channels: of both streams.
+        embedding_channels: E of the time embedding.
+        streams: which of "video" and "audio" there are.
+        dilation: of the audio convolution.
+        video_heads, audio_heads: of the self-attention behind it; 0 is none.
+        resampling: "down", "up" or None.
+        dropout: share of the values zeroed in training.
+        use_scale_shift_norm: FiLM; otherwise the embedding is added to h before norm2.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        *,
+        embedding_channels: int,
+        streams: Sequence[str],
+        dilation: int,
+        video_heads: int = 0,
+        audio_heads: int = 0,
+        resampling: Resampling = None,
+        dropout: float = 0.0,
+        use_scale_shift_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.is_film = use_scale_shift_norm
+        self.embedding = nn.Linear(embedding_channels, (2 if use_scale_shift_norm else 1) * out_channels)
+        self.video: VideoBlock | None = None
+        self.audio: AudioBlock | None = None
+        if "video" in streams:
+            self.video = VideoBlock(
+                channels, out_channels, num_heads=video_heads, resampling=resampling, dropout=dropout
+            )
+        if "audio" in streams:
+            self.audio = AudioBlock(
+                channels,
+                out_channels,
+                dilation=dilation,
+                num_heads=audio_heads,
+                resampling=resampling,
+                dropout=dropout,
+            )
+
+    def forward(self, video: Tensor | None, audio: Tensor | None, embedding: Tensor) -> Streams:
+        """Tokens of both streams from tokens; embedding [B, E] has its SiLU behind it already."""
+        embedding = self.embedding(embedding)
+        if self.video is not None:
+            video = self.video(video, embedding, is_film=self.is_film)
+        if self.audio is not None:
+            audio = self.audio(audio, embedding, is_film=self.is_film)
+        return video, audio
+
+
+def cross_attend(
+    attention: mmattn.RandomShiftAttention, video: Tensor, audio: Tensor, shift: int | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Random-shift attention of tokens, through views in the shapes of the field."""
+    video, audio = attention(video.permute(0, 1, 4, 2, 3), audio.transpose(1, 2), shift=shift)
+    return video.permute(0, 1, 3, 4, 2), audio.transpose(1, 2)
+
+
+class Stage(nn.Module):
+    """A residual block and what follows it at the same step: random-shift attention, and an up block."""
+
+    def __init__(
+        self,
+        block: ResidualBlock,
+        cross: mmattn.RandomShiftAttention | None = None,
+        up: ResidualBlock | None = None,
+        *,
+        is_full: bool = False,
+    ) -> None:
+        super().__init__()
+        self.block = block
+        self.cross = cross
+        self.up = up
+        self.is_full = is_full  # the window is all frames of whatever clip comes
+
+    def forward(
+        self,
+        video: Tensor | None,
+        audio: Tensor | None,
+        embedding: Tensor,
+        shifts: Iterator[int | Tensor],
+        run: Callable[..., Streams],
+    ) -> Streams:
+        """Take the shift from `shifts` if it shifts; `run(part, *args)` calls the parts, under a checkpoint or not."""
+        video, audio = run(self.block, video, audio, embedding)
+        if self.cross is not None and video is not None:
+            if self.is_full and self.cross.window != video.shape[1]:
+                self.cross.window = video.shape[1]
+            shift = next(shifts) if self.cross.random_shift else 0
+            video, audio = run(cross_attend, self.cross, video, audio, shift)
+        return (video, audio) if self.up is None else run(self.up, video, audio, embedding)
+
+
+class FirstLayer(nn.Module):
+    """From the data to `channels` of tokens: as in a residual block, without what is around the convolutions."""
+
+    def __init__(self, video_channels: int, audio_channels: int, channels: int, streams: Sequence[str]) -> None:
+        super().__init__()
+        has_video, has_audio = "video" in streams, "audio" in streams
+        self.video_spatial = nn.Conv2d(video_channels, channels, 3, padding=1) if has_video else None
+        self.video_temporal = nn.Conv1d(channels, channels, 3, padding=1) if has_video else None
+        self.audio = nn.Conv1d(audio_channels, channels, 3, padding=1) if has_audio else None
+
+    def forward(self, video: Tensor | None, audio: Tensor | None) -> Streams:
+        if video is not None and self.video_spatial is not None and self.video_temporal is not None:
+            video = convolve_frames(video, self.video_spatial.weight, self.video_spatial.bias)
+            video = convolve(video, self.video_temporal, dilation=video.shape[2] * video.shape[3])
+        if audio is not None and self.audio is not None:
+            audio = convolve(audio, self.audio)
+        return video, audio
+
+
+class VideoHead(nn.Module):
+    """conv(silu(norm(x))) with a 3x3x3 convolution, from tokens [B, F, H, W, C] to [B, F, H, W, Cout]."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(NORM_GROUPS, channels)
+        self.conv = zeroed(nn.Conv3d(channels, out_channels, 3, padding=1))
+
+    def forward(self, video: Tensor) -> Tensor:
+        # One convolution of each frame gives what the three taps over the frames make of it; they are summed after.
+        taps = self.conv.weight.permute(2, 0, 1, 3, 4).flatten(0, 1)  # [3 * Cout, C, 3, 3]
+        before, at, after = convolve_frames(video, taps, None, norm=self.norm, activation="silu").chunk(3, -1)
+        out = at if self.conv.bias is None else at + self.conv.bias.to(at.dtype)
+        out = out + functional.pad(before[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
+        return out + functional.pad(after[:, 1:], (0, 0, 0, 0, 0, 0, 0, 1))
+
+
+class AudioHead(nn.Module):
+    """conv(silu(norm(x))) with a convolution of three taps, from tokens [B, T, C] to [B, T, Cout]."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(NORM_GROUPS, channels)
+        self.conv = zeroed(nn.Conv1d(channels, out_channels, 3, padding=1))
+
+    def forward(self, audio: Tensor) -> Tensor:
+        return convolve(audio, self.conv, norm=self.norm, activation="silu")
+
+
+def timestep_embedding(timesteps: Tensor, channels: int) -> Tensor:
+    """cos and sin of timesteps [B] at channels/2 frequencies, exp(-ln(10000) k / (channels/2)): [B, channels], fp32."""
+    half = channels // 2
+    frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float32, device=timesteps.device) / half)
+    angles = timesteps.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], -1)

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: MIT
+"""Checkpoints of the published MM-Diffusion code: their keys, their configuration, reading and writing them."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mmattn import RandomShiftAttention
+from mmdiffusion.blocks import AudioHead, FirstLayer, ResidualBlock, VideoHead
+
+if TYPE_CHECKING:
+    from mmdiffusion.unet import CoupledUNet
+
+_LANDSCAPE: dict[str, Any] = {
+    "video_size": (16, 3, 64, 64),
+    "audio_size": (1, 25600),
+    "model_channels": 128,
+    "video_out_channels": 3,
+    "audio_out_channels": 1,
+    "num_res_blocks": 2,
+    "cross_attention_resolutions": (2, 4, 8),
+    "cross_attention_windows": (1, 4, 8),
+    "cross_attention_shift": True,
+    "video_attention_resolutions": (2, 4, 8),
+    "audio_attention_resolutions": (-1,),
+    "dropout": 0.1,
+    "channel_mult": (1, 2, 3, 4),
+    "num_heads": 4,
+    "num_head_channels": 64,
+    "use_scale_shift_norm": True,
+    "resblock_updown": True,
+}
+
+# The released 64x64 models; dropout is that of their training.
+PRESETS: dict[str, dict[str, Any]] = {"landscape": _LANDSCAPE, "aist++": _LANDSCAPE}
+
+# Our submodules of a module under their published names, with the trailing dimensions of size 1 that their weights have
+# and ours have not.
+_TABLES: dict[type[nn.Module], dict[str, tuple[str, int]]] = {
+    nn.Sequential: {"0": ("0", 0), "2": ("2", 0)},
+    FirstLayer: {
+        "video_spatial": ("video_conv.video_conv_spatial", 0),
+        "video_temporal": ("video_conv.video_conv_temporal", 0),
+        "audio": ("audio_conv.audio_conv", 0),
+    },
+    ResidualBlock: {
+        "embedding": ("emb_layers.1", 0),
+        "video.norm1": ("video_in_layers.0.GroupNorm", 0),
+        "video.spatial": ("video_in_layers.2.video_conv_spatial", 0),
+        "video.temporal": ("video_in_layers.2.video_conv_temporal", 0),
+        "video.norm2": ("video_out_layers.0.GroupNorm", 0),
+        "video.conv2": ("video_out_layers.3.video_conv", 2),
+        "video.skip": ("video_skip_connection.video_conv", 2),
+        "video.spatial_attention.norm": ("spatial_attention_block.norm.GroupNorm", 0),
+        "video.spatial_attention.qkv": ("spatial_attention_block.qkv", 0),
+        "video.spatial_attention.out": ("spatial_attention_block.proj_out", 0),
+        "video.temporal_attention.norm": ("temporal_attention_block.norm.GroupNorm", 0),
+        "video.temporal_attention.qkv": ("temporal_attention_block.qkv", 0),
+        "video.temporal_attention.out": ("temporal_attention_block.proj_out", 0),
+        "audio.norm1": ("audio_in_layers.0.GroupNorm", 0),
+        "audio.conv1": ("audio_in_layers.2.audio_conv", 0),
+        "audio.norm2": ("audio_out_layers.0.GroupNorm", 0),
+        "audio.conv2": ("audio_out_layers.3.audio_conv", 0),
+        "audio.skip": ("audio_skip_connection.audio_conv", 0),
+        "audio.attention.norm": ("audio_attention_block.norm.GroupNorm", 0),
+        "audio.attention.qkv": ("audio_attention_block.qkv", 0),
+        "audio.attention.out": ("audio_attention_block.proj_out", 0),
+    },
+    RandomShiftAttention: RandomShiftAttention._published,
+    VideoHead: {"norm": ("0.GroupNorm", 0), "conv": ("2.video_conv", 0)},
+    AudioHead: {"norm": ("0.GroupNorm", 0), "conv": ("2.audio_conv", 0)},
+}
+
+
+def _parts(unet: CoupledUNet) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that have a table, under the published names of their places."""
+    yield "time_embed", unet.time_embedding
+    yield "input_blocks.0.0", unet.first
+    stages: list[tuple[str, Any]] = [(f"input_blocks.{i}", stage) for i, stage in enumerate(unet.encoder, 1)]
+    stages += [(f"output_blocks.{i}", stage) for i, stage in enumerate(unet.decoder)]
+    for place, stage in stages:
+        for i, module in enumerate(x for x in (stage.block, stage.cross, stage.up) if x is not None):
+            yield f"{place}.{i}", module
+    middle_stages: list[Any] = list(unet.middle)
+    middle = [x for stage in middle_stages for x in (stage.block, stage.cross) if x is not None]
+    yield from ((f"middle_blocks.{i}", module) for i, module in enumerate(middle))
+    if unet.video_head is not None:
+        yield "video_out", unet.video_head
+    if unet.audio_head is not None:
+        yield "audio_out", unet.audio_head
+
+
+def _parameters(unet: CoupledUNet) -> Iterator[tuple[str, nn.Parameter, tuple[int, ...]]]:
+    """Every parameter with its published key and shape."""
+    for place, part in _parts(unet):
+        modules = dict(part.named_modules())
+        for ours, (theirs, trailing) in _TABLES[type(part)].items():
+            if ours not in modules:
+                continue
+            for name, parameter in modules[ours].named_parameters():
+                shape = (*parameter.shape, *(1,) * trailing) if name == "weight" else tuple(parameter.shape)
+                yield f"{place}.{theirs}.{name}", parameter, shape
+
+
+def state_dict(unet: CoupledUNet) -> dict[str, Tensor]:
+    """The parameters under the published keys and in their shapes, as views."""
+    return {key: parameter.detach().view(shape) for key, parameter, shape in _parameters(unet)}
+
+
+def load(
+    cls: type[CoupledUNet],
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    preset: str | None,
+    config: dict[str, Any],
+) -> CoupledUNet:
+    """See `CoupledUNet.from_published`."""
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"preset is {preset!r}; expected one of {', '.join(map(repr, PRESETS))}")
+    tensors = source if isinstance(source, Mapping) else read(source)
+    tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
+    known = PRESETS[preset] if preset is not None else _infer(tensors)
+    if all(_LANDSCAPE.get(name, value) == value for name, value in known.items()):
+        known = _LANDSCAPE
+    with torch.device("meta"):
+        unet = cls(**{**known, **config})
+    _refuse_what_does_not_fit({key: shape for key, _, shape in _parameters(unet)}, tensors)
+    names = {parameter: name for name, parameter in unet.named_parameters()}
+    loaded = {names[p]: tensors[key].detach().clone().view(p.shape) for key, p, _ in _parameters(unet)}
+    unet.load_state_dict(loaded, assign=True)
+    return unet.eval()
+
+
+def read(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
+    """The state dict in a .safetensors file, or in a file of torch.save, which may run no code."""
+    path = pathlib.Path(path)
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(tensors, Mapping) or not all(isinstance(x, Tensor) for x in tensors.values()):
+        raise TypeError(f"{path} holds a {type(tensors).__name__}; expected a state dict, names to tensors")
+    return tensors
+
+
+def write(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """A state dict as .safetensors, or as a file of torch.save."""
+    path = pathlib.Path(path)
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        save_file(dict(tensors), path)
+    else:
+        torch.save(dict(tensors), path)
+
+
+def _infer(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What keys and shapes tell of the configuration."""
+
+    def shape(key: str) -> torch.Size:
+        if key not in tensors:
+            raise ValueError(
+                f"the checkpoint has no {key} among its {len(tensors)} keys; expected the published U-Net's"
+            )
+        return tensors[key].shape
+
+    streams = tuple(stream for stream in ("video", "audio") if f"{stream}_out.0.GroupNorm.weight" in tensors)
+    stream = streams[0] if streams else "video"
+    decoder = [re.match(r"output_blocks\.(\d+)\.(\d+)\.(emb_layers)?", key) for key in tensors]
+    places = sorted(
+        {(int(m[1]), int(m[2])) for m in decoder if m and m[3]}
+    )  # of residual blocks; an up block is second
+    blocks = 1 + max((i for i, _ in places), default=0)
+    per_level = min((i + 1 for i, j in places if j), default=blocks)
+    starts = {2**level: f"input_blocks.{1 + level * per_level}" for level in range(blocks // per_level)}
+    model_channels = shape("time_embed.0.weight")[1]
+    widths = [shape(f"{start}.0.{stream}_out_layers.0.GroupNorm.weight")[0] for start in starts.values()]
+    factors = [width / model_channels for width in widths]
+    embedded = shape(f"{starts[1]}.0.emb_layers.1.weight")[0]
+
+    def rates(key: str) -> tuple[int, ...]:
+        return tuple(rate for rate, start in starts.items() if f"{start}.{key}" in tensors)
+
+    config: dict[str, Any] = {
+        "model_channels": model_channels,
+        "channel_mult": tuple(int(factor) if factor.is_integer() else factor for factor in factors),
+        "num_res_blocks": per_level - 1,
+        "video_attention_resolutions": rates("0.spatial_attention_block.qkv.weight") or (-1,),
+        "audio_attention_resolutions": rates("0.audio_attention_block.qkv.weight") or (-1,),
+        "use_scale_shift_norm": embedded == 2 * widths[0],
+    }
+    if "video" in streams:
+        channels = shape("input_blocks.0.0.video_conv.video_conv_spatial.weight")[1]
+        frames, _, *size = _LANDSCAPE["video_size"]
+        config["video_size"] = (frames, channels, *size)
+        config["video_out_channels"] = shape("video_out.2.video_conv.weight")[0]
+    if "audio" in streams:
+        config["audio_size"] = (shape("input_blocks.0.0.audio_conv.audio_conv.weight")[1], _LANDSCAPE["audio_size"][1])
+        config["audio_out_channels"] = shape("audio_out.2.audio_conv.weight")[0]
+    if len(streams) == 1:
+        return config | {"streams": streams}
+    crossed = rates("1.v_qkv.weight")
+    return config | {"cross_attention_resolutions": crossed} | ({} if crossed else {"cross_attention_windows": ()})
+
+
+def _refuse_what_does_not_fit(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
+    problems = {
+        "missing": [key for key in expected if key not in tensors],
+        "unknown": [key for key in tensors if key not in expected],
+        "of another shape": [
+            f"{key} {list(tensors[key].shape)} instead of {list(shape)}"
+            for key, shape in expected.items()
+            if key in tensors and tuple(tensors[key].shape) != shape
+        ],
+    }
+    sentences = [
+        f"{len(keys)} {what}: {', '.join(keys[:10])}{f' and {len(keys) - 10} more' if len(keys) > 10 else ''}"
+        for what, keys in problems.items()
+        if keys
+    ]
+    if sentences:
+        raise ValueError(f"the checkpoint's keys do not fit the model; {'; '.join(sentences)}")

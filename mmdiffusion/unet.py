@@ -1,0 +1,477 @@
+# SPDX-License-Identifier: MIT
+"""The coupled audio-video U-Net of MM-Diffusion (arXiv 2212.09478, section 3), on the ops of mmattn."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+from torch.nn import functional
+
+import mmattn
+from mmattn._library import is_autocast
+from mmdiffusion import published
+from mmdiffusion.blocks import (
+    AUDIO_RATE,
+    NORM_GROUPS,
+    VIDEO_RATE,
+    AudioHead,
+    FirstLayer,
+    ResidualBlock,
+    Stage,
+    Streams,
+    VideoHead,
+    timestep_embedding,
+)
+
+STREAMS = ("video", "audio")
+_DILATIONS = 10  # the audio dilation goes through 2^0..2^9
+
+
+class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """Predicts the noise of a video and of its sound together, from both (MM-Diffusion, arXiv 2212.09478, section 3).
+
+    Two U-Nets of the same depth under one time embedding, which attend to each other through random-shift attention.
+    The arguments carry the names of the published configuration. New residual branches and heads begin at zero.
+
+    Args:
+        video_size: (F, C, H, W) of the clips it is made for; other sizes run as well. C is that of the input.
+        audio_size: (C, T) of their sound; C is that of the input.
+        model_channels: width of the time embedding and, times channel_mult, of each level. Multiple of 32.
+        video_out_channels, audio_out_channels: C of the outputs; twice that of the input where sigma is learned.
+        num_res_blocks: residual blocks of a level of the encoder; the decoder has one more.
+        cross_attention_resolutions: downsamplings (1, 2, 4, ...) of the levels with random-shift attention; those of
+            levels that do not exist are ignored, so (-1,) is none, here and below.
+        cross_attention_windows: the window of each, in frames. The middle attends across all frames, unshifted, where
+            this is the published (1, 4, 8), and not at all otherwise.
+        cross_attention_shift: whether the windows are shifted at random.
+        video_attention_resolutions: downsamplings of the levels with self-attention of the video, inside each frame
+            and then over the frames of each pixel. The middle always has it.
+        audio_attention_resolutions: the same for the audio, over its positions.
+        dropout: share of the values zeroed in training before the last projection of a residual block.
+        channel_mult: width of each level, in model_channels; its length is the number of levels.
+        num_heads: heads of self-attention; of random-shift attention too where num_head_channels is -1.
+        num_head_channels: channels of a head of random-shift attention, or -1.
+        use_scale_shift_norm: the time embedding scales and shifts the second norm of a residual block; otherwise it is
+            added in front of it.
+        resblock_updown: True: levels are resampled inside residual blocks, the one way there is.
+        streams: ("video", "audio"), or one of the two: that stream alone, without cross-attention, as in the paper's
+            ablation.
+
+    Raises:
+        ValueError: on an argument outside the ranges above, naming it, its value and what was expected.
+
+    Example:
+        >>> unet = CoupledUNet(video_size=(8, 3, 32, 32), audio_size=(1, 2048), model_channels=32)
+        >>> noise = torch.randn(1, 8, 3, 32, 32), torch.randn(1, 1, 2048)
+        >>> video, audio = unet(*noise, timesteps=500)
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        video_size: Sequence[int] = (16, 3, 64, 64),
+        audio_size: Sequence[int] = (1, 25600),
+        model_channels: int = 128,
+        video_out_channels: int = 3,
+        audio_out_channels: int = 1,
+        num_res_blocks: int = 2,
+        cross_attention_resolutions: Sequence[int] = (2, 4, 8),
+        cross_attention_windows: Sequence[int] = (1, 4, 8),
+        cross_attention_shift: bool = True,
+        video_attention_resolutions: Sequence[int] = (2, 4, 8),
+        audio_attention_resolutions: Sequence[int] = (-1,),
+        dropout: float = 0.0,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        use_scale_shift_norm: bool = True,
+        resblock_updown: bool = True,
+        streams: Sequence[str] = STREAMS,
+    ) -> None:
+        super().__init__()
+        _check_config(self.config)
+        windows = dict(zip(cross_attention_resolutions, cross_attention_windows, strict=True))
+        widths = [int(model_channels * factor) for factor in channel_mult]
+        self.levels = len(widths)
+        self.gradient_checkpointing = False
+        is_coupled = len(streams) == 2
+
+        def residual(channels: int, out_channels: int, counter: int, rate: int = 0, **options: Any) -> ResidualBlock:
+            """A block at a downsampling; 0 stands for the resampling ones, which have no attention."""
+            return ResidualBlock(
+                channels,
+                out_channels,
+                embedding_channels=model_channels,
+                streams=streams,
+                dilation=2 ** (counter % _DILATIONS),
+                dropout=dropout,
+                use_scale_shift_norm=use_scale_shift_norm,
+                **{
+                    "video_heads": num_heads if rate in video_attention_resolutions else 0,
+                    "audio_heads": num_heads if rate in audio_attention_resolutions else 0,
+                    **options,
+                },
+            )
+
+        def cross(channels: int, window: int, *, random_shift: bool) -> mmattn.RandomShiftAttention:
+            return mmattn.RandomShiftAttention(
+                channels,
+                num_heads=num_heads if num_head_channels == -1 else None,
+                head_dim=max(1, num_head_channels),
+                window=window,
+                random_shift=random_shift,
+                norm_groups=NORM_GROUPS,
+            )
+
+        def cross_at(rate: int, channels: int) -> mmattn.RandomShiftAttention | None:
+            is_here = is_coupled and rate in windows
+            return cross(channels, windows[rate], random_shift=cross_attention_shift) if is_here else None
+
+        self.time_embedding = nn.Sequential(
+            nn.Linear(model_channels, model_channels), nn.SiLU(), nn.Linear(model_channels, model_channels)
+        )
+        self.first = FirstLayer(video_size[1], audio_size[0], widths[0], streams)
+        channels, counter = widths[0], 1
+        skips = [channels]
+        self.encoder = nn.ModuleList()
+        for level, width in enumerate(widths):
+            rate = 2**level
+            for _ in range(num_res_blocks):
+                self.encoder.append(Stage(residual(channels, width, counter, rate), cross_at(rate, width)))
+                channels, counter = width, counter + 1
+                skips.append(channels)
+            if level < self.levels - 1:
+                self.encoder.append(Stage(residual(channels, channels, counter, resampling="down")))
+                counter += 1
+                skips.append(channels)
+        heads = {"video_heads": num_heads, "audio_heads": num_heads}
+        is_full = is_coupled and tuple(cross_attention_windows) == (1, 4, 8)
+        full = cross(channels, video_size[0], random_shift=False) if is_full else None
+        self.middle = nn.ModuleList(
+            [
+                Stage(residual(channels, channels, counter, **heads), full, is_full=is_full),
+                Stage(residual(channels, channels, counter, **heads)),
+            ]
+        )
+        self.decoder = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            rate = 2**level
+            for i in range(num_res_blocks + 1):
+                counter -= 1
+                block = residual(channels + skips.pop(), width, counter, rate)
+                is_last = level > 0 and i == num_res_blocks
+                up = residual(width, width, counter - 1, resampling="up") if is_last else None
+                self.decoder.append(Stage(block, cross_at(rate, width), up))
+                channels = width
+        self.video_head = VideoHead(channels, video_out_channels) if "video" in streams else None
+        self.audio_head = AudioHead(channels, audio_out_channels) if "audio" in streams else None
+
+    def forward(
+        self,
+        video: Tensor | None,
+        audio: Tensor | None,
+        timesteps: Tensor | float,
+        *,
+        shifts: Sequence[int | Tensor] | Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Streams:
+        """Predict the noise of both streams.
+
+        Args:
+            video: [B, F, C, H, W], any strides, in the dtype of the parameters, or any under autocast; None where the
+                model has no video. H and W are multiples of 2^(levels-1), F is at least the largest window.
+            audio: [B, C, T], the same dtype and device; None where the model has no audio. T is a multiple of
+                4^(levels-1), and need not be one of F.
+            timesteps: [B], or one for all.
+            shifts: one shift R for each random-shift block that shifts, in the order in which they run: ints or
+                integer tensors of one element, or a tensor of them; 0..F-S each, see `shift_ranges`. None: drawn here,
+                before anything a checkpoint computes again.
+            generator: source of that draw, read on the host. None: torch's default generator on the device of video,
+                without a synchronisation, as CUDA graphs and torch.compile need it.
+
+        Returns:
+            (video [B, F, Cout, H, W], audio [B, Cout, T]), contiguous, None for the stream that is not there, in the
+            dtype of the inputs or of autocast.
+
+        Raises:
+            ValueError: on a shape, device, or shift outside the ranges above, naming it, its value and the range.
+            TypeError: on a dtype other than those above.
+        """
+        self._check_inputs(video, audio)
+        given = [x for x in (video, audio) if x is not None]
+        batch, device, dtype = given[0].shape[0], given[0].device, given[0].dtype
+        if is_autocast(device.type) and dtype != torch.float64:
+            # Once for all: between the layers nothing is in another dtype then.
+            dtype = torch.get_autocast_dtype(device.type)
+        embedding = self._embed(timesteps, batch, device)
+        if video is not None:
+            video = video.to(dtype).permute(0, 1, 3, 4, 2).contiguous()
+        if audio is not None:
+            audio = audio.to(dtype).transpose(1, 2).contiguous()
+        frames = 0 if video is None else video.shape[1]
+        remaining = iter(self._shifts(frames, shifts, generator, device))
+        video, audio = self.first(video, audio)
+        skips = [(video, audio)]
+        for stage in self.encoder:
+            video, audio = stage(video, audio, embedding, remaining, self._run)
+            skips.append((video, audio))
+        for stage in self.middle:
+            video, audio = stage(video, audio, embedding, remaining, self._run)
+        for stage in self.decoder:
+            streams = zip((video, audio), skips.pop(), strict=True)
+            video, audio = (None if x is None else torch.cat([x, skip], -1) for x, skip in streams)
+            video, audio = stage(video, audio, embedding, remaining, self._run)
+        if video is not None and self.video_head is not None:
+            video = self.video_head(video).permute(0, 1, 4, 2, 3).contiguous()
+        if audio is not None and self.audio_head is not None:
+            audio = self.audio_head(audio).transpose(1, 2).contiguous()
+        return video, audio
+
+    def shift_ranges(self, frames: int | None = None) -> list[int]:
+        """The largest shift, F-S, of each random-shift block that shifts, in the order in which they run.
+
+        Args:
+            frames: F; that of video_size if None.
+
+        Raises:
+            ValueError: if a window is longer.
+        """
+        frames = self.config["video_size"][0] if frames is None else frames
+        windows = [cross.window for cross in self._shifting()]
+        if windows and frames < max(windows):
+            raise ValueError(f"video has {frames} frames; expected at least the largest window, {max(windows)}")
+        return [frames - window for window in windows]
+
+    @classmethod
+    def from_published(
+        cls,
+        source: str | os.PathLike[str] | Mapping[str, Tensor],
+        *,
+        preset: str | None = None,
+        **config: Any,
+    ) -> CoupledUNet:
+        """Make the model of a checkpoint of the published code.
+
+        Widths, levels, blocks, where attention is, the time embedding's way in, channels of inputs and outputs, and a
+        missing stream are read from the keys and shapes. Nothing in a checkpoint tells the heads, the windows and
+        whether they shift, the sizes, or dropout: these come from `config`, then `preset`, then, for a network of the
+        released shape, the released values; otherwise they are this class's defaults.
+
+        Args:
+            source: a .pt or .safetensors file, or the state dict. Keys that begin with "module." are taken too. The
+                tensors are copied, in their own dtype.
+            preset: "landscape" or "aist++", the released 64x64 models; both are one configuration.
+            config: arguments of this class, which override what is inferred.
+
+        Raises:
+            ValueError: if keys are missing or unknown or have another shape, naming them; nothing is loaded then.
+            TypeError: if the file holds no state dict.
+        """
+        return published.load(cls, source, preset, config)
+
+    def to_published(self) -> dict[str, Tensor]:
+        """The state dict under the published keys and in their shapes; the tensors share the parameters' memory."""
+        return published.state_dict(self)
+
+    def capture(
+        self, video: Tensor | None, audio: Tensor | None, timesteps: Tensor
+    ) -> Callable[..., tuple[Tensor | None, Tensor | None]]:
+        """Record the network as one CUDA graph for inputs of these shapes and dtypes, on these parameters.
+
+        Args:
+            video, audio, timesteps: as of `forward`; timesteps [B] on the device.
+
+        Returns:
+            A function (video, audio, timesteps, shifts=None) -> (video, audio) that replays it: without gradients, in
+            the train or eval state of now. Shifts are as of `forward`, and drawn anew by every call where None.
+
+        Raises:
+            RuntimeError: if the model or the inputs are not on a CUDA device.
+        """
+        device = next(self.parameters()).device
+        tensors = [x for x in (video, audio, timesteps) if x is not None]
+        if device.type != "cuda" or any(x.device != device for x in tensors):
+            where = ", ".join(sorted({str(x.device) for x in tensors} | {str(device)}))
+            raise RuntimeError(f"model and inputs are on {where}; expected all on one CUDA device to capture a graph")
+        statics = [None if x is None else x.clone() for x in (video, audio, timesteps)]
+        ranges = self.shift_ranges(0 if video is None else video.shape[1])
+        static_shifts = torch.zeros(len(ranges), dtype=torch.int32, device=device)
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.no_grad(), torch.cuda.stream(stream):
+            for _ in range(3):  # what compiles, tunes and allocates at first use does so before the recording
+                self(*statics, shifts=static_shifts)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph):
+            outputs = self(*statics, shifts=static_shifts)
+
+        @torch.no_grad()
+        def replay(
+            video: Tensor | None,
+            audio: Tensor | None,
+            timesteps: Tensor,
+            shifts: Sequence[int | Tensor] | Tensor | None = None,
+        ) -> Streams:
+            for name, static, x in zip(
+                ("video", "audio", "timesteps"), statics, (video, audio, timesteps), strict=True
+            ):
+                found, expected = (None if y is None else tuple(y.shape) for y in (x, static))
+                if found != expected:
+                    raise ValueError(f"{name} has shape {found}; expected {expected}, as captured")
+                if x is not None and static is not None:
+                    static.copy_(x)
+            frames = 0 if video is None else video.shape[1]
+            for static, shift in zip(static_shifts, self._shifts(frames, shifts, None, device), strict=True):
+                static.copy_(shift.view(()) if isinstance(shift, Tensor) else torch.tensor(shift))
+            graph.replay()
+            video_out, audio_out = (None if x is None else x.clone() for x in outputs)
+            return video_out, audio_out
+
+        return replay
+
+    def _run(self, function: Callable[..., Streams], *args: Any) -> Streams:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(function, *args)
+        return function(*args)
+
+    def _embed(self, timesteps: Tensor | float, batch: int, device: torch.device) -> Tensor:
+        """SiLU of the time embedding, [B, E]: the first layer of every block's own projection of it, once for all."""
+        timesteps = torch.as_tensor(timesteps, device=device)
+        if timesteps.dim() > 1 or timesteps.numel() not in (1, batch):
+            raise ValueError(f"timesteps has shape {list(timesteps.shape)}; expected [B] = [{batch}], or one number")
+        weight = next(self.time_embedding.parameters())
+        embedding = timestep_embedding(timesteps.reshape(-1), weight.shape[1]).to(weight.dtype)
+        return functional.silu(self.time_embedding(embedding)).expand(batch, -1)
+
+    def _shifting(self) -> list[mmattn.RandomShiftAttention]:
+        stages: list[Any] = [*self.encoder, *self.decoder]
+        return [stage.cross for stage in stages if stage.cross is not None and stage.cross.random_shift]
+
+    def _shifts(
+        self, frames: int, shifts: Any, generator: torch.Generator | None, device: torch.device
+    ) -> list[int | Tensor]:
+        ranges = self.shift_ranges(frames)
+        if shifts is None:
+            if generator is not None:
+                return [mmattn.draw_shift(largest + 1, 1, generator=generator) for largest in ranges]
+            return [torch.randint(largest + 1, (1,), dtype=torch.int32, device=device) for largest in ranges]
+        given = list(shifts.unbind() if isinstance(shifts, Tensor) else shifts)
+        if len(given) != len(ranges):
+            raise ValueError(
+                f"shifts has {len(given)} elements; expected {len(ranges)}, one for each block that shifts"
+            )
+        for i, (shift, largest) in enumerate(zip(given, ranges, strict=True)):
+            if isinstance(shift, int) and not 0 <= shift <= largest:
+                raise ValueError(f"shifts[{i}] is {shift}; expected 0..F-S = 0..{largest}")
+        return given
+
+    def _check_inputs(self, video: Tensor | None, audio: Tensor | None) -> None:
+        expected_sizes = {"video": self.config["video_size"][1], "audio": self.config["audio_size"][0]}
+        weight = next(self.time_embedding.parameters())
+        reference: Tensor | None = None
+        for name, x, letters in (("video", video, "[B, F, C, H, W]"), ("audio", audio, "[B, C, T]")):
+            if name not in self.config["streams"]:
+                if x is not None:
+                    raise ValueError(
+                        f"{name} is given to a model with streams = {self.config['streams']}; expected None"
+                    )
+                continue
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name} is a {type(x).__name__}; expected a tensor {letters}")
+            at, channels = (2, expected_sizes[name]) if name == "video" else (1, expected_sizes[name])
+            if x.dim() != letters.count(",") + 1 or x.shape[at] != channels or 0 in x.shape:
+                raise ValueError(f"{name} has shape {list(x.shape)}; expected {letters} with C = {channels}")
+            if not x.is_floating_point() or (x.dtype != weight.dtype and not is_autocast(x.device.type)):
+                raise TypeError(f"{name} has dtype {x.dtype}; expected {weight.dtype}, the dtype of the parameters")
+            if x.device != weight.device:
+                raise ValueError(f"{name} is on {x.device}; expected {weight.device}, the device of the parameters")
+            if reference is not None and (x.shape[0] != reference.shape[0] or x.dtype != reference.dtype):
+                raise ValueError(
+                    f"audio has batch {x.shape[0]} and dtype {x.dtype}; expected {reference.shape[0]} and "
+                    f"{reference.dtype}, as in video"
+                )
+            reference = x
+        if video is not None:
+            _check_divisible("video", "height and width", video.shape[3:], VIDEO_RATE ** (self.levels - 1))
+        if audio is not None:
+            _check_divisible("audio", "length", audio.shape[2:], AUDIO_RATE ** (self.levels - 1))
+        if video is not None and audio is not None:
+            coarsest = audio.shape[2] // AUDIO_RATE ** (self.levels - 1)
+            if coarsest < video.shape[1]:
+                raise ValueError(
+                    f"audio has {audio.shape[2]} positions, {coarsest} at the coarsest level; expected at least the "
+                    f"{video.shape[1]} of the frames there"
+                )
+
+
+def _check_divisible(name: str, what: str, sizes: Sequence[int], divisor: int) -> None:
+    if any(size % divisor for size in sizes):
+        values = ", ".join(map(str, sizes))
+        raise ValueError(
+            f"{name} has {what} {values}; expected multiples of {divisor}, the downsampling of the last level"
+        )
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    def refuse(name: str, expected: str) -> None:
+        raise ValueError(f"{name} is {config[name]!r}; expected {expected}")
+
+    def is_count(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+    for name, letters in (("video_size", "(F, C, H, W)"), ("audio_size", "(C, T)")):
+        if len(config[name]) != letters.count(",") + 1 or not all(map(is_count, config[name])):
+            refuse(name, f"{letters}, positive ints")
+    for name in ("model_channels", "video_out_channels", "audio_out_channels", "num_res_blocks", "num_heads"):
+        if not is_count(config[name]):
+            refuse(name, "a positive int")
+    if not config["channel_mult"] or any(
+        factor <= 0 or config["model_channels"] * factor % NORM_GROUPS for factor in config["channel_mult"]
+    ):
+        refuse(
+            "channel_mult", f"factors that make model_channels = {config['model_channels']} multiples of {NORM_GROUPS}"
+        )
+    resolutions = ("cross_attention_resolutions", "video_attention_resolutions", "audio_attention_resolutions")
+    for name in resolutions:
+        if any(rate != -1 and (not is_count(rate) or rate & (rate - 1)) for rate in config[name]):
+            refuse(name, "downsamplings 1, 2, 4, ..., or -1 for none")
+    windows, frames = config["cross_attention_windows"], config["video_size"][0]
+    if len(windows) != len(config["cross_attention_resolutions"]):
+        refuse("cross_attention_windows", "one window for each of cross_attention_resolutions")
+    streams = config["streams"]
+    if tuple(streams) not in (STREAMS, *((stream,) for stream in STREAMS)):
+        refuse("streams", "('video', 'audio'), ('video',) or ('audio',)")
+    rates = [2**level for level in range(len(config["channel_mult"]))]
+    widths = {
+        rate: int(config["model_channels"] * factor) for rate, factor in zip(rates, config["channel_mult"], strict=True)
+    }
+    crossed = {
+        rate: s for rate, s in zip(config["cross_attention_resolutions"], windows, strict=True) if rate in widths
+    }
+    if len(streams) == 2 and not all(is_count(window) and window <= frames for window in crossed.values()):
+        refuse("cross_attention_windows", f"1..F = 1..{frames} frames each, with the F of video_size")
+    attended = [rate for name in resolutions[1:] for rate in config[name] if rate in widths] + rates[-1:]
+    if any(widths[rate] % config["num_heads"] for rate in attended):
+        refuse("num_heads", f"a divisor of the widths with self-attention, {sorted({widths[r] for r in attended})}")
+    channels = config["num_heads"] if config["num_head_channels"] == -1 else config["num_head_channels"]
+    if channels != -1 and (not is_count(channels) or any(widths[rate] % channels for rate in crossed)):
+        refuse(
+            "num_head_channels", f"-1, or a divisor of the widths with cross-attention, {[widths[r] for r in crossed]}"
+        )
+    if isinstance(config["dropout"], bool) or not 0 <= config["dropout"] < 1:
+        refuse("dropout", "0 <= dropout < 1")
+    if config["resblock_updown"] is not True:
+        refuse("resblock_updown", "True: levels are resampled inside residual blocks")
+    if "video" in streams:
+        _check_divisible("video_size", "height and width", config["video_size"][2:], VIDEO_RATE ** (len(widths) - 1))
+    if "audio" in streams:
+        _check_divisible("audio_size", "length", config["audio_size"][1:], AUDIO_RATE ** (len(widths) - 1))
