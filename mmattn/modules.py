@@ -117,19 +117,21 @@ class RandomShiftAttention(nn.Module):
         batch, frames, channels, height, width = video.shape
         if shift is None:
             shift = self._draw(frames, generator, video.device)
-        video_tokens = video.permute(0, 1, 3, 4, 2).reshape(batch, frames * height * width, channels).contiguous()
-        audio_tokens = audio.transpose(1, 2).contiguous()
+        video, audio = (
+            video.permute(0, 1, 3, 4, 2),
+            audio.transpose(1, 2),
+        )  # channels last; in memory too, if all is well
+        video_tokens = video.reshape(batch, frames * height * width, channels).contiguous()
         video_heads, audio_heads = random_shift_attention(
             *self._heads(video_tokens, self.video_norm, self.video_qkv),
-            *self._heads(audio_tokens, self.audio_norm, self.audio_qkv),
+            *self._heads(audio.contiguous(), self.audio_norm, self.audio_qkv),
             frames=frames,
             window=self.window,
             shift=shift,
         )
-        video_update = self.video_out(video_heads.flatten(2)).view(batch, frames, height, width, channels)
-        audio_update = self.audio_out(audio_heads.flatten(2))
-        # The first operand of an addition decides the memory format of the sum.
-        return video + video_update.permute(0, 1, 4, 2, 3), audio + audio_update.transpose(1, 2)
+        video = _add_projection(video, video_heads, self.video_out)
+        audio = _add_projection(audio, audio_heads, self.audio_out)
+        return video.permute(0, 1, 4, 2, 3), audio.transpose(1, 2)
 
     @classmethod
     def from_published(cls, block: nn.Module) -> RandomShiftAttention:
@@ -173,7 +175,10 @@ class RandomShiftAttention(nn.Module):
 
     def _heads(self, tokens: Tensor, norm: nn.GroupNorm, projection: nn.Linear) -> tuple[Tensor, ...]:
         """q, k, v [B, L, H, D] of tokens [B, L, C]: views of one packed projection."""
-        packed = projection(_normalise(tokens, norm))
+        # Under autocast a module of half precision may be given float32.
+        weight, bias = (p if p.dtype == tokens.dtype else p.float() for p in (norm.weight, norm.bias))
+        parameters = projection.weight.unsqueeze(-1), projection.bias
+        packed = dilated_conv1d(tokens, *parameters, norm=(weight, bias, norm.num_groups), eps=norm.eps)
         return packed.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
 
     def _draw(self, frames: int, generator: torch.Generator | None, device: torch.device) -> int | Tensor:
@@ -409,6 +414,15 @@ def missing_published_attributes(module: nn.Module) -> list[str]:
         "channels num_heads local_window window_shift v_norm a_norm v_qkv a_qkv attention video_proj_out audio_proj_out"
     )
     return [name for name in names.split() if not hasattr(module, name)]
+
+
+def _add_projection(x: Tensor, heads: Tensor, projection: nn.Linear) -> Tensor:
+    """x [B, ..., C] plus the projection of heads [B, L, H, D], in the dtype and memory format of x."""
+    tokens, weight = heads.flatten(2), projection.weight.unsqueeze(-1)
+    if x.is_contiguous() and x.dtype == tokens.dtype:
+        return dilated_conv1d(tokens, weight, projection.bias, residual=x.view_as(tokens)).view_as(x)
+    # The first operand of an addition decides the memory format of the sum.
+    return x + dilated_conv1d(tokens, weight, projection.bias).view_as(x)
 
 
 def _normalise(tokens: Tensor, norm: nn.GroupNorm, **options: Any) -> Tensor:

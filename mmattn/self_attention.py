@@ -148,7 +148,7 @@ class _SelfAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Any, ...]:
-        d_qkv = _gradients(d_out, *ctx.saved_tensors, *ctx.options)
+        d_qkv: Any = _gradients(d_out, *ctx.saved_tensors, *ctx.options)
         return None, *d_qkv.unbind(2), None, None, None
 
 

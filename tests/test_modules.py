@@ -96,7 +96,9 @@ def test_memory_formats(dtype):
     wide[..., ::2] = video
     strided = made(wide[..., ::2], audio.flip(2).flip(2), shift=1)
     for x in (last, strided):
-        assert all(torch.equal(a, b) for a, b in zip(x, contiguous, strict=True))
+        # One rounding less where the residual is added by the projection.
+        errors = [relative_error(a, b) for a, b in zip(x, contiguous, strict=True)]
+        assert max(errors) < torch.finfo(dtype).eps, errors
 
 
 def test_no_copy_of_channels_last(monkeypatch):
@@ -111,15 +113,16 @@ def test_no_copy_of_channels_last(monkeypatch):
     monkeypatch.setattr(mmattn.modules, "random_shift_attention", spy)
     made = module()
     pointers = []
-    norm = mmattn.modules.group_norm
-    monkeypatch.setattr(
-        mmattn.modules,
-        "group_norm",
-        lambda x, *args, **options: (pointers.append(x.data_ptr()), norm(x, *args, **options))[1],
-    )
+    convolve = mmattn.modules.dilated_conv1d
+
+    def spy_on_convolution(x, *args, **options):
+        pointers.extend([x.data_ptr()] if "norm" in options else [options["residual"].data_ptr()])
+        return convolve(x, *args, **options)
+
+    monkeypatch.setattr(mmattn.modules, "dilated_conv1d", spy_on_convolution)
     video, audio = channels_last(*streams())
     made(video, audio, shift=0)
-    assert pointers == [video.data_ptr(), audio.data_ptr()]
+    assert pointers == 2 * [video.data_ptr(), audio.data_ptr()]
     for i in (0, 3):
         q, k, v = seen["qkv"][i : i + 3]
         assert q._base is k._base is v._base and q.stride(-1) == 1 and q.stride(1) == 3 * 64

@@ -37,7 +37,7 @@ def forward(
     width: int = 0,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Writes to `out`, which may be x itself where K = 1, or to new memory. Nine taps are 3 x 3 where there is a width."""
+    """Writes to `out`, which may be x itself where K = 1, or to new memory. With a width, nine taps are 3 x 3."""
     batch, length, _ = x.shape
     if out is None:
         out = torch.empty((batch, length, weight.shape[0]), dtype=x.dtype)
