@@ -232,13 +232,21 @@ class Backward {
   float* const delta_;  // sum(d_out * out) of each row
 };
 
+// Whether every window fits a pair of tiles, where packing costs more than tiles save.
+[[maybe_unused]] bool has_few_keys(const Attention& p) {
+  const auto few = [&](const Direction& d) { return Windows(p, d).length <= 32; };
+  return std::all_of(p.directions.begin(), p.directions.end(), few);
+}
+
 }  // namespace
 
 #if defined(__AMX_BF16__)
 void attention_forward(const Attention& p) {
+  if (has_few_keys(p)) return p.is_bf16 ? run_all<Forward<bf16>>(p) : run_all<Forward<float>>(p);
   p.is_bf16 ? run_all<AmxForward<bf16>>(p) : run_all<AmxForward<float>>(p);
 }
 void attention_backward(const Attention& p) {
+  if (has_few_keys(p)) return p.is_bf16 ? run_all<Backward<bf16>>(p) : run_all<Backward<float>>(p);
   p.is_bf16 ? run_all<AmxBackward<bf16>>(p) : run_all<AmxBackward<float>>(p);
 }
 #else
