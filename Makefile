@@ -27,6 +27,7 @@ demo: install ## the ops against their peers on this machine, in three minutes; 
 	$(RUN) bench/attn.py --quick
 	$(RUN) bench/norm.py --quick
 	$(RUN) bench/conv.py --quick --what block frames
+	$(RUN) bench/unet.py --quick --breakdown
 
 test: install ## all tests
 	$(RUN) -m pytest
@@ -52,12 +53,14 @@ fix: install ## what lint can repair by itself
 	$(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $(SOURCES)
 
-bench: install ## the full benchmarks of this machine into bench/results and README (half an hour, nothing else running)
+bench: install ## the full benchmarks of this machine into bench/results and README (an hour, nothing else running)
 	$(RUN) bench/attn.py --modes forward both --json bench/results/attn-cpu.json
 	$(RUN) bench/norm.py --json bench/results/norm-cpu.json
 	$(RUN) bench/conv.py --json bench/results/conv-cpu.json
+	$(RUN) bench/unet.py --breakdown --json bench/results/unet-cpu.json
 	$(RUN) bench/plot.py bench/results/attn-cpu.json docs/attn-cpu.png --modes forward
 	$(RUN) bench/plot.py bench/results/conv-cpu.json docs/conv-cpu.png --modes forward --shape block
+	$(RUN) bench/plot.py bench/results/unet-cpu.json docs/unet-cpu.png
 	$(RUN) bench/tables.py
 
 tables: install ## README's tables from bench/results

@@ -11,7 +11,7 @@ Installs this checkout without network (or sets PYTHONPATH where pip fails), run
 Needs a Python with torch, triton, pytest, matplotlib and tqdm; works without registry. Ends within nine minutes.
 
   --device cpu   the same steps on a CPU, as a test of this script (tiny shapes)
-  --ops LIST     only these of "attn norm conv", in benchmarks, --sanitize and --profile
+  --ops LIST     only these of "attn norm conv unet", in benchmarks, --sanitize and --profile (which leave unet out)
   --quick        fewer samples, fewer batch sizes
   --sanitize     after the benchmarks, compute-sanitizer memcheck and racecheck on small cases
   --profile      after those, Nsight Compute on our kernels (clocks left alone)
@@ -22,7 +22,7 @@ exit status: 0, or 1 if any step failed; a failed step does not stop the later o
 TEXT
 }
 
-device=cuda ops="attn norm conv" quick=0 sanitize=0 profile=0 tests=1 bench=1
+device=cuda ops="attn norm conv unet" quick=0 sanitize=0 profile=0 tests=1 bench=1
 while [ $# -gt 0 ]; do
     case $1 in
         --device) device=${2:-}; shift ;;
@@ -39,7 +39,7 @@ while [ $# -gt 0 ]; do
 done
 case $device in cuda | cpu) ;; *) echo "gpu.sh: --device is '$device'; expected cuda or cpu" >&2; exit 2 ;; esac
 for op in $ops; do
-    case $op in attn | norm | conv) ;; *) echo "gpu.sh: --ops has '$op'; expected attn, norm or conv" >&2; exit 2 ;; esac
+    case $op in attn | norm | conv | unet) ;; *) echo "gpu.sh: --ops has '$op'; expected attn, norm, conv or unet" >&2; exit 2 ;; esac
 done
 
 cd "$(dirname "$0")/.." || exit 2
@@ -127,6 +127,7 @@ run_sanitizer() {
         pytest_step "$tool tests" 150 "${run[@]}" "$python" -m pytest -q -x -m gpu -k "${SANITIZE_CASES:-small}" tests
         if [ $? -eq 5 ]; then
             for op in $ops; do
+                [ "$op" != unet ] || continue # its kernels are those of the others
                 step "$tool $op" 150 "${run[@]}" "$python" "bench/$op.py" "${small[@]}" --json "$out/sanitized/$op.json"
             done
             rm -rf "$out/sanitized" # times under a sanitizer are of no use
@@ -172,6 +173,7 @@ if [ "$device" = cpu ]; then
         bench attn-cpu 120 "${small[@]}"
         bench norm-cpu 90 "${small[@]}"
         bench conv-cpu 150 "${small[@]}"
+        bench unet-cpu 120 "${small[@]}" --breakdown
     fi
     [ $((sanitize + profile)) -eq 0 ] || say "--sanitize and --profile need --device cuda"
 else
@@ -182,11 +184,14 @@ else
             bench attn-cuda 120 --quick --dtype bfloat16 --batch 1 4 --providers mmattn "SDPA over views" "full SDPA"
             bench norm-cuda 60 --quick --dtype bfloat16 --batch 1 4
             bench conv-cuda 90 --quick --dtype bfloat16 --batch 4
+            bench unet-cuda 90 --quick --shapes published --dtype bfloat16 --batch 1 --breakdown
         else
             bench attn-cuda 150 "${rest[@]}" --dtype bfloat16 --batch 1 4 16 --budget 0.4 \
                 --providers mmattn "SDPA over views" "SDPA over copies" "full SDPA" "frame loop"
             bench norm-cuda 80 "${rest[@]}" --dtype bfloat16 --batch 1 16 --budget 0.3
             bench conv-cuda 160 "${rest[@]}" --dtype bfloat16 --batch 4 --budget 0.3
+            bench unet-cuda 120 "${rest[@]}" --dtype bfloat16 --batch 1 4 --budget 1 --breakdown \
+                --providers release mmdiffusion "release, autocast" "mmdiffusion, CUDA graph"
             # What is left of the time; --ops attn gives these the whole of it.
             bench attn-cuda-half-single 60 "${rest[@]}" --dtype float16 float32 --batch 4 --budget 0.4 \
                 --providers mmattn "SDPA over views" "full SDPA"

@@ -145,16 +145,16 @@ def fill(state: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
 @functools.lru_cache(maxsize=2)
 def network(own: bool, shape: Shape, dtype: torch.dtype, device: str) -> nn.Module:
     """Ours or the release's, with the filled parameters; `shape` is a short one, as longer clips have the same."""
-    parameters = fill(skeleton(shape).state_dict())
+    parameters = {key: value.to(device, dtype) for key, value in fill(skeleton(shape).state_dict()).items()}
     if own:
         try:
             from mmdiffusion import CoupledUNet
         except ImportError as error:
             raise NotApplicable(f"mmdiffusion cannot be imported: {error}") from error
-        return CoupledUNet.from_published(parameters, **shape.config(), dropout=0.0).to(device, dtype)
+        return CoupledUNet.from_published(parameters, **shape.config(), dropout=0.0)
     unet = release.ReleaseUNet(**shape.config())
-    unet.load_state_dict(parameters, assign=True)
-    return unet.requires_grad_().to(device, dtype)
+    unet.load_state_dict(parameters)
+    return unet.to(device, dtype)
 
 
 def is_own(name: str) -> bool:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The benchmarks' own correctness: peers, statistics, reasons, results files, tables, pictures. No time is asserted."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -22,8 +23,10 @@ import harness
 import norm
 import peers
 import plot
+import release
 import report
 import tables
+import unet
 
 from mmattn import attention
 
@@ -384,6 +387,113 @@ def test_conv_end_to_end(quick_run):
     assert "x (eager) |" in block  # mmattn's other provider is no peer
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_release_meets_the_published_outputs(number):
+    safetensors = pytest.importorskip("safetensors")
+    with safetensors.safe_open(ROOT / f"tests/data/unet_{number}.safetensors", "pt") as file:
+        stored = {name: json.loads(value) for name, value in file.metadata().items()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    network = release.ReleaseUNet(**stored["config"])
+    assert {name: list(value.shape) for name, value in network.state_dict().items()} == stored["state_dict"]
+    network.load_state_dict(unet.fill(network.state_dict(), stored["fill_seed"]))
+    with torch.no_grad():
+        got = network(*(tensors[name] for name in ("video", "audio", "timesteps")), stored["shifts"])
+    assert harness.relative_difference(got, [tensors["video_out"], tensors["audio_out"]]) < 3e-5
+
+
+def test_release_is_the_published_network_and_its_work():
+    published = json.loads((ROOT / "tests/data/unet_full_keys.json").read_text())
+    shape = unet.Shape(1, *unet.PUBLISHED)
+    assert shape.config() == published["config"]
+    assert {name: list(value.shape) for name, value in unet.skeleton(shape).state_dict().items()} == published[
+        "state_dict"
+    ]
+    assert shape.gflop("forward") == pytest.approx(1329, abs=0.5)
+    assert shape.gflop("both") == pytest.approx(3 * shape.gflop("forward"))
+    parts = unet.parts_of_work(shape)
+    assert list(parts) == list(unet.PARTS)
+    assert parts[unet.NORM] == parts[unet.RESAMPLE] == 0
+    assert 0 <= parts[unet.REST] < 0.1  # the time embedding
+    # A k=3 convolution per frame has three times the taps of the one over frames, and the same or fewer channels in.
+    assert parts[unet.TEMPORAL] < parts[unet.SPATIAL] / 2
+    assert len(shape.shifts()) == 15 and max(shape.shifts()) <= 15
+    assert unet.Shape(3, *unet.PUBLISHED).gflop("forward") == pytest.approx(3 * shape.gflop("forward"), rel=1e-3)
+
+
+def test_unet_end_to_end(quick_run, capsys, monkeypatch, threads):
+    monkeypatch.delenv("MMATTN_IMPL")
+    threads(1)
+    rows, table = quick_run(unet, "--shape", "1,8,8,512,32", "--breakdown", "--max-gflop", "1e9")
+    by = {(row["mode"], row["provider"]): row for row in rows}
+    assert set(by) == {
+        (mode, name) for mode in ("forward", "both") for name in (unet.BASELINE, unet.OWN, unet.AUTOCAST)
+    }
+    measured = [unet.BASELINE]
+    if importlib.util.find_spec("mmdiffusion") and importlib.util.find_spec("diffusers"):
+        measured.append(unet.OWN)
+    else:
+        assert "mmdiffusion cannot be imported" in by["forward", unet.OWN]["reason"]
+    printed = capsys.readouterr().out
+    for name in measured:
+        assert by["forward", name]["reason"] is None and by["both", name]["reason"] is None
+        parts = by["forward", name]["parts"]
+        assert list(parts) == list(unet.PARTS)
+        assert all(part["ms"] > 0 for part_name, part in parts.items() if part_name != unet.NORM)
+        assert f"\n{name}, B1 8x3x8x8 1x512 C32, float32: " in printed
+        assert "parts" not in by["both", name]
+    assert sum(part["gflop"] for part in parts.values()) == pytest.approx(by["forward", unet.BASELINE]["gflop"])
+    assert by["forward", unet.AUTOCAST]["reason"] == "fp32 needs no autocast"
+    titles = "mmdiffusion ms | GFLOP/s | of matmul | vs release | vs release, autocast | extra MB: mmdiffusion, release"
+    assert table[0] == f"| shape | dtype | mode | {titles} |"
+
+
+def test_unet_in_bfloat16_against_fp32_and_autocast(threads):
+    threads(1)
+    shape = unet.Shape(1, 8, 8, 512, 32)
+    network = unet.network_of(unet.BASELINE, shape, "bfloat16", "cpu")
+    assert network is unet.network_of(unet.AUTOCAST, shape, "bfloat16", "cpu")
+    expected, got = (
+        unet.comparable(network, unet.make_call(name, shape, "bfloat16", "both", "cpu")())
+        for name in (unet.BASELINE, unet.AUTOCAST)
+    )
+    assert expected[1].numel() == sum(p.numel() for p in network.parameters())
+    assert 1e-3 < harness.relative_difference(got, expected) < unet.HEADER["disagreement"]["bfloat16"]
+
+
+def test_memory_probe_of_the_unet_is_sent_to_a_process():
+    shape = unet.Shape(2, 8, 16, 512, 32)
+    probe = (unet.memory_probe, (unet.BASELINE, shape, "float32", "forward", torch.get_num_threads()))
+    function, arguments = pickle.loads(pickle.dumps(probe))
+    small, full = (call() for call in function(*arguments))
+    assert [tuple(out.shape) for out in small] == [(1, 8, 3, 8, 8), (1, 1, 512)]
+    assert [tuple(out.shape) for out in full] == [(2, 8, 3, 16, 16), (2, 1, 512)]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--modes", "backward"],
+        *(
+            ["--shape", s]
+            for s in (
+                "1,2",
+                "1,7,16,1024,32",
+                "1,8,12,1024,32",
+                "1,8,16,1000,32",
+                "1,8,16,1024,48",
+                "1,16,16,512,32",
+                "0,8,16,1024,32",
+            )
+        ),
+    ],
+    ids=" ".join,
+)
+def test_unet_refuses_bad_arguments(arguments):
+    with pytest.raises(SystemExit) as error:
+        unet.parse(arguments)
+    assert error.value.code == 2
+
+
 def test_published_shapes_of_the_benchmarks():
     sizes = [shape.length for shape in norm.shapes_of(norm.parse(["--device", "cpu"]))]
     assert sizes == [65536, 16384, 25600, 1024]
@@ -402,6 +512,11 @@ def test_published_shapes_of_the_benchmarks():
         "block B1 Cin96 Cout64 L77 d40",
     ]
     assert asked.providers == [cli.COMPILE]
+    whole = unet.parse(["--device", "cpu"])
+    assert unet.shapes_of(whole) == [unet.Shape(1, 16, 64, 25600, 128)]
+    assert whole.providers == [unet.BASELINE, unet.OWN, unet.AUTOCAST]
+    assert unet.shapes_of(unet.parse(["--device", "cpu", "--quick"])) == [unet.Shape(1, *unet.SMALL)]
+    assert unet.parse(["--device", "cpu", "--providers", cli.COMPILE]).providers == [cli.COMPILE]
 
 
 def test_tables_refuse_a_marker_without_an_end(tmp_path):
