@@ -37,7 +37,7 @@ def convert(options: argparse.Namespace) -> None:
         raise ValueError(f"OUT is {target}; expected a .pt or .safetensors file, as IN is a directory")
     unet = _load(source, options.preset, options.config)
     if options.dtype:
-        unet.to(dtype=_DTYPES[options.dtype])
+        torch.nn.Module.to(unet, _DTYPES[options.dtype])  # that of diffusers warns of modules that are not here
     if is_back:
         published.write(unet.to_published(), target)
     else:
@@ -59,7 +59,7 @@ def info(options: argparse.Namespace) -> None:
 
 def _load(source: pathlib.Path, preset: str | None, config: pathlib.Path | None) -> CoupledUNet:
     if source.is_dir():
-        return CoupledUNet.from_pretrained(source)
+        return CoupledUNet.from_pretrained(source, low_cpu_mem_usage=False)  # the other way needs accelerate
     overrides = {} if config is None else json.loads(config.read_text())
     return CoupledUNet.from_published(source, preset=preset, **overrides)
 
@@ -89,7 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("source", type=pathlib.Path, metavar="IN")
     command.add_argument("target", type=pathlib.Path, metavar="OUT")
-    command.add_argument("--dtype", choices=list(_DTYPES), help="of the result; that of IN if not given")
+    command.add_argument(
+        "--dtype",
+        choices=list(_DTYPES),
+        help="of the result; if not given, that of a published checkpoint, float32 from a directory",
+    )
     command.add_argument("--force", action="store_true", help="overwrite OUT")
     command.set_defaults(run=convert)
 

@@ -349,8 +349,8 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if timesteps.dim() > 1 or timesteps.numel() not in (1, batch):
             raise ValueError(f"timesteps has shape {list(timesteps.shape)}; expected [B] = [{batch}], or one number")
         weight = next(self.time_embedding.parameters())
-        embedding = timestep_embedding(timesteps.reshape(-1), weight.shape[1]).to(weight.dtype)
-        return functional.silu(self.time_embedding(embedding)).expand(batch, -1)
+        embedding = timestep_embedding(timesteps.reshape(-1).expand(batch), weight.shape[1]).to(weight.dtype)
+        return functional.silu(self.time_embedding(embedding))
 
     def _shifting(self) -> list[mmattn.RandomShiftAttention]:
         stages: list[Any] = [*self.encoder, *self.decoder]

@@ -3,15 +3,21 @@
 
 import json
 import pathlib
+import sys
 
 import pytest
 import torch
+from torch.nn import functional
 
 pytest.importorskip("diffusers")
 safetensors = pytest.importorskip("safetensors")
 
 from mmattn.testing import relative_error  # noqa: E402
-from mmdiffusion import CoupledUNet  # noqa: E402
+from mmdiffusion import CoupledUNet, blocks, cli  # noqa: E402
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "bench"))
+
+import release  # noqa: E402
 
 DATA = pathlib.Path(__file__).parent / "data"
 FULL = json.loads((DATA / "unet_full_keys.json").read_text())
@@ -49,18 +55,33 @@ def reference(case):
     return metadata, tensors
 
 
-def small(seed=0, **options):
+def small(**options):
     """A small model whose every parameter matters: it is born with outputs of zero."""
     unet = CoupledUNet(**{**SMALL, **options})
-    unet.load_state_dict(filled({name: x.shape for name, x in unet.named_parameters()}, seed))
+    unet.load_state_dict(filled({name: x.shape for name, x in unet.named_parameters()}))
     return unet.eval()
 
 
-def clip(batch=2, frames=4, size=8, audio_len=64, seed=1, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    video = torch.randn(batch, frames, 3, size, size, generator=generator)
-    audio = torch.randn(batch, 1, audio_len, generator=generator)
-    return video.to(dtype), audio.to(dtype), torch.tensor([3, 700][:batch])
+def clip(frames=4, size=8, audio_len=64, channels=(3, 1)):
+    generator = torch.Generator().manual_seed(1)
+    video = torch.randn(2, frames, channels[0], size, size, generator=generator)
+    return video, torch.randn(2, channels[1], audio_len, generator=generator), torch.tensor([3, 700])
+
+
+def gradients(unet, *inputs, **options):
+    unet.zero_grad()
+    out = [x for x in unet(*inputs, **options) if x is not None]
+    weights = torch.Generator().manual_seed(2)
+    sum((x * torch.randn(x.shape, generator=weights)).sum() for x in out).backward()
+    return {name: x.grad for name, x in unet.named_parameters()}
+
+
+def error(found, expected):
+    return max(relative_error(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def is_equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("case", (0, 1))
@@ -74,8 +95,450 @@ def test_published_values(case):
     assert relative_error(audio, tensors["audio_out"]) < 3e-5
 
 
-def test_full_size_has_the_published_keys():
-    with torch.device("meta"):
-        unet = CoupledUNet(**FULL["config"])
+OPTIONS = {
+    "as is": {},
+    "no shift": {"cross_attention_shift": False},
+    "windows of all frames": {"cross_attention_windows": (4,)},
+    "published windows, attention in the middle": {
+        "cross_attention_resolutions": (2, 16, 32),
+        "cross_attention_windows": (1, 4, 8),
+    },
+    "no cross-attention": {"cross_attention_resolutions": (), "cross_attention_windows": ()},
+    "cross-attention at the finest level": {
+        "cross_attention_resolutions": (1, 2),
+        "cross_attention_windows": (3, 1),
+    },
+    "self-attention at every level of both streams": {
+        "video_attention_resolutions": (1, 2),
+        "audio_attention_resolutions": (1, 2),
+    },
+    "self-attention in the middle alone": {"video_attention_resolutions": (-1,)},
+    "embedding added": {"use_scale_shift_norm": False},
+    "learned sigma": {"video_out_channels": 6, "audio_out_channels": 2},
+    "other inputs": {"video_size": (4, 2, 8, 8), "audio_size": (2, 64)},
+    "two blocks a level": {"num_res_blocks": 2},
+    "heads of RS-MMA from num_heads": {"num_heads": 4, "num_head_channels": -1},
+    "a wide finest level, three levels": {"channel_mult": (2, 1, 3), "num_heads": 1},
+    "one level": {"channel_mult": (1,)},
+}
+
+
+def network_of_the_release(config, state):
+    """The same network in plain torch, its window in the middle set by the number of frames in `config`."""
+    names = [name for name in release.ReleaseUNet.__init__.__annotations__ if name != "return"]
+    peer = release.ReleaseUNet(**{name: config[name] for name in names})
+    peer.load_state_dict(state)
+    return peer
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options(options):
+    """Each against the network in plain torch, and no parameter is without a gradient."""
+    unet = small(**options)
+    channels = unet.config["video_size"][1], unet.config["audio_size"][0]
+    video, audio, timesteps = clip(channels=channels)
+    shifts = [largest // 2 + i % 2 for i, largest in enumerate(unet.shift_ranges())]
+    shifts = [min(pair) for pair in zip(shifts, unet.shift_ranges(), strict=True)]
+    found = unet(video, audio, timesteps, shifts=shifts)
+    expected = network_of_the_release(unet.config, unet.to_published())(video, audio, timesteps, shifts=shifts)
+    assert error(found, expected) < 1e-5
+    missing = [name for name, x in gradients(unet, video, audio, timesteps, shifts=shifts).items() if x is None]
+    assert missing == []
+
+
+CLIPS = {
+    "audio no multiple of the frames": {"frames": 5, "audio_len": 72},
+    "one position of audio a frame": {"frames": 6, "audio_len": 24},
+    "more frames": {"frames": 7},
+    "another size": {"size": 12},
+}
+
+
+@pytest.mark.parametrize("sizes", CLIPS.values(), ids=CLIPS)
+def test_other_clips(sizes):
+    """Clips of other sizes than the configured one; the middle then attends across all frames of the clip."""
+    unet = small(cross_attention_resolutions=(2, 16, 32), cross_attention_windows=(1, 4, 8))
+    video, audio, timesteps = clip(**sizes)
+    shifts = unet.shift_ranges(video.shape[1])
+    config = {**unet.config, "video_size": video.shape[1:]}
+    expected = network_of_the_release(config, unet.to_published())(video, audio, timesteps, shifts=shifts)
+    assert error(unet(video, audio, timesteps, shifts=shifts), expected) < 1e-5
+
+
+@pytest.mark.parametrize("stream", ("video", "audio"))
+def test_single_stream(stream):
+    """A stream alone: what it computes in a coupled model whose other stream cannot reach it, and no parameter more."""
+    coupled = small(cross_attention_resolutions=(), cross_attention_windows=())
+    state = {key: x for key, x in coupled.to_published().items() if not is_of_other_stream(key, stream)}
+    unet = CoupledUNet.from_published(state, **{**SMALL, "cross_attention_windows": (2,)})
+    assert unet.config["streams"] == (stream,) and unet.shift_ranges() == []
+    video, audio, timesteps = clip()
+    given = (video, None) if stream == "video" else (None, audio)
+    found, expected = unet(*given, timesteps), coupled(video, audio, timesteps)
+    mine = 0 if stream == "video" else 1
+    assert found[1 - mine] is None and torch.equal(found[mine], expected[mine])
+    assert all(x is not None for x in gradients(unet, *given, timesteps).values())
+    with pytest.raises(ValueError, match=r"(video|audio) is given to a model with streams"):
+        unet(video, audio, timesteps)
+
+
+def is_of_other_stream(key, stream):
+    if stream == "video":
+        return "audio" in key
+    return "video" in key or "spatial_attention" in key or "temporal_attention" in key
+
+
+@pytest.mark.parametrize("block", ("video", "audio"))
+def test_an_up_block_repeats_last_unless_it_drops(block):
+    """The order matters to dropout's mask alone, which is drawn at the full resolution."""
+    options = {"num_heads": 0, "resampling": "up"}
+    x = torch.randn(2, 3, 4, 4, 32) if block == "video" else torch.randn(2, 12, 32)
+    make = blocks.VideoBlock if block == "video" else blocks.AudioBlock
+    options |= {} if block == "video" else {"dilation": 2}
+    made = make(32, 32, dropout=1e-30, **options)
+    made.load_state_dict(filled({name: p.shape for name, p in made.named_parameters()}))
+    film = torch.randn(2, 64)
+    repeated_first = made.train()(x, film, is_film=True)
+    assert relative_error(made.eval()(x, film, is_film=True), repeated_first) < 1e-6
+    made.dropout = 0.5
+    out = made.train()(x, film, is_film=True)
+    rows = out[:, :, 0::2] == out[:, :, 1::2] if block == "video" else out[:, 0::4] == out[:, 1::4]
+    assert not rows.any(-1).all()
+
+
+def test_a_down_block_pools_before_the_frames():
+    """Against the published order: both convolutions, then the mean."""
+    made = blocks.VideoBlock(32, 32, num_heads=0, resampling="down", dropout=0.0)
+    made.load_state_dict(filled({name: p.shape for name, p in made.named_parameters()}))
+    x, film = torch.randn(2, 3, 4, 6, 32), torch.randn(2, 64)
+    channels_first = x.permute(0, 4, 1, 2, 3)  # [B, C, F, H, W]
+
+    def half(h):
+        return functional.avg_pool3d(h, (1, 2, 2))
+
+    h = functional.silu(made.norm1(channels_first))
+    h = functional.conv3d(h, made.spatial.weight[:, :, None], made.spatial.bias, padding=(0, 1, 1))
+    h = half(functional.conv3d(h, made.temporal.weight[..., None, None], made.temporal.bias, padding=(1, 0, 0)))
+    scale, shift = film[..., None, None, None].chunk(2, 1)
+    h = functional.silu(made.norm2(h) * (1 + scale) + shift)
+    expected = half(channels_first) + functional.conv3d(h, made.conv2.weight[..., None, None], made.conv2.bias)
+    assert relative_error(made(x, film, is_film=True).permute(0, 4, 1, 2, 3), expected) < 1e-5
+
+
+def test_dropout_is_of_training_alone():
+    unet = small(dropout=0.5)
+    inputs = clip()
+    options = {"shifts": unet.shift_ranges()}
+    assert is_equal(unet(*inputs, **options), small()(*inputs, **options))
+    torch.manual_seed(5)
+    first = unet.train()(*inputs, **options)
+    assert not is_equal(unet(*inputs, **options), first)
+    torch.manual_seed(5)
+    assert is_equal(unet(*inputs, **options), first)
+
+
+def test_deterministic_under_a_seed():
+    unet = small()
+    inputs = clip()
+    draws = []
+    for seed in (0, 0, 1, 2, 3):
+        torch.manual_seed(seed)
+        draws.append(unet(*inputs))
+    assert is_equal(draws[0], draws[1])
+    assert not all(is_equal(draws[0], other) for other in draws[2:])
+    torch.manual_seed(0)
+    shifts = torch.tensor([int(torch.randint(largest + 1, (1,))) for largest in unet.shift_ranges()])
+    assert is_equal(unet(*inputs, shifts=shifts), draws[0])
+    first, again = (unet(*inputs, generator=torch.Generator().manual_seed(7)) for _ in range(2))
+    assert is_equal(first, again)
+
+
+def test_shifts_as_ints_and_tensors():
+    unet = small()
+    inputs = clip()
+    assert unet.shift_ranges() == [2, 2, 2] and unet.shift_ranges(frames=9) == [7, 7, 7]
+    given = [0, 2, 1]
+    expected = unet(*inputs, shifts=given)
+    assert is_equal(unet(*inputs, shifts=torch.tensor(given, dtype=torch.int32)), expected)
+    assert is_equal(unet(*inputs, shifts=[0, torch.tensor([2]), torch.tensor(1)]), expected)
+    assert not is_equal(unet(*inputs, shifts=[1, 2, 1]), expected)
+
+
+def test_inputs_of_any_strides():
+    unet = small()
+    video, audio, timesteps = clip()
+    expected = unet(video, audio, timesteps, shifts=[0, 1, 2])
+    video = video.permute(0, 2, 1, 4, 3).contiguous().permute(0, 2, 1, 4, 3)
+    audio = torch.stack([audio, audio], -1)[..., 1]
+    found = unet(video, audio, timesteps, shifts=[0, 1, 2])
+    assert is_equal(found, expected)
+    assert all(x.is_contiguous() for x in found)
+    assert is_equal(unet(video, audio, 3, shifts=[0, 1, 2]), unet(video, audio, torch.tensor([3, 3]), shifts=[0, 1, 2]))
+
+
+@pytest.mark.parametrize("dropout", (0.0, 0.3))
+def test_checkpointing_changes_no_gradient(dropout):
+    """The shifts are drawn outside of what is computed again."""
+    unet = small(dropout=dropout).train()
+    inputs = clip()
+    torch.manual_seed(1)
+    expected = gradients(unet, *inputs)
+    unet.enable_gradient_checkpointing()
+    calls = []
+    checkpoint = unet._gradient_checkpointing_func
+    unet._gradient_checkpointing_func = lambda *args: (calls.append(args[0]), checkpoint(*args))[1]
+    torch.manual_seed(1)
+    found = gradients(unet, *inputs)
+    assert len(calls) == 13  # nine residual blocks, one of them up, and one down; three of RS-MMA
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    unet.disable_gradient_checkpointing()
+    gradients(unet, *inputs)
+    assert len(calls) == 13
+
+
+@pytest.mark.parametrize("shifts", (None, [0, 1, 2], torch.tensor([0, 1, 2])), ids=("drawn", "ints", "tensor"))
+def test_compile(shifts, fresh_dynamo):
+    unet = small()
+    inputs = clip()
+    compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(4)
+    found = compiled(*inputs, shifts=shifts)
+    torch.manual_seed(4)
+    assert error(found, unet(*inputs, shifts=shifts)) < 1e-5
+
+
+def test_half_precision():
+    unet = small()
+    inputs = clip()
+    options = {"shifts": [0, 1, 2]}
+    expected = unet(*inputs, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = unet(*inputs, **options)
+    assert all(x.dtype == torch.bfloat16 for x in found) and error(found, expected) < 3e-2
+    low = small().to(torch.bfloat16)
+    video, audio, timesteps = inputs
+    found = low(video.bfloat16(), audio.bfloat16(), timesteps, **options)
+    assert all(x.dtype == torch.bfloat16 for x in found) and error(found, expected) < 3e-2
+    assert all(
+        x.dtype == torch.bfloat16 for x in gradients(low, video.bfloat16(), audio.bfloat16(), timesteps).values()
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(x.dtype == torch.float32 for x in gradients(unet, *inputs).values())
+
+
+def test_double_precision(recwarn):
+    unet = small().double()
+    video, audio, timesteps = clip()
+    options = {"shifts": [0, 1, 2]}
+    found = unet(video.double(), audio.double(), timesteps, **options)
+    assert error(small()(video, audio, timesteps, **options), found) < 1e-5
+
+
+def test_training_overfits_a_clip():
+    """Thirty steps on the noise of one synthetic clip, a moving square and a tone that follows it."""
+    torch.manual_seed(0)
+    unet = CoupledUNet(**SMALL).train()
+    video = torch.full((1, 4, 3, 8, 8), -1.0)
+    for frame in range(4):
+        video[:, frame, :, 2:5, frame : frame + 3] = 1.0
+    audio = torch.sin(torch.arange(64) * torch.linspace(0.1, 0.6, 64))[None, None]
+    noises = torch.randn_like(video), torch.randn_like(audio)
+    noisy = [0.8 * x + 0.6 * noise for x, noise in zip((video, audio), noises, strict=True)]
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(30):
+        predicted = unet(*noisy, timesteps=400)
+        loss = sum(functional.mse_loss(x, noise) for x, noise in zip(predicted, noises, strict=True))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert abs(losses[0] - sum(noise.square().mean() for noise in noises)) < 1e-4  # it is born silent
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_full_size_checkpoint():
+    """Every key of the released models and no other, at their configuration though none is given."""
+    state = {key: torch.empty(shape, device="meta") for key, shape in FULL["state_dict"].items()}
+    unet = CoupledUNet.from_published(state)
+    config = {**FULL["config"], "dropout": 0.1}
+    assert public(unet.config) == {**config, "streams": ["video", "audio"]}
     assert {key: list(x.shape) for key, x in unet.to_published().items()} == FULL["state_dict"]
     assert round(unet.num_parameters() / 1e6, 2) == 133.68
+    assert not unet.training
+    for preset in ("landscape", "aist++"):
+        assert CoupledUNet.from_published(state, preset=preset).config == unet.config
+    assert CoupledUNet.from_published(state, num_heads=8).config["num_heads"] == 8
+
+
+def as_list(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+@pytest.mark.parametrize("case", (0, 1))
+def test_what_a_checkpoint_tells_is_inferred(case):
+    metadata, _ = reference(case)
+    config = metadata["config"]
+    told = {
+        name: config[name] for name in ("cross_attention_windows", "num_heads", "num_head_channels") if name in config
+    }
+    unet = CoupledUNet.from_published(filled(metadata["state_dict"]), **told)
+    untold = {*told, "video_size", "audio_size", "cross_attention_shift", "cross_attention_resolutions"}
+    untold |= {"video_attention_resolutions"}  # levels that do not exist leave no trace
+    for name in set(config) - untold:
+        assert as_list(unet.config[name]) == config[name], name
+
+
+@pytest.mark.parametrize("suffix", (".pt", ".safetensors"))
+def test_published_round_trip(suffix, tmp_path):
+    metadata, tensors = reference(1)
+    state = filled(metadata["state_dict"])
+    path = tmp_path / f"published{suffix}"
+    if suffix == ".pt":
+        torch.save({f"module.{key}": x for key, x in state.items()}, path)  # as saved from DistributedDataParallel
+    else:
+        safetensors.torch.save_file(state, path)
+    unet = CoupledUNet.from_published(path, **metadata["config"])
+    written = unet.to_published()
+    assert written.keys() == state.keys()
+    assert all(torch.equal(x, state[key]) for key, x in written.items())
+    loaded = CoupledUNet.from_published(state, **metadata["config"])
+    next(loaded.parameters()).data.zero_()
+    assert all(torch.equal(x, state[key]) for key, x in filled(metadata["state_dict"]).items())  # it has its own copy
+    unet.save_pretrained(tmp_path / "ours")
+    again = CoupledUNet.from_pretrained(tmp_path / "ours", low_cpu_mem_usage=False)
+    assert public(again.config) == public(unet.config)
+    assert all(torch.equal(x, state[key]) for key, x in again.to_published().items())
+    inputs = tensors["video"], tensors["audio"], tensors["timesteps"]
+    assert is_equal(again(*inputs), unet(*inputs))
+
+
+def public(config):
+    return {name: as_list(value) for name, value in config.items() if not name.startswith("_")}
+
+
+def test_checkpoints_that_do_not_fit(tmp_path):
+    metadata, _ = reference(1)
+    state, config = filled(metadata["state_dict"]), metadata["config"]
+    lacking = {key: x for key, x in state.items() if "temporal.bias" not in key}
+    with pytest.raises(ValueError, match=r"\d+ missing: input_blocks\.0\.0\.\S*temporal\.bias.* and \d+ more$"):
+        CoupledUNet.from_published(lacking, **config)
+    with pytest.raises(ValueError, match=r"fit the model; 1 unknown: label_emb\.weight$"):
+        CoupledUNet.from_published({**state, "label_emb.weight": torch.zeros(3)}, **config)
+    wrong = {**state, "time_embed.2.bias": torch.zeros(5)}
+    with pytest.raises(ValueError, match=r"1 of another shape: time_embed\.2\.bias \[5\] instead of \[32\]$"):
+        CoupledUNet.from_published(wrong, **config)
+    with pytest.raises(ValueError, match=r"missing: .*; \d+ unknown: .*; \d+ of another shape: "):
+        CoupledUNet.from_published(state, preset="landscape")
+    with pytest.raises(ValueError, match=r"no time_embed\.0\.weight among its 1 keys"):
+        CoupledUNet.from_published({"x": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"preset is 'dance'; expected one of 'landscape', 'aist\+\+'"):
+        CoupledUNet.from_published(state, preset="dance")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(TypeError, match=r"holds a list; expected a state dict"):
+        CoupledUNet.from_published(tmp_path / "list.pt")
+
+
+REFUSED = {
+    "video_size is": {"video_size": (4, 3, 8)},
+    "audio_size is": {"audio_size": (1, 0)},
+    "model_channels is": {"model_channels": 0},
+    "num_res_blocks is": {"num_res_blocks": 0},
+    "video_out_channels is": {"video_out_channels": 1.5},
+    "channel_mult is": {"channel_mult": (1, 1.25)},
+    "video_attention_resolutions is": {"video_attention_resolutions": (3,)},
+    r"cross_attention_windows is \(1, 2\); expected one window for each": {"cross_attention_windows": (1, 2)},
+    r"cross_attention_windows is \(5,\); expected 1..F = 1..4": {"cross_attention_windows": (5,)},
+    "num_heads is 3; expected a divisor": {"num_heads": 3},
+    "num_head_channels is 48; expected -1, or a divisor": {"num_head_channels": 48},
+    "dropout is 1.0; expected 0 <= dropout < 1": {"dropout": 1.0},
+    "resblock_updown is False; expected True": {"resblock_updown": False},
+    "streams is": {"streams": ("audio", "video")},
+    "video_size has height and width 8, 9; expected multiples of 2": {"video_size": (4, 3, 8, 9)},
+    "audio_size has length 66; expected multiples of 4": {"audio_size": (1, 66)},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_configurations_that_are_refused(message):
+    with pytest.raises(ValueError, match=message):
+        CoupledUNet(**{**SMALL, **REFUSED[message]})
+
+
+def test_inputs_that_are_refused():
+    unet = small()
+    video, audio, timesteps = clip()
+    refused = {
+        r"video has shape \[2, 4, 3, 8\]; expected \[B, F, C, H, W\] with C = 3": (video[..., 0], audio, timesteps),
+        r"video has shape \[2, 4, 2, 8, 8\]": (video[:, :, :2], audio, timesteps),
+        r"audio has shape \[2, 64\]; expected \[B, C, T\]": (video, audio[:, 0], timesteps),
+        r"video has height and width 8, 7; expected multiples of 2": (video[..., :7], audio, timesteps),
+        r"audio has length 63; expected multiples of 4": (video, audio[..., :63], timesteps),
+        r"audio has batch 1": (video, audio[:1], timesteps),
+        r"video has 1 frames; expected at least the largest window, 2": (video[:, :1], audio, timesteps),
+        r"audio has 12 positions, 3 at the coarsest level; expected at least the 4": (
+            video,
+            audio[..., :12],
+            timesteps,
+        ),
+        r"timesteps has shape \[3\]; expected \[B\] = \[2\]": (video, audio, torch.arange(3)),
+    }
+    for message, inputs in refused.items():
+        with pytest.raises(ValueError, match=message):
+            unet(*inputs)
+    with pytest.raises(TypeError, match="video is a NoneType; expected a tensor"):
+        unet(None, audio, timesteps)
+    with pytest.raises(
+        TypeError, match=r"video has dtype torch.bfloat16; expected torch.float32, the dtype of the param"
+    ):
+        unet(video.bfloat16(), audio.bfloat16(), timesteps)
+    with pytest.raises(TypeError, match=r"audio has dtype torch.int64"):
+        unet(video, audio.long(), timesteps)
+    with pytest.raises(ValueError, match=r"shifts has 2 elements; expected 3, one for each block that shifts"):
+        unet(video, audio, timesteps, shifts=[0, 0])
+    with pytest.raises(ValueError, match=r"shifts\[1\] is 3; expected 0..F-S = 0..2"):
+        unet(video, audio, timesteps, shifts=[0, 3, 0])
+    with pytest.raises(RuntimeError, match=r"model and inputs are on cpu; expected all on one CUDA device"):
+        unet.capture(video, audio, timesteps)
+
+
+@pytest.mark.gpu
+def test_captured_graph():
+    unet = small().cuda()
+    video, audio, timesteps = (x.cuda() for x in clip())
+    with torch.no_grad():
+        replay = unet.capture(torch.zeros_like(video), audio, timesteps)
+        for shifts in ([0, 1, 2], torch.tensor([2, 0, 1], device="cuda")):
+            found = replay(video, audio, timesteps, shifts)
+            assert error(found, unet(video, audio, timesteps, shifts=shifts)) < 1e-5
+        torch.manual_seed(0)
+        drawn = [replay(video, audio, timesteps) for _ in range(8)]
+    assert not all(is_equal(x, drawn[0]) for x in drawn)
+    with pytest.raises(ValueError, match=r"audio has shape .*, as captured"):
+        replay(video, audio[..., :32], timesteps)
+
+
+def test_command_line(tmp_path, capsys):
+    metadata, _ = reference(1)
+    state = filled(metadata["state_dict"])
+    torch.save(state, tmp_path / "in.pt")
+    (tmp_path / "config.json").write_text(json.dumps(metadata["config"]))
+    config = ["--config", str(tmp_path / "config.json")]
+    cli.main(["convert", str(tmp_path / "in.pt"), str(tmp_path / "ours"), *config])
+    cli.main(["convert", str(tmp_path / "ours"), str(tmp_path / "out.pt")])
+    written = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert written.keys() == state.keys() and all(torch.equal(x, state[key]) for key, x in written.items())
+    with pytest.raises(SystemExit, match=r"mmdiffusion convert: .*out\.pt exists; --force overwrites it"):
+        cli.main(["convert", str(tmp_path / "ours"), str(tmp_path / "out.pt")])
+    half = ["--force", "--dtype", "bfloat16"]
+    cli.main(["convert", str(tmp_path / "in.pt"), str(tmp_path / "ours"), *config, *half])
+    saved = safetensors.torch.load_file(tmp_path / "ours" / "diffusion_pytorch_model.safetensors")
+    assert all(x.dtype == torch.bfloat16 for x in saved.values())
+    capsys.readouterr()
+    cli.main(["info", str(tmp_path / "in.pt"), *config])
+    printed = capsys.readouterr().out
+    count = sum(x.numel() for x in state.values()) / 1e6
+    assert f"{count:.2f} M parameters" in printed.splitlines()[-1]
+    assert "num_heads                    2" in printed
+    with pytest.raises(SystemExit, match=r"mmdiffusion info: .*No such file"):
+        cli.main(["info", str(tmp_path / "absent.pt")])
