@@ -54,7 +54,8 @@ HEADER = {
     "bound": "matmul",
     "versus": [BASELINE, AUTOCAST],
     "other_result": {},
-    "disagreement": {"float32": 2e-3, "bfloat16": 0.15, "float16": 0.05},
+    # The peer under autocast is off by 1 to 2% in bfloat16, its gradients by 3%; rounding adds up over sixty layers.
+    "disagreement": {"float32": 2e-3, "bfloat16": 8e-2, "float16": 2e-2},
 }
 WORK = {"forward": 1, "both": 3}
 REST = "rest"
@@ -190,6 +191,7 @@ def make_call(name: str, shape: Shape, dtype: str, mode: str, device: str) -> ha
                 return function(*inputs, shifts=shifts)
 
         return forward
+    scale = 1024 if low == torch.float16 else 1  # gradients of a mean over a clip are below what fp16 can hold
     noises = [x.flip(-1) for x in shape.inputs(torch.float32, device)[:2]]
     parameters = list(unet.parameters())
 
@@ -197,7 +199,7 @@ def make_call(name: str, shape: Shape, dtype: str, mode: str, device: str) -> ha
         with autocast():
             outputs = function(*inputs, shifts=shifts)
         loss = sum(F.mse_loss(out.float(), noise) for out, noise in zip(outputs, noises, strict=True))
-        return [loss, *torch.autograd.grad(loss, parameters)]
+        return [loss, *torch.autograd.grad(scale * loss, parameters)]
 
     return step
 

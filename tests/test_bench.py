@@ -460,9 +460,10 @@ def test_unet_in_bfloat16_against_fp32_and_autocast(threads):
     assert 1e-3 < harness.relative_difference(got, expected) < unet.HEADER["disagreement"]["bfloat16"]
 
 
-def test_memory_probe_of_the_unet_is_sent_to_a_process():
+def test_memory_probe_of_the_unet_is_sent_to_a_process(threads):
+    threads(1)
     shape = unet.Shape(2, 8, 16, 512, 32)
-    probe = (unet.memory_probe, (unet.BASELINE, shape, "float32", "forward", torch.get_num_threads()))
+    probe = (unet.memory_probe, (unet.BASELINE, shape, "float32", "forward", 1))
     function, arguments = pickle.loads(pickle.dumps(probe))
     small, full = (call() for call in function(*arguments))
     assert [tuple(out.shape) for out in small] == [(1, 8, 3, 8, 8), (1, 1, 512)]
