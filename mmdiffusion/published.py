@@ -127,7 +127,7 @@ def load(
     tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
     known = PRESETS[preset] if preset is not None else _infer(tensors)
     if all(_LANDSCAPE.get(name, value) == value for name, value in known.items()):
-        known = _LANDSCAPE
+        known = {**_LANDSCAPE, **known}
     with torch.device("meta"):
         unet = cls(**{**known, **config})
     _refuse_what_does_not_fit({key: shape for key, _, shape in _parameters(unet)}, tensors)
@@ -192,16 +192,16 @@ def _infer(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "model_channels": model_channels,
         "channel_mult": tuple(int(factor) if factor.is_integer() else factor for factor in factors),
         "num_res_blocks": per_level - 1,
-        "video_attention_resolutions": rates("0.spatial_attention_block.qkv.weight") or (-1,),
-        "audio_attention_resolutions": rates("0.audio_attention_block.qkv.weight") or (-1,),
         "use_scale_shift_norm": embedded == 2 * widths[0],
     }
     if "video" in streams:
+        config["video_attention_resolutions"] = rates("0.spatial_attention_block.qkv.weight") or (-1,)
         channels = shape("input_blocks.0.0.video_conv.video_conv_spatial.weight")[1]
         frames, _, *size = _LANDSCAPE["video_size"]
         config["video_size"] = (frames, channels, *size)
         config["video_out_channels"] = shape("video_out.2.video_conv.weight")[0]
     if "audio" in streams:
+        config["audio_attention_resolutions"] = rates("0.audio_attention_block.qkv.weight") or (-1,)
         config["audio_size"] = (shape("input_blocks.0.0.audio_conv.audio_conv.weight")[1], _LANDSCAPE["audio_size"][1])
         config["audio_out_channels"] = shape("audio_out.2.audio_conv.weight")[0]
     if len(streams) == 1:

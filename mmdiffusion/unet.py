@@ -55,7 +55,8 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         audio_attention_resolutions: the same for the audio, over its positions.
         dropout: share of the values zeroed in training before the last projection of a residual block.
         channel_mult: width of each level, in model_channels; its length is the number of levels.
-        num_heads: heads of self-attention; of random-shift attention too where num_head_channels is -1.
+        num_heads: heads of self-attention; of random-shift attention too where num_head_channels is -1. The released
+            models have 4, and num_head_channels 64; the defaults are those of a configuration that names neither.
         num_head_channels: channels of a head of random-shift attention, or -1.
         use_scale_shift_norm: the time embedding scales and shifts the second norm of a residual block; otherwise it is
             added in front of it.
@@ -258,7 +259,7 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         preset: str | None = None,
         **config: Any,
     ) -> CoupledUNet:
-        """Make the model of a checkpoint of the published code.
+        """Make the model of a checkpoint of the published code, in eval mode.
 
         Widths, levels, blocks, where attention is, the time embedding's way in, channels of inputs and outputs, and a
         missing stream are read from the keys and shapes. Nothing in a checkpoint tells the heads, the windows and
@@ -268,8 +269,9 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         Args:
             source: a .pt or .safetensors file, or the state dict. Keys that begin with "module." are taken too. The
                 tensors are copied, in their own dtype.
-            preset: "landscape" or "aist++", the released 64x64 models; both are one configuration.
-            config: arguments of this class, which override what is inferred.
+            preset: "landscape" or "aist++", the released 64x64 models; both are one configuration, and nothing is
+                inferred then.
+            config: arguments of this class, which override all of that.
 
         Raises:
             ValueError: if keys are missing or unknown or have another shape, naming them; nothing is loaded then.
@@ -331,7 +333,7 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
                     static.copy_(x)
             frames = 0 if video is None else video.shape[1]
             for static, shift in zip(static_shifts, self._shifts(frames, shifts, None, device), strict=True):
-                static.copy_(shift.view(()) if isinstance(shift, Tensor) else torch.tensor(shift))
+                static.copy_(shift.view(())) if isinstance(shift, Tensor) else static.fill_(shift)
             graph.replay()
             video_out, audio_out = (None if x is None else x.clone() for x in outputs)
             return video_out, audio_out
