@@ -173,7 +173,7 @@ if [ "$device" = cpu ]; then
         bench attn-cpu 120 "${small[@]}"
         bench norm-cpu 90 "${small[@]}"
         bench conv-cpu 150 "${small[@]}"
-        bench unet-cpu 120 "${small[@]}" --breakdown
+        bench unet-cpu 120 "${small[@]}" --rounds 2 --breakdown
     fi
     [ $((sanitize + profile)) -eq 0 ] || say "--sanitize and --profile need --device cuda"
 else
