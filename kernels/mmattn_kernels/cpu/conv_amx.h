@@ -235,15 +235,13 @@ class AmxConv {
   void product(const Block& block, int64_t i, int64_t live, const Panel& at, float* sums, int64_t columns) const {
     const int64_t part = part_bytes(block);
     const bool last = at.next == in_chunks_;
-    if (last)
-      for (int64_t r = 0; r < live; ++r) {
-        const int64_t position = block.position(i + r);
-        if (position >= 0) prefetch(row<T>(p_.out, block.batch, position) + at.pair * 32, 32);
-      }
+    const int64_t position = block.position(i);
+    if (last && !block.scattered())
+      for (int64_t r = 0; r < live; ++r) prefetch(row<T>(p_.out, block.batch, position + r) + at.pair * 32, 32);
     load_c<M, N>(sums, columns, at.chunk > 0);
     const int64_t first = block.at(i), a_block = (block.at(i + 16) - first) * 64;
     for (int64_t k = 0; k < block.taps; ++k) {
-      if (!block.reads(i, k)) continue;
+      if (!block.reads(position, live, k)) continue;
       const char* a = buffer_ + (at.chunk - at.first) * kP * part + (first + block.offset(k)) * 64;
       const char* b = at.weights + k * at.tap;
       for (int64_t c = at.chunk; c < at.next; ++c, a += kP * part, b += kChunkBytes)
@@ -251,28 +249,47 @@ class AmxConv {
     }
     if (!last) return store_c<M, N>(sums, columns);
     store_c<M, N>(tile_, 32);
-    finish<N>(block, i, live, at.pair);
+    finish<N>(block, i, position, live, at.pair);
   }
 
   template <int N>
-  void finish(const Block& block, int64_t i, int64_t live, int64_t pair) const {
+  void finish(const Block& block, int64_t i, int64_t first, int64_t live, int64_t pair) const {
     const int64_t at = pair * 32, n = p_.out_channels - at;
-    const Vec bias[2] = {load(bias_ + at), load(bias_ + at + 16)};
+    if (!block.scattered() && n >= N * 16) {
+      T* out = row<T>(p_.out, block.batch, first) + at;
+      if (!p_.residual.data) return finish_rows<N>(live, at, out, [](Vec sum, int64_t, int) { return sum; });
+      const T* residual = row<T>(p_.residual, block.batch, first) + at;
+      const int64_t stride = p_.residual.position;
+      return finish_rows<N>(live, at, out,
+                            [=](Vec sum, int64_t r, int v) { return sum + load(residual + r * stride + v * 16); });
+    }
     for (int64_t r = 0; r < live; ++r) {
       const int64_t position = block.position(i + r);
       if (position < 0) continue;
       T* out = row<T>(p_.out, block.batch, position) + at;
-      Vec value[2] = {};
-      for (int v = 0; v < N; ++v) value[v] = load(tile_ + r * 32 + v * 16) + bias[v];
-      if (p_.residual.data) {
-        const T* residual = row<T>(p_.residual, block.batch, position) + at;
-        for (int v = 0; v < N; ++v) value[v] += load_lanes(residual + v * 16, n - v * 16);
+      for (int v = 0; v < N; ++v) {
+        Vec value = load(tile_ + r * 32 + v * 16) + load(bias_ + at + v * 16);
+        if (p_.residual.data) value += load_lanes(row<T>(p_.residual, block.batch, position) + at + v * 16, n - v * 16);
+        store_lanes(out + v * 16, value, n - v * 16);
       }
-      if (kP == 1 && n >= 32) {  // one store of a whole line
+    }
+  }
+
+  // Of consecutive rows and whole vectors. In few instructions, so that the processor is through them while the tiles
+  // of the next rows are multiplied.
+  template <int N, class Add>
+  void finish_rows(int64_t live, int64_t at, T* out, Add add) const {
+    const int64_t stride = p_.out.position;
+    const float* sums = tile_;
+    const Vec bias[2] = {load(bias_ + at), load(bias_ + at + 16)};
+    for (int64_t r = 0; r < live; ++r) {
+      Vec value[2];
+      for (int v = 0; v < N; ++v) value[v] = add(load(sums + r * 32 + v * 16) + bias[v], r, v);
+      if constexpr (kP == 1 && N == 2) {  // one store of a whole line
         const __m512bh words = _mm512_cvtne2ps_pbh(value[1], value[0]);
-        std::memcpy(out, &words, sizeof words);
+        std::memcpy(out + r * stride, &words, sizeof words);
       } else {
-        for (int v = 0; v < N; ++v) store_lanes(out + v * 16, value[v], n - v * 16);
+        for (int v = 0; v < N; ++v) store(out + r * stride + v * 16, value[v]);
       }
     }
   }

@@ -75,17 +75,19 @@ struct Block {
     const int64_t left = spatial() ? frames.rows() - origin - row : std::min(width - row % run, length - position(row));
     return std::clamp<int64_t>(left, 0, kRowUnit);
   }
-  // Whether tap k of any of these rows lies inside the sequence.
-  bool reads(int64_t row, int64_t k) const {
-    if (spatial()) return true;
-    const int64_t first = position(row) + (k - taps / 2) * dilation;
-    return first < length && first + live(row) > 0;
+  // Whether the rows of a unit are not consecutive positions, which are cheaper to count than to look up.
+  bool scattered() const { return spatial() && !frames.dense(); }
+  // Whether tap k of any of `live` rows from the position `first` on lies inside the sequence.
+  bool reads(int64_t first, int64_t live, int64_t k) const {
+    const int64_t from = first + (k - taps / 2) * dilation;
+    return spatial() || (from < length && from + live > 0);
   }
   // The rows whose tap k is read, all inside the range; those of it that read outside find zeros.
   std::pair<int64_t, int64_t> readers(int64_t k) const {
+    const auto is_reader = [&](int64_t row) { return live(row) && reads(position(row), live(row), k); };
     int64_t lo = 0, hi = rows;
-    while (lo < hi && !(live(lo) && reads(lo, k))) lo += kRowUnit;
-    while (lo < hi && !(live(hi - kRowUnit) && reads(hi - kRowUnit, k))) hi -= kRowUnit;
+    while (lo < hi && !is_reader(lo)) lo += kRowUnit;
+    while (lo < hi && !is_reader(hi - kRowUnit)) hi -= kRowUnit;
     return {lo, hi};
   }
   // visit(buffer row, position or -1 for zeros) for all rows of the buffer.
