@@ -273,7 +273,10 @@ def run_case(
             if memory:
                 row |= _memory(provider, calls[provider.name], on_cuda)
             if provider.divide is not None:
-                row["parts"] = provider.divide(calls[provider.name])
+                try:
+                    row["parts"] = provider.divide(calls[provider.name])
+                except Exception as error:
+                    row["parts_reason"] = reason_of(error)
         rows.append(row)
     return rows
 
