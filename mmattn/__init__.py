@@ -6,6 +6,7 @@ Importing this needs torch alone; Triton and the CPU extension are loaded by the
 
 from importlib import metadata as _metadata
 
+from mmattn._memory import keep_freed_memory
 from mmattn._swap import swap
 from mmattn.attention import draw_shift, random_shift_attention
 from mmattn.conv import dilated_conv1d, spatial_conv2d
@@ -25,6 +26,7 @@ __all__ = [
     "dilated_conv1d",
     "draw_shift",
     "group_norm",
+    "keep_freed_memory",
     "random_shift_attention",
     "self_attention",
     "spatial_conv2d",

@@ -26,7 +26,7 @@ class RandomShiftAttention(nn.Module):
         channels: C of both streams.
         num_heads: number of heads; channels / head_dim if None.
         head_dim: channels of a head, used where num_heads is None.
-        window: S, 1..F, in frames.
+        window: S, 1..F, in frames; None is all frames of whatever comes.
         random_shift: draw the shift R of each call, uniform over 0..F-S; otherwise R is 0.
         norm_groups: groups of the two group normalisations.
 
@@ -54,13 +54,13 @@ class RandomShiftAttention(nn.Module):
         *,
         num_heads: int | None = None,
         head_dim: int = 64,
-        window: int = 1,
+        window: int | None = 1,
         random_shift: bool = True,
         norm_groups: int = 32,
     ) -> None:
         super().__init__()
         for name, value in (("channels", channels), ("head_dim", head_dim), ("window", window)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; expected at least 1")
         if num_heads is None:
             if channels % head_dim:
@@ -126,7 +126,7 @@ class RandomShiftAttention(nn.Module):
             *self._heads(video_tokens, self.video_norm, self.video_qkv),
             *self._heads(audio.contiguous(), self.audio_norm, self.audio_qkv),
             frames=frames,
-            window=self.window,
+            window=frames if self.window is None else self.window,
             shift=shift,
         )
         video = _add_projection(video, video_heads, self.video_out)
@@ -182,7 +182,7 @@ class RandomShiftAttention(nn.Module):
         return packed.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
 
     def _draw(self, frames: int, generator: torch.Generator | None, device: torch.device) -> int | Tensor:
-        if not self.random_shift:
+        if not self.random_shift or self.window is None:
             return 0
         if generator is None:
             # A tensor: drawing it waits for no device, and neither a CUDA graph nor a compiled graph freezes it.
@@ -209,7 +209,7 @@ class RandomShiftAttention(nn.Module):
             raise ValueError(f"audio has shape {list(audio.shape)}; expected {self.channels} channels in dimension 1")
         if audio.shape[0] != batch:
             raise ValueError(f"audio has shape {list(audio.shape)}; expected batch {batch}, as in video")
-        if frames < self.window:
+        if self.window is not None and frames < self.window:
             raise ValueError(f"video has {frames} frames; expected at least window = {self.window}")
         if audio.dtype != video.dtype:
             raise TypeError(f"audio has dtype {audio.dtype}; expected {video.dtype}, the dtype of video")

@@ -98,7 +98,7 @@ def reference(
         z = z + shift.to(wide).unsqueeze(1)
     if activation == "silu":
         z = functional.silu(z)
-    return z.to(x.dtype)
+    return z.to(x.dtype).contiguous()
 
 
 def parameter_gradients(

@@ -21,10 +21,8 @@ Resampling: TypeAlias = Literal["down", "up"] | None
 Layer = TypeVar("Layer", bound=nn.Module)
 
 NORM_GROUPS = 32
-VIDEO_RATE, AUDIO_RATE = (
-    2,
-    4,
-)  # by which a level is coarser than the one above: video in height and width, audio in time
+# By which a level is coarser than the one above it: video in height and width, audio in time.
+VIDEO_RATE, AUDIO_RATE = 2, 4
 
 
 def convolve(
@@ -309,14 +307,11 @@ class Stage(nn.Module):
         block: ResidualBlock,
         cross: mmattn.RandomShiftAttention | None = None,
         up: ResidualBlock | None = None,
-        *,
-        is_full: bool = False,
     ) -> None:
         super().__init__()
         self.block = block
         self.cross = cross
         self.up = up
-        self.is_full = is_full  # the window is all frames of whatever clip comes
 
     def forward(
         self,
@@ -329,8 +324,6 @@ class Stage(nn.Module):
         """Take the shift from `shifts` if it shifts; `run(part, *args)` calls the parts, under a checkpoint or not."""
         video, audio = run(self.block, video, audio, embedding)
         if self.cross is not None and video is not None:
-            if self.is_full and self.cross.window != video.shape[1]:
-                self.cross.window = video.shape[1]
             shift = next(shifts) if self.cross.random_shift else 0
             video, audio = run(cross_attend, self.cross, video, audio, shift)
         return (video, audio) if self.up is None else run(self.up, video, audio, embedding)

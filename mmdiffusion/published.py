@@ -38,6 +38,9 @@ _LANDSCAPE: dict[str, Any] = {
     "resblock_updown": True,
 }
 
+# The published code's own, of a model of another shape.
+_DEFAULT_HEADS = {"num_heads": 1, "num_head_channels": -1}
+
 # The released 64x64 models; dropout is that of their training.
 PRESETS: dict[str, dict[str, Any]] = {"landscape": _LANDSCAPE, "aist++": _LANDSCAPE}
 
@@ -126,8 +129,8 @@ def load(
     tensors = source if isinstance(source, Mapping) else read(source)
     tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
     known = PRESETS[preset] if preset is not None else _infer(tensors)
-    if all(_LANDSCAPE.get(name, value) == value for name, value in known.items()):
-        known = {**_LANDSCAPE, **known}
+    is_released = all(_LANDSCAPE.get(name, value) == value for name, value in known.items())
+    known = {**(_LANDSCAPE if is_released else _DEFAULT_HEADS), **known}
     with torch.device("meta"):
         unet = cls(**{**known, **config})
     _refuse_what_does_not_fit({key: shape for key, _, shape in _parameters(unet)}, tensors)
@@ -174,9 +177,7 @@ def _infer(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     streams = tuple(stream for stream in ("video", "audio") if f"{stream}_out.0.GroupNorm.weight" in tensors)
     stream = streams[0] if streams else "video"
     decoder = [re.match(r"output_blocks\.(\d+)\.(\d+)\.(emb_layers)?", key) for key in tensors]
-    places = sorted(
-        {(int(m[1]), int(m[2])) for m in decoder if m and m[3]}
-    )  # of residual blocks; an up block is second
+    places = sorted({(int(m[1]), int(m[2])) for m in decoder if m and m[3]})  # of residual blocks; an up block is last
     blocks = 1 + max((i for i, _ in places), default=0)
     per_level = min((i + 1 for i, j in places if j), default=blocks)
     starts = {2**level: f"input_blocks.{1 + level * per_level}" for level in range(blocks // per_level)}

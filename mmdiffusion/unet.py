@@ -68,7 +68,7 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         ValueError: on an argument outside the ranges above, naming it, its value and what was expected.
 
     Example:
-        >>> unet = CoupledUNet(video_size=(8, 3, 32, 32), audio_size=(1, 2048), model_channels=32)
+        >>> unet = CoupledUNet(model_channels=64)
         >>> noise = torch.randn(1, 8, 3, 32, 32), torch.randn(1, 1, 2048)
         >>> video, audio = unet(*noise, timesteps=500)
     """
@@ -91,8 +91,8 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         audio_attention_resolutions: Sequence[int] = (-1,),
         dropout: float = 0.0,
         channel_mult: Sequence[int] = (1, 2, 3, 4),
-        num_heads: int = 1,
-        num_head_channels: int = -1,
+        num_heads: int = 4,
+        num_head_channels: int = 64,
         use_scale_shift_norm: bool = True,
         resblock_updown: bool = True,
         streams: Sequence[str] = STREAMS,
@@ -122,7 +122,7 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 },
             )
 
-        def cross(channels: int, window: int, *, random_shift: bool) -> mmattn.RandomShiftAttention:
+        def cross(channels: int, window: int | None, *, random_shift: bool) -> mmattn.RandomShiftAttention:
             return mmattn.RandomShiftAttention(
                 channels,
                 num_heads=num_heads if num_head_channels == -1 else None,
@@ -154,11 +154,11 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 counter += 1
                 skips.append(channels)
         heads = {"video_heads": num_heads, "audio_heads": num_heads}
-        is_full = is_coupled and tuple(cross_attention_windows) == (1, 4, 8)
-        full = cross(channels, video_size[0], random_shift=False) if is_full else None
+        has_full = is_coupled and tuple(cross_attention_windows) == (1, 4, 8)
+        full = cross(channels, None, random_shift=False) if has_full else None
         self.middle = nn.ModuleList(
             [
-                Stage(residual(channels, channels, counter, **heads), full, is_full=is_full),
+                Stage(residual(channels, channels, counter, **heads), full),
                 Stage(residual(channels, channels, counter, **heads)),
             ]
         )
@@ -246,7 +246,7 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
             ValueError: if a window is longer.
         """
         frames = self.config["video_size"][0] if frames is None else frames
-        windows = [cross.window for cross in self._shifting()]
+        windows = [cross.window or frames for cross in self._shifting()]
         if windows and frames < max(windows):
             raise ValueError(f"video has {frames} frames; expected at least the largest window, {max(windows)}")
         return [frames - window for window in windows]
@@ -264,7 +264,8 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         Widths, levels, blocks, where attention is, the time embedding's way in, channels of inputs and outputs, and a
         missing stream are read from the keys and shapes. Nothing in a checkpoint tells the heads, the windows and
         whether they shift, the sizes, or dropout: these come from `config`, then `preset`, then, for a network of the
-        released shape, the released values; otherwise they are this class's defaults.
+        released shape, the released values; otherwise they are the published code's defaults for heads, which are
+        num_heads = 1 and num_head_channels = -1, and this class's for the rest.
 
         Args:
             source: a .pt or .safetensors file, or the state dict. Keys that begin with "module." are taken too. The

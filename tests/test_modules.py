@@ -101,6 +101,18 @@ def test_memory_formats(dtype):
         assert max(errors) < torch.finfo(dtype).eps, errors
 
 
+def test_a_window_of_all_frames():
+    """Whatever clip comes; nothing is left to shift."""
+    made = module(window=None)
+    for frames in (1, 4):
+        video, audio = streams()
+        video = video[:, :frames]
+        expected = module(window=frames)
+        expected.load_state_dict(made.state_dict())
+        found = made(video, audio)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected(video, audio, shift=0), strict=True))
+
+
 def test_no_copy_of_channels_last(monkeypatch):
     """q of each stream is a view of one projection, and the tokens are a view of the input."""
     seen = {}

@@ -509,3 +509,9 @@ def test_a_named_impl_that_cannot_run_says_why(monkeypatch):
     monkeypatch.setenv("MMATTN_IMPL", "cpu")
     with pytest.raises(RuntimeError, match="impl 'cpu' cannot run norm"):
         normalise(Case(), tensors, "auto")
+
+
+@pytest.mark.parametrize("impl", REFERENCE_AND_CPU)
+def test_contiguous_whatever_the_strides(impl):
+    x, w = torch.randn(3, 5, 32).transpose(0, 1), torch.ones(32)
+    assert mmattn.group_norm(x, w, w, 8, impl=impl).is_contiguous()
