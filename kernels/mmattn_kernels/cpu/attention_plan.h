@@ -185,6 +185,8 @@ void run_all(const Attention& p) {
     for (const Run& run : own.all()) runs.push_back(&run);
     longest = std::max(longest, own.longest());
   }
+  // Of many runs a thread takes neighbours, which lie side by side in memory: the heads of a segment, the next segment.
+  const int64_t chunk = std::max<int64_t>(runs.size() / (64 * p.threads), 1);
   Scratch counter(nullptr);
   Kernel(p, longest, counter);
   const int64_t per_thread = round_up(counter.used(), 1024);
@@ -193,7 +195,7 @@ void run_all(const Attention& p) {
   {
     Scratch scratch(memory.data() + thread_number() * per_thread);
     const Kernel kernel(p, longest, scratch);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, chunk)
     for (size_t i = 0; i < runs.size(); ++i) kernel.run(*runs[i]);
   }
 }

@@ -160,14 +160,19 @@ void part_moments(const Tokens& x, int64_t batch, int64_t begin, int64_t end, in
       add_slice<1>(p + c, x.position, rows, channels - c, pivot + c, sums + c, squares + c);
   }
   const int64_t size = channels / groups;
-  const double rows = static_cast<double>(end - begin);
+  const double rows = static_cast<double>(end - begin), per_row = 1 / rows, per_channel = 1.0 / size;
   for (int64_t g = 0; g < groups; ++g) {
-    out[g] = {};
+    // Means of the channels are kept as distances from one of them, so that squares of a common one cannot swamp them.
+    const double origin = pivot[kEvenAndOdd<T> ? even_and_odd_place(g * size) : g * size];
+    double mean = 0, square = 0, m2 = 0;
     for (int64_t c = g * size; c < (g + 1) * size; ++c) {
       const int64_t at = kEvenAndOdd<T> ? even_and_odd_place(c) : c;
-      const double sum = sums[at];
-      out[g].merge({rows, pivot[at] + sum / rows, std::max(squares[at] - sum * sum / rows, 0.0)});
+      const double sum = sums[at], distance = pivot[at] - origin + sum * per_row;
+      mean += distance;
+      square += distance * distance;
+      m2 += std::max(squares[at] - sum * sum * per_row, 0.0);
     }
+    out[g] = {rows * size, origin + mean * per_channel, m2 + rows * std::max(square - mean * mean * per_channel, 0.0)};
   }
 }
 
@@ -198,38 +203,66 @@ class Coefficients : public PerChannel {
   bool even_and_odd_;
 };
 
+// What the coefficients of all batches share, at the places of the channels: weight, bias, and the group, which past
+// the last channel is one more than there are.
+class Channels {
+ public:
+  Channels(const Norm& norm, const Coefficients& to, int64_t channels) : count_(channels), parameters_(1, channels, 3) {
+    const int64_t size = norm.groups ? channels / norm.groups : channels, last = channels / size;
+    int32_t* group = reinterpret_cast<int32_t*>(parameters_.at(0, 2));
+    for (int64_t c = 0, g = 0, left = size; c < to.padded(); ++c, --left) {
+      if (left == 0 && g < last) ++g, left = size;
+      const int64_t at = to.place(c);
+      parameters_.at(0, 0)[at] = c < channels ? value(norm.weight, 0, c, 1.0f) : 0.0f;
+      parameters_.at(0, 1)[at] = c < channels ? value(norm.bias, 0, c, 0.0f) : 0.0f;
+      group[at] = static_cast<int32_t>(g);
+    }
+  }
+  int64_t count() const { return count_; }
+  const float* weight() const { return parameters_.at(0, 0); }
+  const float* bias() const { return parameters_.at(0, 1); }
+  int32_t group(int64_t at) const { return reinterpret_cast<const int32_t*>(parameters_.at(0, 2))[at]; }
+
+ private:
+  int64_t count_;
+  PerChannel parameters_;
+};
+
 // `remainder` is what is missing of a float that holds the mean: for a large mean as much as a rounding of x.
 struct GroupStats {
   float mean = 0, rstd = 1, remainder = 0;
 };
 
-inline void set_coefficients(const Norm& norm, const Coefficients& to, int64_t batch, int64_t channels,
+inline void set_coefficients(const Norm& norm, const Channels& channels, const Coefficients& to, int64_t batch,
                              const GroupStats* stats) {
-  const int64_t size = norm.groups ? channels / norm.groups : channels;
-  for (int64_t c = 0; c < to.padded(); ++c) {
+  float *mean = to.mean(batch), *factor = to.factor(batch), *offset = to.offset(batch);
+  const float *weight = channels.weight(), *bias = channels.bias();
+  for (int64_t at = 0; at < to.padded(); ++at) {
+    const GroupStats& s = stats[channels.group(at)];
+    mean[at] = s.mean;
+    factor[at] = s.rstd * weight[at];
+    offset[at] = bias[at] - s.remainder * factor[at];
+  }
+  if (!norm.scale.data && !norm.shift.data) return;
+  for (int64_t c = 0; c < channels.count(); ++c) {
     const int64_t at = to.place(c);
-    float &mean = to.mean(batch)[at], &factor = to.factor(batch)[at], &offset = to.offset(batch)[at];
-    if (c >= channels) {
-      mean = factor = offset = 0;
-      continue;
-    }
-    const GroupStats s = norm.groups ? stats[c / size] : GroupStats{};
     const float gain = 1.0f + value(norm.scale, batch, c, 0.0f);
-    mean = s.mean;
-    factor = s.rstd * value(norm.weight, 0, c, 1.0f) * gain;
-    offset = value(norm.bias, 0, c, 0.0f) * gain + value(norm.shift, batch, c, 0.0f) - s.remainder * factor;
+    factor[at] *= gain;
+    offset[at] = bias[at] * gain + value(norm.shift, batch, c, 0.0f) - stats[channels.group(at)].remainder * factor[at];
   }
 }
 
 // From the statistics that forward has written; of no groups there are none.
 inline void set_coefficients_from_stats(const Norm& norm, const Coefficients& to, int64_t batches, int64_t channels) {
-  std::vector<GroupStats> groups(norm.groups);
+  const Channels shared(norm, to, channels);
+  std::vector<GroupStats> groups(std::max<int64_t>(norm.groups, 1));
+  groups.push_back({0, 0, 0});
   for (int64_t b = 0; b < batches; ++b) {
     for (int64_t g = 0; g < norm.groups; ++g) {
       const float* s = norm.stats + (b * norm.groups + g) * 2;
       groups[g] = {s[0], s[1], 0};
     }
-    set_coefficients(norm, to, b, channels, groups.data());
+    set_coefficients(norm, shared, to, b, groups.data());
   }
 }
 
@@ -242,6 +275,7 @@ void prepare(const Norm& norm, const Tokens& x, int64_t batches, int64_t length,
   const int64_t padded = round_up(channels, 2 * kLanes) * 3;
   std::vector<Moments> partial(batches * parts.count * norm.groups);
   const Buffer memory(padded * threads);
+  const Channels shared(norm, to, channels);
 #pragma omp parallel num_threads(threads)
   {
     float* channel = memory.data() + thread_number() * padded;
@@ -251,9 +285,10 @@ void prepare(const Norm& norm, const Tokens& x, int64_t batches, int64_t length,
       part_moments<T>(x, b, parts.begin(part), parts.end(part), channels, norm.groups, channel,
                       &partial[i * norm.groups]);
     }
+    std::vector<GroupStats> groups(norm.groups);
+    groups.push_back({0, 0, 0});
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < batches; ++b) {
-      std::vector<GroupStats> groups(norm.groups);
       for (int64_t g = 0; g < norm.groups; ++g) {
         Moments all;
         for (int64_t part = 0; part < parts.count; ++part)
@@ -264,7 +299,7 @@ void prepare(const Norm& norm, const Tokens& x, int64_t batches, int64_t length,
         norm.stats[(b * norm.groups + g) * 2] = mean;
         norm.stats[(b * norm.groups + g) * 2 + 1] = rstd;
       }
-      set_coefficients(norm, to, b, channels, groups.data());
+      set_coefficients(norm, shared, to, b, groups.data());
     }
   }
 }
