@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: MIT
+"""Sampling as a diffusers pipeline: video and sound together, one from the other, and longer than a window."""
+
+# No `from __future__ import annotations`: diffusers reads those of the pipeline's constructor.
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+import mmattn
+from mmdiffusion.sampling import TIME_AXES, sample
+from mmdiffusion.schedulers import Scheduler, for_streams, make_scheduler
+from mmdiffusion.unet import CoupledUNet
+
+FRAME_RATE = 10
+"""Frames a second of the published model."""
+SAMPLE_RATE = 16000
+"""Positions of audio a second of the published model."""
+
+
+@dataclasses.dataclass
+class MMDiffusionOutput(BaseOutput):  # type: ignore[misc]
+    """Clips, fp32, in [-1, 1]: video [B, F, C, H, W] and audio [B, C, T]; tensors on the model's device, or arrays."""
+
+    video: Tensor | np.ndarray
+    audio: Tensor | np.ndarray
+
+
+class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
+    """Samples video and sound from a CoupledUNet (MM-Diffusion, arXiv 2212.09478).
+
+    Args:
+        unet: the model, of both streams. Where its outputs have twice the channels of its inputs (learned sigma), the
+            first half is the noise, and the rest is not used.
+        scheduler: any of diffusers that predicts the noise; `schedulers.make_scheduler` makes those of the release.
+
+    Example:
+        >>> pipeline = MMDiffusionPipeline(CoupledUNet(model_channels=64), make_scheduler("dpmsolver++"))
+        >>> video, audio = pipeline(num_inference_steps=10, return_dict=False)
+    """
+
+    def __init__(self, unet: CoupledUNet, scheduler: SchedulerMixin) -> None:
+        super().__init__()
+        if len(unet.config["streams"]) != 2:
+            raise ValueError(f"unet has streams {tuple(unet.config['streams'])}; expected ('video', 'audio')")
+        for name, channels in (("video", unet.config["video_size"][1]), ("audio", unet.config["audio_size"][0])):
+            found = unet.config[f"{name}_out_channels"]
+            if found not in (channels, 2 * channels):
+                raise ValueError(
+                    f"unet has {name}_out_channels {found}; expected {channels}, or {2 * channels} with learned sigma"
+                )
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self._recorded: tuple[Any, Callable[..., Any]] | None = None
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        num_inference_steps: int = 20,
+        *,
+        scheduler: str | Scheduler | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        shift_seed: int = 0,
+        audio: Tensor | None = None,
+        video: Tensor | None = None,
+        guidance: Literal["replacement", "gradient"] = "replacement",
+        guidance_scale: float = 1e-4,
+        seconds: float | None = None,
+        overlap: float = 0.5,
+        output_type: Literal["pt", "np"] = "pt",
+        callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
+        return_dict: bool = True,
+    ) -> MMDiffusionOutput | tuple[Any, Any]:
+        """Sample clips of the sizes in the model's configuration, or longer ones.
+
+        Args:
+            batch_size: B.
+            num_inference_steps: calls of the model, of each window.
+            scheduler: a name of `schedulers.SCHEDULERS`, or an object, in place of the pipeline's own.
+            generator: a list of B, one for each sample, or one, from which each sample in turn draws the seed of its
+                own; None is torch's default. Either way a sample does not depend on the number of those beside it.
+            shift_seed: seed of the shifts of random-shift attention, which the samples of a batch share. They are drawn
+                from it alone, so that they are the same in every call.
+            audio: [B or 1, C, T], floating point, in [-1, 1]: sound to find the video of, without training. It is
+                returned as it is.
+            video: [B or 1, F, C, H, W], likewise: video to find the sound of. Not both.
+            guidance: how what is given acts (section 3.4 of the paper): "replacement", or "gradient" beside it, which
+                differentiates the model.
+            guidance_scale: weight of the gradient of the paper's squared norm. The release's scale, of a mean, is
+                divided by the elements of a sample of what is given and by the batch: its 3 for the released model is
+                1.2e-4 from audio and 1.5e-5 from video.
+            seconds: length of the clips, in whole frames of 1/10 s; a window of the model if None. Longer ones are made
+                of windows, each given the end of what there is as its beginning, by `guidance`. What is given in audio
+                or video has this length then, or that of a window if that is longer.
+            overlap: share of a window that is the end of the one before; more where the last one would reach beyond
+                the clip.
+            output_type: "pt" for tensors, "np" for arrays of the same shapes.
+            callback_on_step_end: f(pipeline, step, t, {"video": x_t, "audio": x_t}) after each step, counted through
+                all windows; it may return a dictionary of those to go on with.
+            return_dict: False for a tuple (video, audio).
+
+        Raises:
+            ValueError, TypeError: on an argument outside of what is above, naming it, its value and what was expected.
+        """
+        if isinstance(scheduler, str):
+            scheduler = make_scheduler(scheduler)
+        scheduler = self.scheduler if scheduler is None else scheduler
+        _check_options(batch_size, num_inference_steps, scheduler, guidance, guidance_scale, output_type)
+        if audio is not None and video is not None:
+            raise ValueError("audio and video are both given; expected one of them, to find the other")
+        shapes = (batch_size, *self.unet.config["video_size"]), (batch_size, *self.unet.config["audio_size"])
+        windows = [shape[axis] for shape, axis in zip(shapes, TIME_AXES, strict=True)]
+        frames, starts = self._windows(seconds, overlap)
+        units = 1, windows[1] // windows[0]
+        lengths = windows if seconds is None else [max(frames, windows[0]) * unit for unit in units]
+        given = [
+            None if clip is None else self._checked(name, clip, (*shape[:axis], length, *shape[axis + 1 :]))
+            for name, clip, shape, axis, length in zip(
+                ("video", "audio"), (video, audio), shapes, TIME_AXES, lengths, strict=True
+            )
+        ]
+        generators = _generators(generator, batch_size)
+        is_guided = guidance == "gradient"
+        clips: list[Any] = [
+            torch.empty(*shape[:axis], 0, *shape[axis + 1 :], device=self.device)
+            for shape, axis in zip(shapes, TIME_AXES, strict=True)
+        ]
+        schedulers = for_streams(scheduler, num_inference_steps)
+        calls = len(starts) * len(schedulers[0].timesteps)
+        with _frozen(self.unet), self.progress_bar(total=calls) as progress_bar:
+            model = self._model(shift_seed, is_recorded=self.device.type == "cuda" and not is_guided)
+            steps = itertools.count()
+
+            def on_step(_: int, t: Tensor, streams: list[Tensor]) -> list[Tensor]:
+                progress_bar.update()
+                named = dict(zip(("video", "audio"), streams, strict=True))
+                if callback_on_step_end is not None:
+                    named.update(callback_on_step_end(self, next(steps), t, dict(named)) or {})
+                return [named["video"], named["audio"]]
+
+            for start in starts:
+                begins = [start * unit for unit in units]
+                known = [
+                    _window(clip if whole is None else whole, axis, begin, length)
+                    for clip, whole, axis, begin, length in zip(clips, given, TIME_AXES, begins, windows, strict=True)
+                ]
+                sampled = sample(
+                    model,
+                    [randn_tensor(shape, generators, self.device, torch.float32) for shape in shapes],
+                    copy.deepcopy(schedulers),
+                    known=known,
+                    generators=generators,
+                    guidance_scale=guidance_scale if is_guided else 0.0,
+                    on_step=on_step,
+                )
+                # A window begins with what is there already.
+                clips = [
+                    torch.cat([clip.narrow(axis, 0, begin), x.clamp(-1, 1)], axis)
+                    for clip, x, axis, begin in zip(clips, sampled, TIME_AXES, begins, strict=True)
+                ]
+        if seconds is not None:
+            clips = [x.narrow(axis, 0, frames * unit) for x, axis, unit in zip(clips, TIME_AXES, units, strict=True)]
+        if output_type == "np":
+            clips = [x.cpu().numpy() for x in clips]
+        return MMDiffusionOutput(*clips) if return_dict else (clips[0], clips[1])
+
+    def _windows(self, seconds: float | None, overlap: float) -> tuple[int, list[int]]:
+        """The frames asked for, and the first frame of each window that covers them."""
+        window, positions = self.unet.config["video_size"][0], self.unet.config["audio_size"][1]
+        if seconds is None:
+            return window, [0]
+        if not 0.5 / FRAME_RATE <= seconds < math.inf:
+            raise ValueError(f"seconds is {seconds}; expected at least one frame, {1 / FRAME_RATE} s")
+        if positions % window:
+            raise ValueError(
+                f"seconds is {seconds}, and unet has {positions} positions of audio for {window} frames; expected a "
+                "multiple of the frames, or seconds=None"
+            )
+        frames = round(seconds * FRAME_RATE)
+        shared = round(overlap * window)
+        if frames <= window:
+            return frames, [0]
+        if not 1 <= shared < window:
+            raise ValueError(
+                f"overlap is {overlap}, {shared} of {window} frames; expected a share of 1 to {window - 1} frames"
+            )
+        last = frames - window
+        return frames, [*range(0, last, window - shared), last]
+
+    def _checked(self, name: str, clip: Tensor, expected: tuple[int, ...]) -> Tensor:
+        """What is given, for the whole batch, in the dtype and on the device of sampling."""
+        if not isinstance(clip, Tensor) or not clip.is_floating_point():
+            found = clip.dtype if isinstance(clip, Tensor) else type(clip).__name__
+            raise TypeError(f"{name} is {found}; expected a tensor of floating point")
+        if clip.dim() != len(expected) or clip.shape[0] not in (1, expected[0]) or clip.shape[1:] != expected[1:]:
+            raise ValueError(
+                f"{name} has shape {list(clip.shape)}; expected {list(expected)}, or 1 in place of the batch; seconds "
+                "sets the length"
+            )
+        largest = float(clip.abs().max())
+        if not largest <= 1:
+            raise ValueError(f"{name} has values up to {largest}; expected -1 to 1")
+        return clip.to(self.device, torch.float32).expand(expected)
+
+    def _model(
+        self, shift_seed: int, *, is_recorded: bool
+    ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """The model of `sampling.sample`; its shifts come from a seed of their own."""
+        unet = self.unet
+        shift_source = torch.Generator().manual_seed(shift_seed)
+        ranges = unet.shift_ranges()
+
+        def model(video: Tensor, audio: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            shifts = [mmattn.draw_shift(largest + 1, 1, generator=shift_source) for largest in ranges]
+            timesteps = t.to(video.device, torch.float32).expand(len(video))
+            inputs = video.to(unet.dtype), audio.to(unet.dtype), timesteps
+            network = self._record(*inputs) if is_recorded else unet
+            video_noise, audio_noise = network(*inputs, shifts=shifts)
+            return video_noise[:, :, : video.shape[2]], audio_noise[:, : audio.shape[1]]
+
+        return model
+
+    def _record(self, *inputs: Tensor) -> Callable[..., Any]:
+        """The model as a CUDA graph, recorded anew where the inputs' shapes or the memory of the parameters changed."""
+        key = [(x.shape, x.dtype) for x in inputs], [x.data_ptr() for x in self.unet.parameters()]
+        if self._recorded is None or self._recorded[0] != key:
+            self._recorded = None  # frees the memory of the one before
+            self._recorded = key, self.unet.capture(*inputs)
+        return self._recorded[1]
+
+
+def _window(clip: Tensor, axis: int, begin: int, length: int) -> Tensor | None:
+    """What there is of a clip in a window."""
+    length = min(length, clip.shape[axis] - begin)
+    return clip.narrow(axis, begin, length) if length else None
+
+
+def _generators(generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> list[torch.Generator]:
+    """One for each sample."""
+    if generator is None or isinstance(generator, torch.Generator):
+        device = torch.device("cpu") if generator is None else generator.device
+        seeds = [int(torch.randint(2**63 - 1, (), generator=generator, device=device)) for _ in range(batch_size)]
+        return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    if not isinstance(generator, list) or not all(isinstance(x, torch.Generator) for x in generator):
+        raise TypeError(f"generator is a {type(generator).__name__}; expected a torch.Generator, or a list of them")
+    if len(generator) != batch_size:
+        raise ValueError(f"generator has {len(generator)} elements; expected batch_size = {batch_size}")
+    return generator
+
+
+@contextlib.contextmanager
+def _frozen(unet: torch.nn.Module) -> Iterator[None]:
+    """Without dropout, and without the gradients of parameters that differentiating by the inputs would compute."""
+    was_training = unet.training
+    trained = [x for x in unet.parameters() if x.requires_grad]
+    unet.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        unet.train(was_training)
+        for x in trained:
+            x.requires_grad_()
+
+
+def _check_options(
+    batch_size: int,
+    num_inference_steps: int,
+    scheduler: Scheduler,
+    guidance: str,
+    guidance_scale: float,
+    output_type: str,
+) -> None:
+    for name, value in (("batch_size", batch_size), ("num_inference_steps", num_inference_steps)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} is {value!r}; expected an int of at least 1")
+    if not isinstance(scheduler, SchedulerMixin):
+        raise TypeError(f"scheduler is a {type(scheduler).__name__}; expected a name, or a scheduler of diffusers")
+    config: Any = scheduler.config  # type: ignore[attr-defined]
+    predicted, trained = config.get("prediction_type"), config["num_train_timesteps"]
+    if predicted != "epsilon":
+        raise ValueError(f"scheduler has prediction_type {predicted!r}; expected 'epsilon', what the model predicts")
+    if num_inference_steps > trained:
+        raise ValueError(f"num_inference_steps is {num_inference_steps}; expected at most the {trained} of training")
+    if not 0 <= guidance_scale < math.inf:
+        raise ValueError(f"guidance_scale is {guidance_scale}; expected 0 or more")
+    for name, choice, choices in (
+        ("guidance", guidance, ("replacement", "gradient")),
+        ("output_type", output_type, ("pt", "np")),
+    ):
+        if choice not in choices:
+            raise ValueError(f"{name} is {choice!r}; expected one of {', '.join(map(repr, choices))}")
