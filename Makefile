@@ -14,8 +14,8 @@ install: $(VENV)/.installed ## set up .venv: pinned packages, and this checkout 
 $(VENV)/.packages: constraints.txt
 	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info < (3, 14), f"Python {sys.version.split()[0]}: 3.10 to 3.13 is needed; set PYTHON="'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install -q -c constraints.txt setuptools wheel pybind11 torch triton pytest diffusers safetensors ruff \
-	  mypy clang-format matplotlib tqdm
+	$(RUN) -m pip install -q -c constraints.txt setuptools wheel pybind11 torch triton pytest diffusers safetensors \
+	  accelerate av ruff mypy clang-format matplotlib tqdm
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.packages setup.py pyproject.toml $(SOURCES)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """What all tests share. Triton reads TRITON_INTERPRET once, so it is set before anything can import Triton."""
 
+import contextlib
 import os
+import resource
 
 import torch
 
@@ -80,3 +82,19 @@ def instruction_set():
 
     yield use
     extension.use_instruction_set(before)
+
+
+@pytest.fixture
+def small_files():
+    """A context in which no file can grow beyond a few blocks, as on a full disk."""
+
+    @contextlib.contextmanager
+    def limited(size=2000):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited

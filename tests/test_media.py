@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: MIT
+"""Media: what is written is read back in time and tune, and so are films of other rates; what is broken is refused."""
+
+import math
+import struct
+import sys
+from fractions import Fraction
+
+import pytest
+import torch
+
+av = pytest.importorskip("av")
+pytest.importorskip("matplotlib")
+
+from mmdiffusion.media import Clip, contact_sheet, read_clip, write_audio, write_image, write_video  # noqa: E402
+
+STEP = 5  # of brightness from frame to frame, in 255ths: a picture tells its number
+
+
+def psnr(a, b):
+    return (10 * torch.log10(4 / (a - b).square().mean())).item()
+
+
+def lag(found, expected):
+    """By how many samples `found` [T] comes later."""
+    n = 2 * max(len(found), len(expected))
+    correlation = torch.fft.irfft(torch.fft.rfft(found, n) * torch.fft.rfft(expected, n).conj())
+    at = correlation.argmax().item()
+    return at if at < n // 2 else at - n
+
+
+def tone(seconds, rate=16000, hertz=440.0):
+    return 0.5 * torch.sin(2 * math.pi * hertz * torch.arange(round(seconds * rate)) / rate)[None]
+
+
+def beep(at, seconds, rate=16000):
+    """Silence but for 50 ms of 1 kHz, its onset at a time."""
+    first = round(at * rate)
+    audio = torch.zeros(1, round(seconds * rate))
+    audio[:, first : first + rate // 20] = tone(0.05, rate, 1000)
+    return audio
+
+
+def smooth_video(frames=16, size=64):
+    y, x = torch.meshgrid(*2 * [torch.linspace(-1, 1, size)], indexing="ij")
+    return torch.stack(
+        [torch.stack([(3 * x + 0.3 * i).sin(), (2 * y - 0.2 * i).cos(), x * y]) * 0.9 for i in range(frames)]
+    )
+
+
+def film(
+    path, *, times=(), time_base=Fraction(1, 60000), size=(64, 64), picture=None, parts=(), rate=16000, pixel_ratio=1
+):
+    """A lossless film: frame i, of brightness i * STEP, at times[i]; parts of sound [C, T], each with its time."""
+    with av.open(str(path), "w") as container:
+        if times:
+            rate_of_video = 1 / Fraction(times[1] - times[0]) if len(times) > 1 else 10
+            video = container.add_stream("libx264", rate=rate_of_video, options={"qp": "0", "bf": "2"})
+            video.height, video.width, video.pix_fmt = *size, "yuv444p"
+            video.codec_context.time_base, video.codec_context.sample_aspect_ratio = time_base, Fraction(pixel_ratio)
+        if parts:
+            audio = container.add_stream("pcm_s16le", rate=rate, layout="mono" if len(parts[0][1]) == 1 else "stereo")
+        for i, time in enumerate(times):
+            pixels = torch.full((*size, 3), i * STEP, dtype=torch.uint8) if picture is None else picture
+            frame = av.VideoFrame.from_ndarray(pixels.numpy(), format="rgb24")
+            frame.pts, frame.time_base = round(time / time_base), time_base
+            container.mux(video.encode(frame))
+        if times:
+            container.mux(video.encode(None))
+        for time, sound in parts:
+            samples = (sound.T * 32767).round().short().reshape(1, -1)
+            frame = av.AudioFrame.from_ndarray(samples.numpy(), format="s16", layout=audio.layout.name)
+            frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), round(time * rate)
+            container.mux(audio.encode(frame))
+        if parts:
+            container.mux(audio.encode(None))
+    return path
+
+
+def numbers(video):
+    """The number of each frame of a film."""
+    return ((video.mean((1, 2, 3)) + 1) * 127.5 / STEP).round().int().tolist()
+
+
+def every(seconds, frames):
+    return [i * Fraction(seconds) for i in range(frames)]
+
+
+def test_flash_and_beep_stay_together(tmp_path):
+    video, audio = -torch.ones(16, 3, 64, 64), beep(0.7, 1.6)
+    video[7] = 1
+    write_video(tmp_path / "clip.mp4", video, audio)
+    found = read_clip(tmp_path / "clip.mp4")
+    assert found.video.shape == video.shape and found.audio.shape == audio.shape
+    assert (found.video.mean((1, 2, 3)) > 0).nonzero().flatten().tolist() == [7]
+    assert lag(found.audio[0], audio[0]) == 0
+
+
+def test_round_trip(tmp_path):
+    video, audio = smooth_video(), tone(1.6) + 0.3 * tone(1.6, hertz=1234.0)
+    write_video(tmp_path / "clip.mp4", video, audio)
+    found = read_clip(tmp_path / "clip.mp4", num_frames=16)
+    assert psnr(found.video, video) > 37 and psnr(found.audio, audio) > 45
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        (pictures,), (sound,) = container.streams.video, container.streams.audio
+        assert (pictures.codec_context.name, pictures.average_rate, pictures.frames) == ("h264", 10, 16)
+        assert (sound.codec_context.name, sound.codec_context.sample_rate, sound.duration) == ("aac", 16000, 25600)
+        assert container.start_time == pictures.start_time == sound.start_time == 0
+        assert container.duration == 1_600_000
+
+
+def test_other_rates_are_kept(tmp_path):
+    rate = Fraction(30000, 1001)
+    audio = torch.cat([tone(1.0, 44100), beep(0.5, 1.0, 44100)])
+    write_video(tmp_path / "clip.mp4", smooth_video(30, 32), audio, fps=rate, sample_rate=44100)
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        (pictures,), (sound,) = container.streams.video, container.streams.audio
+        assert pictures.average_rate == rate and sound.codec_context.sample_rate == 44100 and sound.channels == 2
+    found = read_clip(tmp_path / "clip.mp4", num_frames=29, fps=rate, sample_rate=44100, size=None)
+    assert found.video.shape == (29, 3, 32, 32) and found.audio.shape == (1, round(29 * 44100 / rate))
+    assert psnr(found.video, smooth_video(29, 32)) > 33
+    assert lag(found.audio[0], audio.mean(0)) == 0
+
+
+def test_colours(tmp_path):
+    colours = torch.tensor([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, 1], [-1, -1, -1], [0, 0, 0]]).float()
+    write_video(tmp_path / "clip.mp4", colours[:, :, None, None].expand(-1, -1, 16, 16))
+    found = read_clip(tmp_path / "clip.mp4", need=["video"], size=None)
+    assert found.audio is None
+    assert (found.video.mean((2, 3)) - colours).abs().max() < 0.04
+
+
+def test_wav(tmp_path):
+    audio = torch.cat([torch.tensor([[-1.0, 1.0, 0.5, 2.0]]), tone(0.2)], 1)
+    write_audio(tmp_path / "clip.wav", audio)
+    found = read_clip(tmp_path / "clip.wav", need=["audio"])
+    assert found.video is None and found.audio.shape == audio.shape
+    assert (found.audio - audio.clamp(-1, 1)).abs().max() <= 1 / 32768
+
+
+FILMS = {
+    "25 a second": ((Fraction(1, 25), 50), [0, 2, 5, 7, 10, 12, 15, 17]),
+    "29.97 a second": ((Fraction(1001, 30000), 50), [0, 3, 6, 9, 12, 15, 18, 21]),
+    "60 a second": ((Fraction(1, 60), 50), [0, 6, 12, 18, 24, 30, 36, 42]),
+    "5 a second": ((Fraction(1, 5), 4), [0, 0, 1, 1, 2, 2, 3, 3]),
+}
+
+
+@pytest.mark.parametrize(("rate", "expected"), FILMS.values(), ids=FILMS)
+def test_frames_are_the_nearest(tmp_path, rate, expected):
+    path = film(tmp_path / "film.mov", times=every(*rate))
+    assert numbers(read_clip(path, num_frames=8, need=["video"]).video) == expected
+
+
+def test_frames_of_a_variable_rate(tmp_path):
+    """A picture is held until shortly before the next."""
+    path = film(tmp_path / "film.mov", times=[Fraction(x, 100) for x in (0, 4, 11, 58, 60, 71, 80)])
+    assert numbers(read_clip(path, num_frames=9, need=["video"]).video) == [0, 2, 2, 2, 2, 2, 4, 5, 6]
+
+
+OFFSETS = {
+    "sound late": (0.0, 0.35),
+    "picture late": (0.4, 0.0),
+    "both late": (1.4, 1.52),
+}
+
+
+@pytest.mark.parametrize("suffix", ("mov", "mkv"))
+@pytest.mark.parametrize("offsets", OFFSETS.values(), ids=OFFSETS)
+def test_offsets_are_kept(tmp_path, offsets, suffix):
+    """At 44.1 kHz in stereo, the beep 0.45 s after the sound begins and the brightness by the time it is shown."""
+    of_video, of_audio = (Fraction(x).limit_denominator(100) for x in offsets)
+    times = [of_video + x for x in every(Fraction(1, 10), 20)]
+    sound = beep(0.45, 2.0, 44100).expand(2, -1)
+    path = film(tmp_path / f"film.{suffix}", times=times, parts=[(of_audio, sound)], rate=44100)
+    found = read_clip(path, num_frames=16)
+    zero = min(of_video, of_audio)
+    assert numbers(found.video) == [max(0, i - round(10 * (of_video - zero))) for i in range(16)]
+    expected = beep(0.45 + float(of_audio - zero), 1.6)
+    assert abs(lag(found.audio[0], expected[0])) <= (1 if suffix == "mov" else 8)  # Matroska rounds to 1 ms
+    assert psnr(found.audio, expected) > (40 if suffix == "mov" else 15)
+    assert not found.audio[:, : round(float(of_audio - zero) * 16000)].any()
+
+
+def test_gaps_are_silence(tmp_path):
+    parts = [(0, tone(0.4)), (Fraction(7, 10), tone(0.9))]
+    found = read_clip(film(tmp_path / "film.mkv", times=every("0.1", 16), parts=parts), num_frames=16)
+    expected = torch.cat([tone(0.4), torch.zeros(1, 4800), tone(0.9)], 1)
+    assert psnr(found.audio, expected) > 60
+
+
+def test_small_steps_of_the_timestamps_do_not_add_up(tmp_path):
+    parts = [(Fraction(108 * i, 1000), tone(0.1)) for i in range(20)]
+    found = read_clip(film(tmp_path / "film.mkv", parts=parts), need=["audio"])
+    expected = torch.cat([torch.nn.functional.pad(x, (0, 128)) for _, x in parts], 1)[:, :-128]
+    assert found.audio.shape == expected.shape and psnr(found.audio, expected) > 60
+
+
+def test_a_piece_is_that_of_the_whole(tmp_path):
+    """Beyond where the file is entered in the middle."""
+    write_video(
+        tmp_path / "film.mov", smooth_video(60, 32), torch.cat([tone(1.0, hertz=200 * (i + 1)) for i in range(6)], 1)
+    )
+    whole = read_clip(tmp_path / "film.mov")
+    piece = read_clip(tmp_path / "film.mov", num_frames=16, start=3.2)
+    assert torch.equal(piece.video, whole.video[32:48])
+    assert torch.allclose(piece.audio, whole.audio[:, 51200:76800], atol=1e-6)
+    rest = read_clip(tmp_path / "film.mov", start=4.0)
+    assert len(rest.video) == 20 and rest.audio.shape == (1, 32000)
+
+
+def test_the_centre_is_cropped(tmp_path):
+    """From an odd size with borders on two sides, at the picture's proportions."""
+    picture = torch.zeros(75, 135, 3, dtype=torch.uint8)
+    picture[:, 30:105, 1] = 255
+    path = film(tmp_path / "film.mov", times=[0], size=(75, 135), picture=picture)
+    found = read_clip(path, need=["video"], size=(32, 32)).video
+    assert found.shape == (1, 3, 32, 32)
+    assert (found[0].mean((1, 2)) - torch.tensor([-1.0, 1.0, -1.0])).abs().max() < 0.05
+    assert read_clip(path, need=["video"], size=(30, 54)).video[0, 1, :, 0].max() < -0.9
+    assert read_clip(path, need=["video"], size=None).video.shape == (1, 3, 75, 135)
+
+
+def test_a_picture_is_turned_upright(tmp_path):
+    """As telephones have it: the film's header says to turn it a quarter to the right."""
+    picture = torch.zeros(48, 64, 3, dtype=torch.uint8)
+    picture[:, :32] = 255
+    path = film(tmp_path / "film.mov", times=[0], size=(48, 64), picture=picture)
+    data = path.read_bytes()
+    matrix = data.index(b"tkhd") + 4 + 40
+    turned = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(data[:matrix] + turned + data[matrix + len(turned) :])
+    found = read_clip(path, need=["video"], size=None).video
+    assert found.shape == (1, 3, 64, 48) and found[..., :32, :].min() > 0.9 and found[..., 32:, :].max() < -0.9
+
+
+def test_pixels_that_are_not_square(tmp_path):
+    """A picture of 64 x 48 pixels, twice as wide as high each: the centre of its width is all that fits a square."""
+    picture = torch.zeros(48, 64, 3, dtype=torch.uint8)
+    picture[:, 20:44] = 255
+    path = film(tmp_path / "film.mov", times=[0], size=(48, 64), picture=picture, pixel_ratio=2)
+    assert read_clip(path, need=["video"], size=(24, 24)).video.min() > 0.9
+
+
+def test_what_cannot_be_read_is_refused(tmp_path):
+    (tmp_path / "text.mp4").write_text("no film at all")
+    whole = film(tmp_path / "whole.mov", times=every("0.1", 20), parts=[(0, tone(1.2))])
+    (tmp_path / "cut.mov").write_bytes(whole.read_bytes()[:3000])
+    film(tmp_path / "damaged.ts", times=every("0.1", 20), picture=torch.randint(256, (64, 64, 3)).byte())
+    data = bytearray((tmp_path / "damaged.ts").read_bytes())
+    data[4000:6000] = bytes(2000)
+    (tmp_path / "damaged.ts").write_bytes(data)
+    silent = film(tmp_path / "silent.mov", times=every("0.1", 20))
+    late = film(tmp_path / "late.mkv", times=every("0.1", 20), parts=[(Fraction(18, 10), tone(1))])
+    write_audio(tmp_path / "sound.wav", tone(2.0))
+    with pytest.raises(FileNotFoundError, match=r"No such file .*absent\.mp4"):
+        read_clip(tmp_path / "absent.mp4")
+    with pytest.raises(IsADirectoryError):
+        read_clip(tmp_path)
+    refused = {
+        r"text\.mp4 is no media file, or it is broken": (tmp_path / "text.mp4", {}),
+        r"cut\.mov is no media file, or it is broken": (tmp_path / "cut.mov", {}),
+        r"damaged\.ts is broken 0\.\d+ s into its video": (tmp_path / "damaged.ts", {"need": ["video"]}),
+        r"silent\.mov has no audio stream": (silent, {}),
+        r"sound\.wav has no video stream": (tmp_path / "sound.wav", {}),
+        r"whole\.mov has 1\.200 s of audio from .*more than 1\.500 s, for 16 frames at 10 a sec": (
+            whole,
+            {"num_frames": 16},
+        ),
+        r"whole\.mov has 0\.500 s of video from .*more than 0\.900 s": (
+            whole,
+            {"num_frames": 10, "start": 1.5, "need": ["video"]},
+        ),
+        r"whole\.mov has 0\.000 s of video from": (whole, {"start": 9.0, "need": ["video"]}),
+        r"late\.mkv has no sound in the 1\.600 s": (late, {"num_frames": 16}),
+        "num_frames is 0; expected 1 or more": (whole, {"num_frames": 0}),
+        "start is -1; expected 0 or more": (whole, {"start": -1}),
+    }
+    for message, (path, options) in refused.items():
+        with pytest.raises(ValueError, match=message):
+            read_clip(path, **options)
+
+
+def test_what_cannot_be_written_is_refused(tmp_path):
+    video, audio = smooth_video(2, 16), tone(0.2)
+    path = tmp_path / "clip.mp4"
+    refused = {
+        r"video has shape \[2, 3, 16, 15\]; expected \[F, 3, H, W\] with H and W even": (video[..., 1:], audio, {}),
+        r"video has shape \[2, 1, 16, 16\]": (video[:, :1], audio, {}),
+        r"audio has shape \[3200\]; expected \[1 or 2, T\]": (video, audio[0], {}),
+        r"a stream of shape \[1, 3200\] has NaN": (video, audio * math.nan, {}),
+        r"take no clip with fps 10 and sample_rate 12345": (video, audio, {"sample_rate": 12345}),
+    }
+    for message, (pictures, sound, options) in refused.items():
+        with pytest.raises(ValueError, match=message):
+            write_video(path, pictures, sound, **options)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        write_video(tmp_path / "absent" / "clip.mp4", video, audio)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_space(tmp_path, small_files):
+    """What was there stays, and nothing half-written is left."""
+    (tmp_path / "clip.mp4").write_text("earlier")
+    (tmp_path / "clip.wav").write_text("earlier")
+    with small_files(), pytest.raises(OSError, match=r"too large: .*/clip\.mp4'"):
+        write_video(tmp_path / "clip.mp4", smooth_video())
+    with small_files(), pytest.raises(OSError, match=r"too large: .*/clip\.wav'"):
+        write_audio(tmp_path / "clip.wav", tone(1))
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["clip.mp4", "clip.wav"]
+    assert (tmp_path / "clip.mp4").read_text() == (tmp_path / "clip.wav").read_text() == "earlier"
+
+
+def test_contact_sheet(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # its state is the user's
+    red = torch.tensor([1.0, -1, -1])[:, None, None].expand(5, 3, 16, 16)
+    clip = Clip(torch.cat([red, -torch.ones(11, 3, 16, 16)]), beep(0.7, 1.6))
+    sheet = contact_sheet(clip, ["a red beginning"])
+    write_image(tmp_path / "sheet.png", sheet)
+    found = read_clip(tmp_path / "sheet.png", need=["video"], size=None).video[0]
+    assert found.shape == sheet.shape and psnr(found, sheet) > 45
+    is_red = (sheet[0] > 0.9) & (sheet[1:] < -0.9).all(0)
+    columns = is_red.any(0).nonzero()
+    assert 5 * 125 < columns[-1] - columns[0] < 5 * 129 and 120 < is_red.any(1).sum() < 130
+    two = contact_sheet([clip, Clip(clip.video, None)], ["both", "silent"])
+    assert sheet.shape[1] < two.shape[1] < 2 * sheet.shape[1]
+    long = contact_sheet(Clip(torch.zeros(90, 3, 16, 16), torch.zeros(1, 144000)))
+    assert long.shape[2] == sheet.shape[2]
