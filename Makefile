@@ -39,7 +39,7 @@ sanitize: install ## the extension's tests under AddressSanitizer and UndefinedB
 	PYTHONPATH=$(SANITIZED)/lib ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  sh -c '$(RUN) -c "import torch, mmattn_kernels._cpu as m; assert \"$(SANITIZED)\" in m.__file__, m.__file__" && \
-	  $(RUN) -m pytest tests/test_attention.py tests/test_norm.py tests/test_conv.py'
+	  $(RUN) -m pytest tests/test_attention.py tests/test_self_attention.py tests/test_norm.py tests/test_conv.py'
 
 lint: install ## style and types: ruff, mypy, clang-format, and README's tables against bench/results
 	$(RUN) -m ruff check .
