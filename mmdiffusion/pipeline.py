@@ -288,7 +288,7 @@ def _check_options(
     if not isinstance(scheduler, SchedulerMixin):
         raise TypeError(f"scheduler is a {type(scheduler).__name__}; expected a name, or a scheduler of diffusers")
     config: Any = scheduler.config  # type: ignore[attr-defined]
-    predicted, trained = config.get("prediction_type"), config["num_train_timesteps"]
+    predicted, trained = config.get("prediction_type"), config.get("num_train_timesteps", math.inf)
     if predicted != "epsilon":
         raise ValueError(f"scheduler has prediction_type {predicted!r}; expected 'epsilon', what the model predicts")
     if num_inference_steps > trained:

@@ -44,8 +44,8 @@ def sample(
             dimensions on the CPU, a real number for some schedulers.
         noise: standard normal (video [B, F, C, H, W], audio [B, C, T]), floating point, any device.
         schedulers: one for each stream, after set_timesteps (`schedulers.for_streams`); they are stepped. Any of
-            diffusers that predicts the noise; those that scale the sample, as Euler's do, see the same guidance. A
-            solver's history takes no part in the gradient. UniPC's corrector would undo the guidance, and is off then.
+            diffusers that predicts the noise; guidance is the same for those that scale the sample, as Euler's do.
+            A solver's history takes no part in the gradient.
         known: for each stream None, or its beginning along time, up to all of it, in the dtype and device of noise.
         generators: one for each sample, for the noise of stochastic schedulers.
         guidance_scale: 0 is replacement alone.
@@ -56,16 +56,12 @@ def sample(
     """
     timesteps = schedulers[0].timesteps
     is_given = any(x is not None for x in known)
-    levels = _levels(schedulers[0]) if is_given else []
+    levels = _levels(schedulers[0])
     options = [_step_options(scheduler, generators) for scheduler in schedulers]
-    if guidance_scale:
-        for scheduler in schedulers:
-            if hasattr(scheduler, "disable_corrector"):
-                scheduler.disable_corrector = list(range(len(timesteps)))
 
     def diffused(i: int) -> list[Tensor | None]:
         """q(x_t | known) at the i-th timestep."""
-        signal, deviation = levels[i] if is_given else (1.0, 0.0)
+        signal, deviation = levels[i]
         return [
             None if x is None else signal * x + deviation * e.narrow(axis, 0, x.shape[axis])
             for x, e, axis in zip(known, noise, TIME_AXES, strict=True)
@@ -89,10 +85,9 @@ def sample(
             gradients = _gradients(inputs, outputs, noises, streams, diffused(i + 1))
             # Of samples scaled to a variance of 1, where the paper's equation holds.
             scale = guidance_scale * levels[i][0] / math.hypot(*levels[i + 1])
-            shifts = [-scale * gradient for gradient in gradients]
-            for scheduler, shift in zip(schedulers, shifts, strict=True):
-                _shift_state(scheduler, shift)
-            streams = [x.detach() + shift for x, shift in zip(streams, shifts, strict=True)]
+            streams = [x.detach() - scale * gradient for x, gradient in zip(streams, gradients, strict=True)]
+            for scheduler in schedulers:
+                _detach(scheduler)
         if on_step is not None:
             streams = list(on_step(i, t, streams))
     video, audio = _with_beginnings(streams, known)
@@ -144,13 +139,10 @@ def _gradients(
     return [x * size for x in by_input]
 
 
-def _shift_state(scheduler: Scheduler, shift: Tensor) -> None:
-    """Let a scheduler go on from a shifted sample, and without the graph of the step it took."""
+def _detach(scheduler: Scheduler) -> None:
+    """Free what a scheduler keeps for its next steps of the graph of this one."""
     for name, value in list(vars(scheduler).items()):
         if isinstance(value, list):
             setattr(scheduler, name, [x.detach() if isinstance(x, Tensor) else x for x in value])
         elif isinstance(value, Tensor):
             setattr(scheduler, name, value.detach())
-    if isinstance(getattr(scheduler, "sample", None), Tensor):
-        # Solvers of several calls a step go on from where it began.
-        scheduler.sample = scheduler.sample + shift
