@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 import mmattn
 from mmdiffusion.sampling import TIME_AXES, sample
 from mmdiffusion.schedulers import Scheduler, for_streams, make_scheduler
-from mmdiffusion.unet import CoupledUNet
+from mmdiffusion.unet import STREAMS, CoupledUNet
 
 FRAME_RATE = 10
 """Frames a second of the published model."""
@@ -90,14 +90,14 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             num_inference_steps: calls of the model, of each window.
             scheduler: a name of `schedulers.SCHEDULERS`, or an object, in place of the pipeline's own.
             generator: a list of B, one for each sample, or one, from which each sample in turn draws the seed of its
-                own; None is torch's default. Either way a sample does not depend on the number of those beside it.
+                own; None is torch's default. Either way a sample is the same in a batch of any size, but for rounding.
             shift_seed: seed of the shifts of random-shift attention, which the samples of a batch share. They are drawn
                 from it alone, so that they are the same in every call.
             audio: [B or 1, C, T], floating point, in [-1, 1]: sound to find the video of, without training. It is
                 returned as it is.
             video: [B or 1, F, C, H, W], likewise: video to find the sound of. Not both.
-            guidance: how what is given acts (section 3.4 of the paper): "replacement", or "gradient" beside it, which
-                differentiates the model.
+            guidance: how what is given acts (zero-shot transfer in the paper): "replacement", or "gradient" beside it,
+                which differentiates the model.
             guidance_scale: weight of the gradient of the paper's squared norm. The release's scale, of a mean, is
                 divided by the elements of a sample of what is given and by the batch: its 3 for the released model is
                 1.2e-4 from audio and 1.5e-5 from video.
@@ -120,45 +120,36 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         _check_options(batch_size, num_inference_steps, scheduler, guidance, guidance_scale, output_type)
         if audio is not None and video is not None:
             raise ValueError("audio and video are both given; expected one of them, to find the other")
-        shapes = (batch_size, *self.unet.config["video_size"]), (batch_size, *self.unet.config["audio_size"])
-        windows = [shape[axis] for shape, axis in zip(shapes, TIME_AXES, strict=True)]
+        streams = self._streams(batch_size)
         frames, starts = self._windows(seconds, overlap)
-        units = 1, windows[1] // windows[0]
-        lengths = windows if seconds is None else [max(frames, windows[0]) * unit for unit in units]
         given = [
-            None if clip is None else self._checked(name, clip, (*shape[:axis], length, *shape[axis + 1 :]))
-            for name, clip, shape, axis, length in zip(
-                ("video", "audio"), (video, audio), shapes, TIME_AXES, lengths, strict=True
-            )
+            None if clip is None else self._checked(clip, stream, None if seconds is None else frames)
+            for stream, clip in zip(streams, (video, audio), strict=True)
         ]
         generators = _generators(generator, batch_size)
         is_guided = guidance == "gradient"
-        clips: list[Any] = [
-            torch.empty(*shape[:axis], 0, *shape[axis + 1 :], device=self.device)
-            for shape, axis in zip(shapes, TIME_AXES, strict=True)
-        ]
+        clips: list[Any] = [torch.empty(stream.resized(0), device=self.device) for stream in streams]
         schedulers = for_streams(scheduler, num_inference_steps)
         calls = len(starts) * len(schedulers[0].timesteps)
         with _frozen(self.unet), self.progress_bar(total=calls) as progress_bar:
             model = self._model(shift_seed, is_recorded=self.device.type == "cuda" and not is_guided)
             steps = itertools.count()
 
-            def on_step(_: int, t: Tensor, streams: list[Tensor]) -> list[Tensor]:
+            def on_step(_: int, t: Tensor, states: list[Tensor]) -> list[Tensor]:
                 progress_bar.update()
-                named = dict(zip(("video", "audio"), streams, strict=True))
+                named = dict(zip(STREAMS, states, strict=True))
                 if callback_on_step_end is not None:
                     named.update(callback_on_step_end(self, next(steps), t, dict(named)) or {})
                 return [named["video"], named["audio"]]
 
             for start in starts:
-                begins = [start * unit for unit in units]
                 known = [
-                    _window(clip if whole is None else whole, axis, begin, length)
-                    for clip, whole, axis, begin, length in zip(clips, given, TIME_AXES, begins, windows, strict=True)
+                    stream.window(clip if whole is None else whole, start)
+                    for stream, clip, whole in zip(streams, clips, given, strict=True)
                 ]
                 sampled = sample(
                     model,
-                    [randn_tensor(shape, generators, self.device, torch.float32) for shape in shapes],
+                    [randn_tensor(stream.shape, generators, self.device, torch.float32) for stream in streams],
                     copy.deepcopy(schedulers),
                     known=known,
                     generators=generators,
@@ -167,11 +158,11 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
                 )
                 # A window begins with what is there already.
                 clips = [
-                    torch.cat([clip.narrow(axis, 0, begin), x.clamp(-1, 1)], axis)
-                    for clip, x, axis, begin in zip(clips, sampled, TIME_AXES, begins, strict=True)
+                    torch.cat([stream.before(clip, start), x.clamp(-1, 1)], stream.axis)
+                    for stream, clip, x in zip(streams, clips, sampled, strict=True)
                 ]
         if seconds is not None:
-            clips = [x.narrow(axis, 0, frames * unit) for x, axis, unit in zip(clips, TIME_AXES, units, strict=True)]
+            clips = [stream.before(clip, frames) for stream, clip in zip(streams, clips, strict=True)]
         if output_type == "np":
             clips = [x.cpu().numpy() for x in clips]
         return MMDiffusionOutput(*clips) if return_dict else (clips[0], clips[1])
@@ -181,7 +172,7 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         window, positions = self.unet.config["video_size"][0], self.unet.config["audio_size"][1]
         if seconds is None:
             return window, [0]
-        if not 0.5 / FRAME_RATE <= seconds < math.inf:
+        if not 0.5 / FRAME_RATE < seconds < math.inf:
             raise ValueError(f"seconds is {seconds}; expected at least one frame, {1 / FRAME_RATE} s")
         if positions % window:
             raise ValueError(
@@ -199,8 +190,17 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         last = frames - window
         return frames, [*range(0, last, window - shared), last]
 
-    def _checked(self, name: str, clip: Tensor, expected: tuple[int, ...]) -> Tensor:
-        """What is given, for the whole batch, in the dtype and on the device of sampling."""
+    def _streams(self, batch_size: int) -> list["_Stream"]:
+        video, audio = tuple(self.unet.config["video_size"]), tuple(self.unet.config["audio_size"])
+        units = 1, audio[1] // video[0]
+        shapes = (batch_size, *video), (batch_size, *audio)
+        return [_Stream(*fields) for fields in zip(STREAMS, shapes, TIME_AXES, units, strict=True)]
+
+    def _checked(self, clip: Tensor, stream: "_Stream", frames: int | None) -> Tensor:
+        """What is given for clips of that many frames, for the whole batch, in the dtype and on the device sampled in."""
+        window = stream.shape[stream.axis]
+        expected = stream.resized(window if frames is None else max(window, frames * stream.unit))
+        name = stream.name
         if not isinstance(clip, Tensor) or not clip.is_floating_point():
             found = clip.dtype if isinstance(clip, Tensor) else type(clip).__name__
             raise TypeError(f"{name} is {found}; expected a tensor of floating point")
@@ -241,10 +241,22 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         return self._recorded[1]
 
 
-def _window(clip: Tensor, axis: int, begin: int, length: int) -> Tensor | None:
-    """What there is of a clip in a window."""
-    length = min(length, clip.shape[axis] - begin)
-    return clip.narrow(axis, begin, length) if length else None
+class _Stream(NamedTuple):
+    name: str
+    shape: tuple[int, ...]  # of a window
+    axis: int  # of time
+    unit: int  # positions a frame
+
+    def resized(self, length: int) -> tuple[int, ...]:
+        return (*self.shape[: self.axis], length, *self.shape[self.axis + 1 :])
+
+    def before(self, clip: Tensor, frame: int) -> Tensor:
+        return clip.narrow(self.axis, 0, frame * self.unit)
+
+    def window(self, clip: Tensor, frame: int) -> Tensor | None:
+        """What there is of a clip in the window from that frame on."""
+        length = min(self.shape[self.axis], clip.shape[self.axis] - frame * self.unit)
+        return clip.narrow(self.axis, frame * self.unit, length) if length else None
 
 
 def _generators(generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> list[torch.Generator]:

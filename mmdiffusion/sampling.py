@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Sampling of two streams together, of which one, or a beginning, may be given (arXiv 2212.09478, section 3.4)."""
+"""Sampling of two streams together, of which one, or a beginning, may be given (MM-Diffusion, arXiv 2212.09478)."""
 
 from __future__ import annotations
 

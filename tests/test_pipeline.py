@@ -506,6 +506,30 @@ def test_the_schedulers_are_left_alone():
     assert pipeline.scheduler.num_inference_steps is None and pipeline.scheduler.alphas_cumprod.dtype == before.dtype
 
 
+def test_one_recording_for_one_model(monkeypatch):
+    """The model is recorded again where a recording would be stale: other inputs, or parameters that moved."""
+    pipeline, recorded = small(), []
+    monkeypatch.setattr(CoupledUNet, "capture", lambda unet, *inputs: recorded.append(inputs) or unet)
+    inputs = torch.zeros(1, 4, 3, 8, 8), torch.zeros(1, 1, 64), torch.zeros(1)
+    twice = [torch.cat([x, x]) for x in inputs]
+    for given, count in ((inputs, 1), (inputs, 1), (twice, 2), (twice, 2)):
+        assert pipeline._record(*given) is pipeline.unet and len(recorded) == count
+    for x in pipeline.unet.parameters():
+        x.data = x.data.clone()
+    assert pipeline._record(*twice) is pipeline.unet and len(recorded) == 3
+
+
+@pytest.mark.gpu
+def test_recorded_model(monkeypatch):
+    pipeline = small().to("cuda")
+    found = [pipeline(2, 4, generator=seeded(1, 2), seconds=0.6) for _ in range(2)]
+    monkeypatch.setattr(pipeline, "_record", lambda *_: pipeline.unet)
+    expected = pipeline(2, 4, generator=seeded(1, 2), seconds=0.6)
+    for name in STREAMS:
+        assert found[0][name].device.type == "cuda" and torch.equal(found[0][name], found[1][name])
+        assert relative_error(found[0][name], expected[name]) < 1e-4
+
+
 REFUSED = {
     "batch_size is 0": {"batch_size": 0},
     "num_inference_steps is 0": {"num_inference_steps": 0},
