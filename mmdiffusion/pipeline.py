@@ -197,7 +197,7 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         return [_Stream(*fields) for fields in zip(STREAMS, shapes, TIME_AXES, units, strict=True)]
 
     def _checked(self, clip: Tensor, stream: "_Stream", frames: int | None) -> Tensor:
-        """What is given for clips of that many frames, for the whole batch, in the dtype and on the device sampled in."""
+        """What is given for clips of that many frames, as large as the batch, where and in what they are sampled."""
         window = stream.shape[stream.axis]
         expected = stream.resized(window if frames is None else max(window, frames * stream.unit))
         name = stream.name
