@@ -352,7 +352,7 @@ def _read_audio(path: Path, begin: Fraction, count: int | None, fps: Fraction, s
         first, last = max(at, 0), min(at + samples.shape[1], audio.shape[1])
         if first < last:
             audio[:, first:last] = samples[:, first - at : last - at]
-    return audio
+    return audio.clamp_(-1, 1)  # a lossy codec overshoots
 
 
 def _resampled(resampler: Any, frame: Any) -> list[Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmattn import RandomShiftAttention
+from mmdiffusion._files import whole_file
 from mmdiffusion.blocks import AudioHead, FirstLayer, ResidualBlock, VideoHead
 
 if TYPE_CHECKING:
@@ -143,25 +144,35 @@ def load(
 def read(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
     """The state dict in a .safetensors file, or in a file of torch.save, which may run no code."""
     path = pathlib.Path(path)
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
 
-        return load_file(path)
-    tensors = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # of many kinds, for a file that is cut off, or something else
+        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
     if not isinstance(tensors, Mapping) or not all(isinstance(x, Tensor) for x in tensors.values()):
         raise TypeError(f"{path} holds a {type(tensors).__name__}; expected a state dict, names to tensors")
     return tensors
 
 
 def write(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """A state dict as .safetensors, or as a file of torch.save."""
+    """A state dict as .safetensors, or as a file of torch.save, which is there whole or not at all."""
     path = pathlib.Path(path)
-    if path.suffix == ".safetensors":
-        from safetensors.torch import save_file
+    with whole_file(path) as part:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import save_file
 
-        save_file(dict(tensors), path)
-    else:
-        torch.save(dict(tensors), path)
+            save_file(dict(tensors), part)
+        else:
+            try:
+                with open(part, "wb") as file:
+                    torch.save(dict(tensors), file)
+            except RuntimeError as error:  # of positions in an archive, while a full disk may be the cause
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def _infer(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: MIT
+"""The command `mmdiffusion sample`: what it writes, going on after an interruption, bad input, README's example."""
+
+import json
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+av = pytest.importorskip("av")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+from mmdiffusion import CoupledUNet, MMDiffusionPipeline, cli, folder, media, published  # noqa: E402
+from mmdiffusion.schedulers import make_scheduler  # noqa: E402
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TINY = {
+    **published.PRESETS["landscape"],
+    "video_size": (4, 3, 16, 16),
+    "audio_size": (1, 6400),
+    "model_channels": 32,
+    "num_res_blocks": 1,
+    "cross_attention_resolutions": (2,),
+    "cross_attention_windows": (2,),
+    "video_attention_resolutions": (2,),
+    "channel_mult": (1, 2),
+    "num_head_channels": 32,
+}
+
+
+@pytest.fixture(autouse=True)
+def small_and_here(monkeypatch, tmp_path, threads):
+    """In an empty folder, with a released model that is small, and no process's memory changed for good."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(published, "_LANDSCAPE", TINY)
+    monkeypatch.setitem(published.PRESETS, "landscape", TINY)
+    monkeypatch.setattr(cli.mmattn, "keep_freed_memory", lambda: True)
+    threads(1)
+
+
+@pytest.fixture
+def model():
+    cli.main(["random", "tiny.pt"])
+    return "tiny.pt"
+
+
+def sample(out, *options, num=1, steps=2, seed=7):
+    numbers = {"--num": num, "--steps": steps, "--seed": seed}
+    cli.main(
+        ["sample", "--model", "tiny.pt", "--out", out, *(str(x) for pair in numbers.items() for x in pair), *options]
+    )
+
+
+def records(out):
+    return {clip["number"]: clip for clip in json.loads(pathlib.Path(out, "samples.json").read_text())["clips"]}
+
+
+def names(out):
+    return sorted(x.name for x in pathlib.Path(out).iterdir())
+
+
+def sound(file):
+    return media.read_clip(file, need=["audio"]).audio
+
+
+def refused(capsys, *arguments):
+    """What a command says in the one line of its refusal."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(list(arguments))
+    lines = [x for x in re.split(r"[\r\n]+", capsys.readouterr().err) if x and "step/s" not in x and "s/step" not in x]
+    assert stopped.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+def test_what_sample_writes(model, capsys):
+    sample("out", "--formats", "mp4", "wav", "png", num=2, steps=3)
+    assert names("out") == [f"clip-000{i}.{x}" for i in (0, 1) for x in ("mp4", "png", "wav")] + ["samples.json"]
+    for i in (0, 1):
+        with av.open(f"out/clip-000{i}.mp4") as container:
+            (pictures,), (heard,) = container.streams.video, container.streams.audio
+            assert (pictures.codec_context.name, pictures.average_rate, pictures.frames) == ("h264", 10, 4)
+            assert (heard.codec_context.name, heard.codec_context.sample_rate, heard.duration) == ("aac", 16000, 6400)
+        clip = media.read_clip(f"out/clip-000{i}.mp4", num_frames=4, size=None)
+        assert clip.video.shape == (4, 3, 16, 16) and clip.audio.std() > 0.1
+    content = json.loads(pathlib.Path("out/samples.json").read_text())
+    assert content["settings"]["steps"] == 3 and content["settings"]["config"]["model_channels"] == 32
+    first, second = content["clips"]
+    assert first["seed"] != second["seed"] and first["versions"]["torch"] == torch.__version__
+    assert abs(3 * first["seconds_per_step"] - first["seconds"]) < 1e-2
+    pipeline = MMDiffusionPipeline(CoupledUNet.from_published("tiny.pt"), make_scheduler("dpmsolver++"))
+    generator = [torch.Generator().manual_seed(second["seed"])]
+    again = pipeline(1, 3, generator=generator, shift_seed=7)  # all that is needed is in the records
+    assert (again.audio[0] - sound("out/clip-0001.wav")).abs().max() < 1e-3
+    assert "clip 1: 100%" in capsys.readouterr().err
+
+
+def test_a_clip_depends_on_seed_and_number_alone(model):
+    sample("one", "--formats", "wav", num=3)
+    sample("three", "--formats", "wav", "--batch-size", "3", num=3)
+    for i in range(3):
+        assert (sound(f"one/clip-000{i}.wav") - sound(f"three/clip-000{i}.wav")).abs().max() < 1e-3
+    sample("other", "--formats", "wav", num=1, seed=8)
+    assert (sound("one/clip-0000.wav") - sound("other/clip-0000.wav")).abs().max() > 0.1
+    assert (sound("one/clip-0000.wav") - sound("one/clip-0001.wav")).abs().max() > 0.1
+
+
+def test_it_goes_on_where_it_was(model, monkeypatch, capsys):
+    """After an interruption in the third clip: two are there and stay as they are, and only the others are made."""
+    calls = []
+    run = MMDiffusionPipeline.__call__
+
+    def interrupted(*args, **options):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return run(*args, **options)
+
+    monkeypatch.setattr(MMDiffusionPipeline, "__call__", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        sample("out", num=4)
+    assert stopped.value.code == 130 and "sample: interrupted" in capsys.readouterr().err
+    assert names("out") == ["clip-0000.mp4", "clip-0000.png", "clip-0001.mp4", "clip-0001.png", "samples.json"]
+    before = records("out")
+    sample("out", num=4)
+    assert len(calls) == 5 and records("out").keys() == {0, 1, 2, 3}
+    assert {i: records("out")[i] for i in (0, 1)} == before
+    pathlib.Path("out/clip-0001.mp4").unlink()
+    sample("out", num=4)
+    sample("out", num=4)
+    assert len(calls) == 6 and "clip-0001.mp4" in names("out")
+
+
+def test_other_settings_are_refused(model, capsys):
+    sample("out")
+    arguments = ["sample", "--model", model, "--out", "out", "--num", "1", "--seed", "7", "--steps"]
+    message = refused(capsys, *arguments, "3")
+    assert message.endswith("out has clips of other settings: steps 2 instead of 3; --force makes the folder anew")
+    cli.main([*arguments, "3", "--force"])
+    assert json.loads(pathlib.Path("out/samples.json").read_text())["settings"]["steps"] == 3
+    pathlib.Path("out/samples.json").write_text("{")
+    assert "samples.json is no record of clips; --force" in refused(capsys, *arguments, "3")
+
+
+def test_one_stream_from_the_other(model):
+    sample("out", "--formats", "mp4", "wav")
+    given = media.read_clip("out/clip-0000.mp4", size=None)
+    sample("video", "--formats", "wav", "--audio-from", "out/clip-0000.mp4")
+    assert (sound("video/clip-0000.wav") - given.audio).abs().max() < 1e-4
+    sample("audio", "--video-from", "out/clip-0000.mp4", "--guidance", "gradient", seed=8)
+    found = media.read_clip("audio/clip-0000.mp4", size=None)
+    error = (found.video - given.video).square().mean()
+    assert error < 0.02 < (found.audio - given.audio).square().mean()
+    assert json.loads(pathlib.Path("audio/samples.json").read_text())["settings"]["guidance_scale"] == 1e-4
+
+
+def test_longer_clips(model):
+    sample("out", "--seconds", "0.9", "--formats", "wav", "mp4")
+    clip = media.read_clip("out/clip-0000.mp4", size=None)
+    assert clip.video.shape == (9, 3, 16, 16) and clip.audio.shape == sound("out/clip-0000.wav").shape == (1, 14400)
+
+
+@pytest.mark.parametrize("is_pipeline", (False, True), ids=("model", "pipeline"))
+def test_from_a_directory(model, is_pipeline):
+    sample("out", "--formats", "wav")
+    unet = CoupledUNet.from_published(model)
+    (MMDiffusionPipeline(unet, make_scheduler("ddim")) if is_pipeline else unet).save_pretrained("tiny")
+    cli.main(shlex.split("sample --model tiny --num 1 --steps 2 --seed 7 --out again --formats wav"))
+    assert torch.equal(sound("out/clip-0000.wav"), sound("again/clip-0000.wav"))
+
+
+def test_dtype(model):
+    sample("out", "--formats", "wav")
+    sample("half", "--formats", "wav", "--dtype", "bfloat16")
+    assert 1e-4 < (sound("out/clip-0000.wav") - sound("half/clip-0000.wav")).abs().mean() < 0.2
+
+
+def test_two_processes_share_a_folder(model):
+    pathlib.Path("tiny.json").write_text(json.dumps(TINY))
+    command = "-m torch.distributed.run --nproc_per_node 2 -m -- mmdiffusion sample --model tiny.pt --config tiny.json"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pytest.importorskip("accelerate")
+    done = subprocess.run(
+        [sys.executable, *shlex.split(f"{command} --num 3 --steps 2 --seed 7 --device cpu --out out --formats wav")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert names("out") == ["clip-0000.wav", "clip-0001.wav", "clip-0002.wav", "samples.json"]
+    assert records("out").keys() == {0, 1, 2}
+    sample("alone", "--formats", "wav", "--config", "tiny.json", num=3)
+    for i in range(3):
+        assert (sound(f"out/clip-000{i}.wav") - sound(f"alone/clip-000{i}.wav")).abs().max() < 1e-3
+
+
+def test_records_of_processes_are_merged(tmp_path):
+    """Also of one that was interrupted, and is of no more use."""
+    clip = media.Clip(torch.zeros(2, 3, 16, 16), torch.zeros(1, 3200))
+    options = {"settings": {"steps": 2}, "sample_rate": 16000, "formats": ["mp4"]}
+    folders = [folder.Folder(tmp_path / "out", rank=rank, **options) for rank in (0, 1)]
+    for number, rank in enumerate((0, 1, 0)):
+        folders[rank].add(number, clip, {"seed": number})
+    again = folder.Folder(tmp_path / "out", **options)
+    assert [again.lacks(number) for number in range(4)] == [False, False, False, True]
+    again.merge()
+    assert records(tmp_path / "out").keys() == {0, 1, 2}
+    assert names(tmp_path / "out") == ["clip-0000.mp4", "clip-0001.mp4", "clip-0002.mp4", "samples.json"]
+
+
+BAD = {
+    "num": ("--num 0", "--num is 0; expected 1 or more"),
+    "steps": ("--steps -2", "--steps is -2; expected 1 or more"),
+    "batch": ("--batch-size 0", "--batch-size is 0; expected 1 or more"),
+    "scheduler": ("--scheduler euler", "'euler'; expected one of 'ddpm', 'ddim', 'dpmsolver++', 'dpmsolver', 'unipc'"),
+    "seconds": ("--seconds -1", "seconds is -1.0; expected at least one frame"),
+    "overlap": ("--seconds 1 --overlap 2", "overlap is 2.0"),
+    "both streams": ("--audio-from a --video-from b", "both given"),
+    "no clip": ("--audio-from absent.mp4", "No such file or directory: 'absent.mp4'"),
+    "no media": ("--audio-from tiny.pt", "tiny.pt is no media file, or it is broken"),
+    "too short": (
+        "--audio-from short.wav",
+        "short.wav has 0.100 s of audio from where it is read; expected more than 0.300",
+    ),
+    "no picture": ("--video-from short.wav", "short.wav has no video stream"),
+    "no model": ("--model absent.pt", "No such file or directory: 'absent.pt'"),
+    "broken model": ("--model cut.pt", "cut.pt cannot be read as a checkpoint: "),
+    "broken safetensors": ("--model cut.safetensors", "cut.safetensors cannot be read as a checkpoint: "),
+    "text for a model": ("--model text.pt", "text.pt cannot be read as a checkpoint: "),
+    "directory without a model": ("--model .", "config.json"),
+    "other shapes": ("--config wide.json", "the checkpoint's keys do not fit the model"),
+    "four channels": ("--model rgba", "makes video [4, 4, 16, 16] and audio [1, 6400]; expected 3 channels"),
+    "configuration is no JSON": ("--config text.pt", "text.pt is no JSON: "),
+    "unknown argument": ("--config unknown.json", "unexpected keyword argument 'wide'"),
+    "device": ("--device tpu", "device"),
+    "folder is a file": ("--out text.pt", "File exists: 'text.pt'"),
+    "folder below a file": ("--out text.pt/out", "Not a directory: 'text.pt/out'"),
+}
+
+
+@pytest.mark.parametrize(("options", "expected"), BAD.values(), ids=BAD)
+def test_bad_input(model, capsys, options, expected):
+    data = pathlib.Path(model).read_bytes()
+    pathlib.Path("cut.pt").write_bytes(data[: len(data) // 2])
+    pathlib.Path("cut.safetensors").write_bytes(data[:100])
+    pathlib.Path("text.pt").write_text("no checkpoint\nat all")
+    pathlib.Path("wide.json").write_text('{"model_channels": 64}')
+    pathlib.Path("unknown.json").write_text('{"wide": 64}')
+    media.write_audio("short.wav", torch.zeros(1, 1600))
+    if "rgba" in options:
+        CoupledUNet(**{**TINY, "video_size": (4, 4, 16, 16), "video_out_channels": 4}).save_pretrained("rgba")
+    command = ["sample", "--model", model, "--num", "1", "--steps", "2", "--out", "out", *shlex.split(options)]
+    assert expected in refused(capsys, *command)
+    assert not pathlib.Path("out").exists() or names("out") == ["samples.json"]
+
+
+def test_no_space(model, capsys, small_files):
+    """What was finished is kept, and a later run goes on with it."""
+    sample("out", "--formats", "wav")
+    command = shlex.split(f"sample --model {model} --steps 2 --seed 7 --out out --formats wav --num 2")
+    with small_files(10_000):
+        assert re.search(r"File too large: 'out/clip-0001\.wav'$", refused(capsys, *command))
+        assert re.search(r"too large: 'new\.pt'$", refused(capsys, "random", "new.pt"))
+        assert "File too large" in refused(capsys, "convert", model, "new")
+    assert names(".") == ["out", "tiny.pt"] and names("out") == ["clip-0000.wav", "samples.json"]
+    cli.main(command)
+    assert records("out").keys() == {0, 1}
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="the superuser may write everywhere")
+def test_no_permission(model, capsys):
+    pathlib.Path("out").mkdir(mode=0o500)
+    assert "Permission denied: 'out/samples.json'" in refused(capsys, "sample", "--model", model, "--out", "out")
+
+
+def test_help_has_examples(capsys):
+    for command in ("sample", "random", "convert", "info"):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([command, "--help"])
+        assert stopped.value.code == 0 and f"  mmdiffusion {command} " in capsys.readouterr().out
+
+
+def test_walk_through(monkeypatch, capsys):
+    """README's, word for word, with a small released model."""
+    sizes = {"video_size": (16, 3, 8, 8), "audio_size": (1, 12800)}
+    monkeypatch.setattr(published, "_LANDSCAPE", {**TINY, **sizes})
+    monkeypatch.setitem(published.PRESETS, "landscape", {**TINY, **sizes})
+    text = (ROOT / "README.md").read_text()
+    lines = re.search(r"<!-- walk-through.*?```\n(.*?)```", text, re.DOTALL)[1].splitlines()
+    for line in lines:
+        program, *arguments = shlex.split(line, comments=True)
+        assert program == "mmdiffusion"
+        cli.main(arguments)
+    assert "12800" in capsys.readouterr().out
+    assert names("clips") == ["clip-0000.mp4", "clip-0000.png", "clip-0001.mp4", "clip-0001.png", "samples.json"]
+    assert (sound("from-sound/clip-0000.mp4") - sound("clips/clip-0000.mp4")).abs().mean() < 0.3
+    assert media.read_clip("longer/clip-0000.mp4").video.shape[0] == 32
