@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"mmdiffusion {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"mmdiffusion {options.command}: interrupted", file=sys.stderr)
+        print(f"mmdiffusion {options.command}: interrupted; what was finished is kept", file=sys.stderr)
         sys.exit(130)
 
 

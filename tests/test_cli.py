@@ -290,7 +290,7 @@ def test_help_has_examples(capsys):
 
 def test_walk_through(monkeypatch, capsys):
     """README's, word for word, with a small released model."""
-    sizes = {"video_size": (16, 3, 8, 8), "audio_size": (1, 12800)}
+    sizes = {"video_size": (16, 3, 8, 8), "audio_size": (1, 12800), "channel_mult": (1, 1, 1)}
     monkeypatch.setattr(published, "_LANDSCAPE", {**TINY, **sizes})
     monkeypatch.setitem(published.PRESETS, "landscape", {**TINY, **sizes})
     text = (ROOT / "README.md").read_text()
