@@ -308,7 +308,6 @@ def _picture(frame: Any, size: tuple[int, int] | None, pixel_ratio: Fraction | i
     pixels = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
     if frame.rotation:
         pixels = pixels.rot90(frame.rotation // 90, (1, 2))
-        pixel_ratio = pixel_ratio if frame.rotation % 180 == 0 else 1 / Fraction(pixel_ratio)
     if size is not None:
         height, width = pixels.shape[1:]
         ratio = Fraction(size[1], size[0]) / pixel_ratio
