@@ -47,8 +47,8 @@ class _Processes:
             self._state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
         self.rank = self._state.process_index if self._state else 0
         self.count = self._state.num_processes if self._state else 1
-        own = self._state.device if self._state else "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device or own)
+        own = self._state.device if self._state else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = own if device in (None, own.type) else torch.device(device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"--device is {device}; expected cpu, as torch finds no CUDA device")
 
@@ -82,9 +82,9 @@ def sample(options: argparse.Namespace) -> None:
             f"channels, 1 or 2, and a whole number of positions a second at {FRAME_RATE} frames"
         )
     source, stream = options.audio_from or options.video_from, "audio" if options.audio_from else "video"
+    length = max(frames, pipeline._windows(options.seconds, options.overlap)[0])
     given = {}
     if source:
-        length = max(frames, round((options.seconds or 0) * FRAME_RATE))
         clip = media.read_clip(
             source, num_frames=length, sample_rate=sample_rate, size=tuple(size), start=options.start, need=[stream]
         )

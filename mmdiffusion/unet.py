@@ -275,7 +275,8 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
             config: arguments of this class, which override all of that.
 
         Raises:
-            ValueError: if keys are missing or unknown or have another shape, naming them; nothing is loaded then.
+            ValueError: if keys are missing or unknown or have another shape, naming them, or if the file cannot be read
+                as a checkpoint; nothing is loaded then.
             TypeError: if the file holds no state dict.
         """
         return published.load(cls, source, preset, config)

@@ -3,7 +3,6 @@
 
 import contextlib
 import os
-import resource
 
 import torch
 
@@ -87,6 +86,7 @@ def instruction_set():
 @pytest.fixture
 def small_files():
     """A context in which no file can grow beyond a few blocks, as on a full disk."""
+    resource = pytest.importorskip("resource")
 
     @contextlib.contextmanager
     def limited(size=2000):

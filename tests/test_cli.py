@@ -143,6 +143,8 @@ def test_other_settings_are_refused(model, capsys):
     arguments = ["sample", "--model", model, "--out", "out", "--num", "1", "--seed", "7", "--steps"]
     message = refused(capsys, *arguments, "3")
     assert message.endswith("out has clips of other settings: steps 2 instead of 3; --force makes the folder anew")
+    assert "seconds is -1.0" in refused(capsys, *arguments, "3", "--force", "--seconds", "-1")
+    assert "clip-0000.mp4" in names("out")
     cli.main([*arguments, "3", "--force"])
     assert json.loads(pathlib.Path("out/samples.json").read_text())["settings"]["steps"] == 3
     pathlib.Path("out/samples.json").write_text("{")
