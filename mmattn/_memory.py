@@ -13,7 +13,7 @@ def keep_freed_memory() -> bool:
     """Keep the memory of freed CPU tensors for the next ones, in the whole process and for good.
 
     glibc returns large blocks to the system as soon as they are freed, and every page of the next one is then faulted
-    in and cleared anew: 10 to 15% of a forward pass of the published U-Net (docs/perf-notes.md). For programs that do
+    in and cleared anew: a seventh of an fp32 forward of the published U-Net (docs/perf-notes.md). For programs that do
     little else than run such a model: call it before the first tensor. The process keeps as much memory as it once
     needed, and somewhat more, as freed blocks fall into pieces. The same from outside:
     GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=2147483647.

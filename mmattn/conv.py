@@ -77,23 +77,8 @@ def dilated_conv1d(
         ValueError: on any other argument outside the ranges above, naming it, its value and what was expected.
         RuntimeError: if the named `impl` cannot run here, with the reason.
     """
-    x, weight, bias, norm, film, residual = _autocast(x, weight, bias, norm, film, residual)
-    norm_weight, norm_bias, groups = _unpack_norm(norm)
-    scale, shift = _unpack_film(film)
-    _check(x, weight, bias, dilation, 0, 0, residual)
-    _check_prologue(x, norm, scale, shift, activation, eps)
-    chosen = dispatch.choose("conv", impl, x)
-    if chosen == "reference":
-        options: dict[str, Any] = {"norm": norm, "film": film, "activation": activation, "residual": residual}
-        return reference(x, weight, bias, dilation=dilation, eps=eps, **options)
-    tensors = (x, weight, bias, norm_weight, norm_bias, scale, shift, residual)
-    silu, eps = activation == "silu", float(eps)
-    if unwatched(*tensors):
-        options = {"groups": groups, "dilation": dilation, "silu": silu, "eps": eps}
-        if overwrite_x and chosen == "cpu" and weight.shape[::2] == (x.shape[2], 1) and x.is_contiguous():
-            options["out"] = x
-        return kernels("conv", chosen, x).forward(*tensors, **options)[0]
-    return torch.ops.mmattn.conv(*tensors, groups, dilation, 0, 0, silu, eps, chosen)[0]
+    prologue = norm, film, activation, eps
+    return _convolve(x, weight, bias, *prologue, residual, impl, dilation=dilation, overwrite_x=overwrite_x)
 
 
 def spatial_conv2d(
@@ -132,27 +117,11 @@ def spatial_conv2d(
         ValueError: on any other argument outside the ranges above, naming it, its value and what was expected.
         RuntimeError: if the named `impl` cannot run here, with the reason.
     """
-    x, weight, bias, norm, film, residual = _autocast(x, weight, bias, norm, film, residual)
-    norm_weight, norm_bias, groups = _unpack_norm(norm)
-    scale, shift = _unpack_film(film)
-    if isinstance(weight, Tensor) and (weight.dim() != 4 or weight.shape[2:] != (3, 3)):
-        raise ValueError(f"weight has shape {list(weight.shape)}; expected [Cout, Cin, 3, 3]")
-    taps = weight.flatten(2) if isinstance(weight, Tensor) else weight
-    _check(x, taps, bias, 1, height, width, residual)
-    _check_prologue(x, norm, scale, shift, activation, eps)
-    chosen = dispatch.choose("conv", impl, x)
-    if chosen != "cpu":
-        if chosen == "triton" and norm is not None:
-            film_options = {"scale": scale, "shift": shift, "activation": activation, "eps": eps}
-            x, norm, film, activation = norm_op.group_norm(x, *norm, **film_options, impl=impl), None, None, None
-        options: dict[str, Any] = {"norm": norm, "film": film, "activation": activation, "residual": residual}
-        return reference(x, taps, bias, height=height, width=width, eps=eps, **options)
-    tensors = (x, taps, bias, norm_weight, norm_bias, scale, shift, residual)
-    silu, eps = activation == "silu", float(eps)
-    if unwatched(*tensors):
-        options = {"groups": groups, "dilation": 1, "height": height, "width": width, "silu": silu, "eps": eps}
-        return kernels("conv", chosen, x).forward(*tensors, **options)[0]
-    return torch.ops.mmattn.conv(*tensors, groups, 1, height, width, silu, eps, chosen)[0]
+    if isinstance(weight, Tensor):
+        if weight.dim() != 4 or weight.shape[2:] != (3, 3):
+            raise ValueError(f"weight has shape {list(weight.shape)}; expected [Cout, Cin, 3, 3]")
+        weight = weight.flatten(2)
+    return _convolve(x, weight, bias, norm, film, activation, eps, residual, impl, height=height, width=width)
 
 
 def reference(
@@ -185,6 +154,53 @@ def reference(
     return (out if residual is None else out + residual).contiguous()
 
 
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Any,
+    film: Any,
+    activation: str | None,
+    eps: float,
+    residual: Tensor | None,
+    impl: str,
+    *,
+    dilation: int = 1,
+    height: int = 0,
+    width: int = 0,
+    overwrite_x: bool = False,
+) -> Tensor:
+    """Both public functions; with a height and a width, weight [Cout, Cin, 9] has the taps of a 3x3 kernel."""
+    x, weight, bias, norm, film, residual = _autocast(x, weight, bias, norm, film, residual)
+    norm_weight, norm_bias, groups = (None, None, 0) if norm is None else _unpack("norm", norm, "weight, bias, groups")
+    scale, shift = (None, None) if film is None else _unpack("film", film, "scale, shift")
+    _check(x, weight, bias, dilation, height, width, residual)
+    _check_prologue(x, norm, scale, shift, activation, eps)
+    chosen = dispatch.choose("conv", impl, x)
+    if chosen == "triton" and width:
+        if norm is not None:
+            normalise: dict[str, Any] = {
+                "scale": scale,
+                "shift": shift,
+                "activation": activation,
+                "eps": eps,
+                "impl": impl,
+            }
+            x, norm, film, activation = norm_op.group_norm(x, *norm, **normalise), None, None, None
+        chosen = "reference"
+    if chosen == "reference":
+        options: dict[str, Any] = {"norm": norm, "film": film, "activation": activation, "residual": residual}
+        return reference(x, weight, bias, dilation=dilation, height=height, width=width, eps=eps, **options)
+    tensors = (x, weight, bias, norm_weight, norm_bias, scale, shift, residual)
+    silu, eps = activation == "silu", float(eps)
+    if unwatched(*tensors):
+        options = {"groups": groups, "dilation": dilation, "silu": silu, "eps": eps, **_frames_of(height, width)}
+        if overwrite_x and chosen == "cpu" and weight.shape[::2] == (x.shape[2], 1) and x.is_contiguous():
+            options["out"] = x
+        return kernels("conv", chosen, x).forward(*tensors, **options)[0]
+    return torch.ops.mmattn.conv(*tensors, groups, dilation, height, width, silu, eps, chosen)[0]
+
+
 def _prologue(x: Tensor, norm: Any, film: Any, activation: str | None, eps: float) -> Tensor:
     if norm is None and film is None and activation is None:
         return x
@@ -207,14 +223,6 @@ def _parameter_to_autocast(p: Any, dtype: torch.dtype) -> Any:
     if isinstance(p, tuple):
         return tuple(_parameter_to_autocast(t, dtype) for t in p)
     return p if isinstance(p, Tensor) and p.dtype == torch.float32 else to_autocast(p, dtype)
-
-
-def _unpack_norm(norm: Any) -> Any:
-    return (None, None, 0) if norm is None else _unpack("norm", norm, "weight, bias, groups")
-
-
-def _unpack_film(film: Any) -> Any:
-    return (None, None) if film is None else _unpack("film", film, "scale, shift")
 
 
 def _unpack(name: str, value: Any, letters: str) -> Any:

@@ -9,7 +9,7 @@ import os
 import pathlib
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 import mmattn
 from mmdiffusion import CoupledUNet, MMDiffusionPipeline, published
-from mmdiffusion.pipeline import FRAME_RATE
+from mmdiffusion.published import FRAME_RATE
 from mmdiffusion.schedulers import SCHEDULERS, make_scheduler
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -216,9 +216,17 @@ def _parser() -> argparse.ArgumentParser:
         "--config", type=pathlib.Path, metavar="FILE", help="JSON with arguments of CoupledUNet, over what is inferred"
     )
 
-    command = commands.add_parser(
+    def add(name: str, run: Callable[[argparse.Namespace], None], **texts: Any) -> argparse.ArgumentParser:
+        as_written = argparse.RawDescriptionHelpFormatter
+        command: argparse.ArgumentParser = commands.add_parser(
+            name, parents=[checkpoint], formatter_class=as_written, **texts
+        )
+        command.set_defaults(run=run)
+        return command
+
+    command = add(
         "sample",
-        parents=[checkpoint],
+        sample,
         help="clips of video and sound, or one from the other",
         description="Sample clips into a folder: clip-0000.mp4 and on, a contact sheet of each, and samples.json with\n"
         "all settings, seeds, versions and seconds. The same command again makes what is missing, and --num\n"
@@ -228,7 +236,6 @@ def _parser() -> argparse.ArgumentParser:
         "  mmdiffusion sample --model landscape.pt --audio-from rain.mp4 --guidance gradient --out rain\n"
         "  mmdiffusion sample --model landscape --seconds 8 --dtype bfloat16 --out long\n"
         "  accelerate launch --multi_gpu --num_processes 2 -m mmdiffusion sample --model landscape.pt --out out",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     path: dict[str, Any] = {"type": pathlib.Path, "metavar": "PATH"}
     command.add_argument(
@@ -273,11 +280,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--force", action="store_true", help="remove the clips in the folder first, and those of other settings"
     )
-    command.set_defaults(run=sample)
 
-    command = commands.add_parser(
+    command = add(
         "convert",
-        parents=[checkpoint],
+        convert,
         help="a published checkpoint into a directory of save_pretrained, and back",
         description="Convert a published checkpoint (.pt, .safetensors) into a directory of save_pretrained; "
         "if IN is such a directory, back into a published checkpoint.",
@@ -285,7 +291,6 @@ def _parser() -> argparse.ArgumentParser:
         "  mmdiffusion convert landscape.pt landscape --preset landscape\n"
         "  mmdiffusion convert ours.pt ours --config ours.json --dtype bfloat16\n"
         "  mmdiffusion convert landscape landscape.pt",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("source", type=pathlib.Path, metavar="IN")
     command.add_argument("target", type=pathlib.Path, metavar="OUT")
@@ -295,31 +300,26 @@ def _parser() -> argparse.ArgumentParser:
         help="of the result; if not given, that of a published checkpoint, float32 from a directory",
     )
     command.add_argument("--force", action="store_true", help="overwrite OUT")
-    command.set_defaults(run=convert)
 
-    command = commands.add_parser(
+    command = add(
         "random",
-        parents=[checkpoint],
+        random,
         help="a checkpoint of random weights, to try the other commands",
         description="Make a checkpoint in the published format with random weights, to try the other commands\n"
         "without a trained one. By default it has the size of the released models, 535 MB.",
         epilog="example:\n  mmdiffusion random landscape.pt",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("target", type=pathlib.Path, metavar="OUT", help=".pt or .safetensors")
     command.add_argument("--seed", type=int, default=0, help="of the weights (0)")
     command.add_argument("--force", action="store_true", help="overwrite OUT")
-    command.set_defaults(run=random)
 
-    command = commands.add_parser(
+    command = add(
         "info",
-        parents=[checkpoint],
+        info,
         help="configuration and size of a model",
         description="Print the configuration and the parameters of a directory of save_pretrained, or of a published "
         "checkpoint as it is inferred.",
         epilog="examples:\n  mmdiffusion info landscape\n  mmdiffusion info landscape.pt",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("path", type=pathlib.Path, metavar="PATH")
-    command.set_defaults(run=info)
     return parser

@@ -19,7 +19,8 @@ from tqdm import tqdm
 import mmattn
 from mmdiffusion._files import whole_file
 from mmdiffusion.media import Clip, contact_sheet, write_audio, write_image, write_video
-from mmdiffusion.pipeline import FRAME_RATE, MMDiffusionPipeline
+from mmdiffusion.pipeline import MMDiffusionPipeline
+from mmdiffusion.published import FRAME_RATE
 from mmdiffusion.schedulers import Scheduler, for_streams
 
 FORMATS = ("mp4", "wav", "png")

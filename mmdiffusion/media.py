@@ -21,9 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmdiffusion._files import whole_file
-
-FPS = 10
-SAMPLE_RATE = 16000
+from mmdiffusion.published import FRAME_RATE, SAMPLE_RATE
 
 Path = str | os.PathLike[str]
 Rate = float | Fraction
@@ -48,7 +46,7 @@ class Clip(NamedTuple):
 
 
 def write_video(
-    path: Path, video: Tensor, audio: Tensor | None = None, *, fps: Rate = FPS, sample_rate: int = SAMPLE_RATE
+    path: Path, video: Tensor, audio: Tensor | None = None, *, fps: Rate = FRAME_RATE, sample_rate: int = SAMPLE_RATE
 ) -> None:
     """Write an MP4 of H.264 and AAC whose first frame and first sample are at time 0.
 
@@ -114,7 +112,7 @@ def write_image(path: Path, image: Tensor) -> None:
 
 
 def contact_sheet(
-    clips: Clip | Sequence[Clip], titles: Sequence[str] = (), *, fps: Rate = FPS, sample_rate: int = SAMPLE_RATE
+    clips: Clip | Sequence[Clip], titles: Sequence[str] = (), *, fps: Rate = FRAME_RATE, sample_rate: int = SAMPLE_RATE
 ) -> Tensor:
     """Draw clips for the eye: their frames, 16 at most, above the waveform and the spectrum, on one axis of time.
 
@@ -160,7 +158,7 @@ def read_clip(
     path: Path,
     *,
     num_frames: int | None = None,
-    fps: Rate = FPS,
+    fps: Rate = FRAME_RATE,
     sample_rate: int = SAMPLE_RATE,
     size: tuple[int, int] | None = (64, 64),
     start: Rate = 0.0,

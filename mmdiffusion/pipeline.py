@@ -20,14 +20,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 import mmattn
+from mmdiffusion.published import FRAME_RATE
 from mmdiffusion.sampling import TIME_AXES, sample
 from mmdiffusion.schedulers import Scheduler, for_streams, make_scheduler
 from mmdiffusion.unet import STREAMS, CoupledUNet
-
-FRAME_RATE = 10
-"""Frames a second of the published model."""
-SAMPLE_RATE = 16000
-"""Positions of audio a second of the published model."""
 
 
 @dataclasses.dataclass

@@ -19,6 +19,11 @@ from mmdiffusion.blocks import AudioHead, FirstLayer, ResidualBlock, VideoHead
 if TYPE_CHECKING:
     from mmdiffusion.unet import CoupledUNet
 
+FRAME_RATE = 10
+"""Frames a second of the released models."""
+SAMPLE_RATE = 16000
+"""Positions of audio a second of the released models."""
+
 _LANDSCAPE: dict[str, Any] = {
     "video_size": (16, 3, 64, 64),
     "audio_size": (1, 25600),

@@ -31,3 +31,37 @@ def strided(x):
     wide = torch.full((2 * batch + 1, length + 3, channels + 11), float("nan"), dtype=x.dtype)
     wide[1::2, 2:-1, 5:-6] = x
     return wide[1::2, 2:-1, 5:-6]
+
+
+# A coupled U-Net that has a little of everything; clips of it are video [B, 4, 3, 8, 8] and audio [B, 1, 64].
+SMALL_UNET = {
+    "video_size": (4, 3, 8, 8),
+    "audio_size": (1, 64),
+    "model_channels": 32,
+    "num_res_blocks": 1,
+    "cross_attention_resolutions": (2,),
+    "cross_attention_windows": (2,),
+    "video_attention_resolutions": (2,),
+    "channel_mult": (1, 2),
+    "num_heads": 2,
+    "num_head_channels": 32,
+}
+
+
+def filled(shapes, seed=0):
+    """Parameters that all matter, by the rule of the reference values: keys in sorted order from one generator."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for key in sorted(shapes):
+        noise = torch.randn(shapes[key], generator=generator)
+        if noise.dim() > 1:
+            tensors[key] = noise / noise[0].numel() ** 0.5
+        else:
+            tensors[key] = 0.1 * noise + (1 if key.endswith("weight") else 0)
+    return tensors
+
+
+def fill(module, seed=0):
+    """The module with such parameters: published blocks are born as the identity, and networks with outputs of zero."""
+    module.load_state_dict(filled({name: x.shape for name, x in module.named_parameters()}, seed))
+    return module

@@ -104,16 +104,3 @@ class PublishedAudioBlock(nn.Module):
             scale, shift = film[..., None].chunk(2, 1)
             h = h * (1 + scale) + shift
         return self.audio_skip_connection(audio) + self.audio_out_layers[1:](h)
-
-
-def fill(module, seed=0):
-    """Parameters that make every one of them matter: the published block is born as the identity."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in sorted(module.named_parameters()):
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() > 1:
-                parameter.copy_(noise / parameter[0].numel() ** 0.5)
-            else:
-                parameter.copy_(0.1 * noise + (1 if name.endswith("GroupNorm.weight") else 0))
-    return module

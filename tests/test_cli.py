@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from helpers import SMALL_UNET
 
 pytest.importorskip("diffusers")
 av = pytest.importorskip("av")
@@ -23,15 +24,10 @@ from mmdiffusion.schedulers import make_scheduler  # noqa: E402
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = {
     **published.PRESETS["landscape"],
+    **SMALL_UNET,
     "video_size": (4, 3, 16, 16),
     "audio_size": (1, 6400),
-    "model_channels": 32,
-    "num_res_blocks": 1,
-    "cross_attention_resolutions": (2,),
-    "cross_attention_windows": (2,),
-    "video_attention_resolutions": (2,),
-    "channel_mult": (1, 2),
-    "num_head_channels": 32,
+    "num_heads": 4,
 }
 
 

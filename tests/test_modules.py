@@ -10,8 +10,8 @@ import pathlib
 
 import pytest
 import torch
-from helpers import DTYPES, REFERENCE_AND_CPU
-from published import PublishedAudioBlock, PublishedBlock, fill
+from helpers import DTYPES, REFERENCE_AND_CPU, fill
+from published import PublishedAudioBlock, PublishedBlock
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

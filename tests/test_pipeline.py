@@ -8,6 +8,7 @@ import pathlib
 import numpy as np
 import pytest
 import torch
+from helpers import SMALL_UNET, fill
 
 diffusers = pytest.importorskip("diffusers")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -264,27 +265,10 @@ def test_guidance_draws_towards_what_is_given(name):
 
 # The pipeline
 
-SMALL = {
-    "video_size": (4, 3, 8, 8),
-    "audio_size": (1, 64),
-    "model_channels": 32,
-    "num_res_blocks": 1,
-    "cross_attention_resolutions": (2,),
-    "cross_attention_windows": (2,),
-    "video_attention_resolutions": (2,),
-    "channel_mult": (1, 2),
-    "num_heads": 2,
-    "num_head_channels": 32,
-}
-
 
 def small(scheduler="dpmsolver++", **options):
     """A small pipeline whose every parameter matters."""
-    unet = CoupledUNet(**{**SMALL, **options})
-    generator = torch.Generator().manual_seed(0)
-    for name, x in sorted(unet.named_parameters()):
-        noise = torch.randn(x.shape, generator=generator)
-        x.data = noise / noise[0].numel() ** 0.5 if x.dim() > 1 else name.endswith("weight") + 0.1 * noise
+    unet = fill(CoupledUNet(**{**SMALL_UNET, **options}))
     pipeline = MMDiffusionPipeline(unet, make_scheduler(scheduler))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -570,9 +554,9 @@ def test_refused(message):
 
 def test_refused_models():
     with pytest.raises(ValueError, match=r"unet has streams \('video',\)"):
-        MMDiffusionPipeline(CoupledUNet(**SMALL, streams=("video",)), make_scheduler("ddim"))
+        MMDiffusionPipeline(CoupledUNet(**SMALL_UNET, streams=("video",)), make_scheduler("ddim"))
     with pytest.raises(ValueError, match="unet has video_out_channels 4; expected 3, or 6 with learned sigma"):
-        MMDiffusionPipeline(CoupledUNet(**SMALL, video_out_channels=4), make_scheduler("ddim"))
+        MMDiffusionPipeline(CoupledUNet(**SMALL_UNET, video_out_channels=4), make_scheduler("ddim"))
     pipeline = small(audio_size=(1, 72))
     assert pipeline(1, 1).audio.shape == (1, 1, 72)
     uneven = small(video_size=(5, 3, 8, 8))

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from helpers import SMALL_UNET, fill, filled
 from torch.nn import functional
 
 pytest.importorskip("diffusers")
@@ -22,37 +23,12 @@ import release  # noqa: E402
 
 DATA = pathlib.Path(__file__).parent / "data"
 FULL = json.loads((DATA / "unet_full_keys.json").read_text())
-SMALL = {
-    "video_size": (4, 3, 8, 8),
-    "audio_size": (1, 64),
-    "model_channels": 32,
-    "num_res_blocks": 1,
-    "cross_attention_resolutions": (2,),
-    "cross_attention_windows": (2,),
-    "video_attention_resolutions": (2,),
-    "channel_mult": (1, 2),
-    "num_heads": 2,
-    "num_head_channels": 32,
-}
 
 
 @pytest.fixture(autouse=True)
 def one_thread(threads):
     """These sizes are too small to share, and whoever waits for a second core waits long."""
     threads(1)
-
-
-def filled(shapes, seed=0):
-    """Parameters that all matter, by the rule of the reference values: keys in sorted order from one generator."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for key in sorted(shapes):
-        noise = torch.randn(shapes[key], generator=generator)
-        if noise.dim() > 1:
-            tensors[key] = noise / noise[0].numel() ** 0.5
-        else:
-            tensors[key] = 0.1 * noise + (1 if key.endswith("weight") else 0)
-    return tensors
 
 
 def reference(case):
@@ -64,9 +40,7 @@ def reference(case):
 
 def small(**options):
     """A small model whose every parameter matters: it is born with outputs of zero."""
-    unet = CoupledUNet(**{**SMALL, **options})
-    unet.load_state_dict(filled({name: x.shape for name, x in unet.named_parameters()}))
-    return unet.eval()
+    return fill(CoupledUNet(**{**SMALL_UNET, **options})).eval()
 
 
 def clip(frames=4, size=8, audio_len=64, channels=(3, 1)):
@@ -177,7 +151,7 @@ def test_single_stream(stream):
     """A stream alone: what it computes in a coupled model whose other stream cannot reach it, and no parameter more."""
     coupled = small(cross_attention_resolutions=(), cross_attention_windows=())
     state = {key: x for key, x in coupled.to_published().items() if not is_of_other_stream(key, stream)}
-    unet = CoupledUNet.from_published(state, **{**SMALL, "cross_attention_windows": (2,)})
+    unet = CoupledUNet.from_published(state, **{**SMALL_UNET, "cross_attention_windows": (2,)})
     assert unet.config["streams"] == (stream,) and unet.shift_ranges() == []
     video, audio, timesteps = clip()
     given = (video, None) if stream == "video" else (None, audio)
@@ -203,7 +177,7 @@ def test_an_up_block_repeats_last_unless_it_drops(block):
     make = blocks.VideoBlock if block == "video" else blocks.AudioBlock
     options |= {} if block == "video" else {"dilation": 2}
     made = make(32, 32, dropout=1e-30, **options)
-    made.load_state_dict(filled({name: p.shape for name, p in made.named_parameters()}))
+    fill(made)
     film = torch.randn(2, 64)
     repeated_first = made.train()(x, film, is_film=True)
     assert relative_error(made.eval()(x, film, is_film=True), repeated_first) < 1e-6
@@ -216,7 +190,7 @@ def test_an_up_block_repeats_last_unless_it_drops(block):
 def test_a_down_block_pools_before_the_frames():
     """Against the published order: both convolutions, then the mean."""
     made = blocks.VideoBlock(32, 32, num_heads=0, resampling="down", dropout=0.0)
-    made.load_state_dict(filled({name: p.shape for name, p in made.named_parameters()}))
+    fill(made)
     x, film = torch.randn(2, 3, 4, 6, 32), torch.randn(2, 64)
     channels_first = x.permute(0, 4, 1, 2, 3)  # [B, C, F, H, W]
 
@@ -351,7 +325,7 @@ def test_double_precision(recwarn):
 def test_training_overfits_a_clip():
     """Thirty steps on the noise of one synthetic clip, a moving square and a tone that follows it."""
     torch.manual_seed(0)
-    unet = CoupledUNet(**SMALL).train()
+    unet = CoupledUNet(**SMALL_UNET).train()
     video = torch.full((1, 4, 3, 8, 8), -1.0)
     for frame in range(4):
         video[:, frame, :, 2:5, frame : frame + 3] = 1.0
@@ -481,7 +455,7 @@ REFUSED = {
 @pytest.mark.parametrize("message", REFUSED)
 def test_configurations_that_are_refused(message):
     with pytest.raises(ValueError, match=message):
-        CoupledUNet(**{**SMALL, **REFUSED[message]})
+        CoupledUNet(**{**SMALL_UNET, **REFUSED[message]})
 
 
 def test_inputs_that_are_refused():
