@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import sys
 
 import torch
 
@@ -32,6 +33,13 @@ def seed():
 def automatic_choice(monkeypatch):
     """The environment of whoever runs the tests does not choose what they test."""
     monkeypatch.delenv("MMATTN_IMPL", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def launches():
+    """Kernels are launched by the tables that the test sees."""
+    if host := sys.modules.get("mmattn_kernels.triton._host"):
+        host.forget()
 
 
 @pytest.fixture

@@ -274,6 +274,10 @@ def test_compiles_ahead_of_time(target):
             assert row["mma"] == MATRIX_INSTRUCTION[target], row
 
 
+def test_kept_launches_are_those_of_triton():
+    assert ahead_of_time("--op", "attention", "--relaunches") == [{"op": "attention", "launches": 3, "same": True}]
+
+
 def test_lengths_and_shift_compile_nothing_anew():
     (counts,) = ahead_of_time("--op", "attention", "--recompiles")
     assert counts == {"op": "attention", "first": 3, "changed": [], "tensor": 3}

@@ -230,5 +230,9 @@ def test_compiles_ahead_of_time(target):
             assert row["wide_loads"] > 0 and row["registers"] <= 128, row
 
 
+def test_kept_launches_are_those_of_triton():
+    assert ahead_of_time("--op", "norm", "--relaunches") == [{"op": "norm", "launches": 7, "same": True}]
+
+
 def test_length_and_batch_compile_nothing_anew():
     assert ahead_of_time("--op", "norm", "--recompiles") == [{"op": "norm", "first": 7, "changed": []}]

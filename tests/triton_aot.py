@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Compiles the Triton kernels for GPUs that are not there, and prints what came out as JSON lines.
 
-    PYTHONPATH=kernels python tests/triton_aot.py [--op attention|norm|conv] [sm_80 sm_90 sm_100 gfx942] [--recompiles]
+    PYTHONPATH=kernels python tests/triton_aot.py [--op attention|norm|conv] [sm_80 sm_90 sm_100 gfx942]
+        [--recompiles | --relaunches]
 
 The launchers run as they would on the GPU, on CPU tensors, with a driver that only names the target: so the signature,
 the alignments and the configuration are the real ones, and the launch stops after compiling. Needs TRITON_INTERPRET
@@ -43,10 +44,25 @@ TOOLS = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 class _Driver:
-    """What JITFunction.run asks of a driver before it launches."""
+    """What JITFunction.run asks of a driver before it launches, and a launch that only notes what it is given."""
 
     def __init__(self):
         self.target = None
+        self.launched = []
+        self.utils = self
+
+    def launcher_cls(self, src, metadata):
+        def launch(*args):
+            grid, arguments = args[:3], args[9:]  # between them stream, function, metadata and hooks
+            self.launched.append((metadata.name, grid, arguments))
+
+        return launch
+
+    def load_binary(self, name, kernel, shared, device):
+        return None, None, 0, 0, 1024
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 1 << 20}
 
     def get_current_device(self):
         return str(self.target)  # Triton keeps compiled kernels per device: one "device" a target.
@@ -62,6 +78,7 @@ def record(target_name, compiled=None):
     """From here on, launches compile for the target (or, given `compiled`, only note there what they would compile)."""
     driver.active.target, device_name = TARGETS[target_name]
     _host.device_name = lambda device: device_name
+    _host.forget()
     kernels = []
 
     def run(self, *args, warmup, **kwargs):
@@ -181,11 +198,31 @@ def recompiles(op):
     return counts
 
 
+def relaunches(op):
+    """How many launches a call makes, and whether kept ones are given what Triton itself gives them."""
+    driver.active.target, name = TARGETS["sm_90"]
+    _host.device_name = lambda device: name
+    size = SHAPES[op]["sm_90"][0][0]
+    rounds = []
+    for run in (original_run, None):  # nothing is left to Triton's own the second time
+        JITFunction.run = run
+        driver.active.launched.clear()
+        LAUNCH[op](size, torch.bfloat16)
+        rounds.append([(kernel, grid, [_described(x) for x in args]) for kernel, grid, args in driver.active.launched])
+    JITFunction.run = original_run
+    return {"op": op, "launches": len(rounds[0]), "same": rounds[0] == rounds[1]}
+
+
+def _described(x):
+    return [str(x.dtype), list(x.shape), list(x.stride())] if isinstance(x, torch.Tensor) else x
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("targets", nargs="*", metavar="target", help=f"of {', '.join(TARGETS)}; default all")
     parser.add_argument("--op", choices=LAUNCH, help="default all")
     parser.add_argument("--recompiles", action="store_true", help="count recompilations instead")
+    parser.add_argument("--relaunches", action="store_true", help="compare kept launches with Triton's instead")
     args = parser.parse_args()
     if not isinstance(attention._forward_kernel, JITFunction):
         sys.exit("triton_aot.py compiles: unset TRITON_INTERPRET")
@@ -193,6 +230,9 @@ def main():
     for op in [args.op] if args.op else LAUNCH:
         if args.recompiles:
             print(json.dumps(recompiles(op)))
+            continue
+        if args.relaunches:
+            print(json.dumps(relaunches(op)))
             continue
         for target in args.targets or TARGETS:
             for size, dtype in SHAPES[op][target]:

@@ -211,10 +211,10 @@ def _query_walk(i_n, len_q, len_k, frames, window, shift, BLOCK_M: tl.constexpr,
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _forward_kernel(
-    video_q, video_k, video_v, audio_q, audio_k, audio_v, video_out, audio_out, video_lse, audio_lse,
+    video_q, video_k, video_v, audio_q, audio_k, audio_v, video_out, audio_out, video_lse, audio_lse, shift, scale,
     video_q_sb, video_q_sl, video_q_sh, video_k_sb, video_k_sl, video_k_sh, video_v_sb, video_v_sl, video_v_sh,
     audio_q_sb, audio_q_sl, audio_q_sh, audio_k_sb, audio_k_sl, audio_k_sh, audio_v_sb, audio_v_sl, audio_v_sh,
-    audio_tiles, video_tiles, batch_heads, heads, audio_len, video_len, frames, window, shift, scale,
+    audio_tiles, video_tiles, batch_heads, heads, audio_len, video_len, frames, window,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, SHIFT_IS_TENSOR: tl.constexpr,
 ):  # fmt: skip
@@ -270,11 +270,11 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=_RUNTIME)
 def _backward_dq_kernel(
     d_video_out, d_audio_out, video_q, video_k, video_v, audio_q, audio_k, audio_v,
-    video_out, audio_out, video_lse, audio_lse, video_delta, audio_delta, d_video_q, d_audio_q,
+    video_out, audio_out, video_lse, audio_lse, video_delta, audio_delta, d_video_q, d_audio_q, shift, scale,
     d_video_out_sb, d_video_out_sl, d_video_out_sh, d_audio_out_sb, d_audio_out_sl, d_audio_out_sh,
     video_q_sb, video_q_sl, video_q_sh, video_k_sb, video_k_sl, video_k_sh, video_v_sb, video_v_sl, video_v_sh,
     audio_q_sb, audio_q_sl, audio_q_sh, audio_k_sb, audio_k_sl, audio_k_sh, audio_v_sb, audio_v_sl, audio_v_sh,
-    audio_tiles, video_tiles, batch_heads, heads, audio_len, video_len, frames, window, shift, scale,
+    audio_tiles, video_tiles, batch_heads, heads, audio_len, video_len, frames, window,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, SHIFT_IS_TENSOR: tl.constexpr,
 ):  # fmt: skip
@@ -329,11 +329,11 @@ def _backward_dq_kernel(
 @triton.jit(do_not_specialize=_RUNTIME)
 def _backward_dkdv_kernel(
     d_video_out, d_audio_out, video_q, video_k, video_v, audio_q, audio_k, audio_v,
-    video_lse, audio_lse, video_delta, audio_delta, d_video_k, d_video_v, d_audio_k, d_audio_v,
+    video_lse, audio_lse, video_delta, audio_delta, d_video_k, d_video_v, d_audio_k, d_audio_v, shift, scale,
     d_video_out_sb, d_video_out_sl, d_video_out_sh, d_audio_out_sb, d_audio_out_sl, d_audio_out_sh,
     video_q_sb, video_q_sl, video_q_sh, video_k_sb, video_k_sl, video_k_sh, video_v_sb, video_v_sl, video_v_sh,
     audio_q_sb, audio_q_sl, audio_q_sh, audio_k_sb, audio_k_sl, audio_k_sh, audio_v_sb, audio_v_sl, audio_v_sh,
-    audio_tiles, video_tiles, batch_heads, heads, audio_len, video_len, frames, window, shift, scale,
+    audio_tiles, video_tiles, batch_heads, heads, audio_len, video_len, frames, window,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, SHIFT_IS_TENSOR: tl.constexpr,
 ):  # fmt: skip
@@ -396,49 +396,44 @@ def _config(kernel, head_dim, dtype, device_name):
     return _host.lookup(_tables(), kernel, dtype, device_name, str(max(triton.next_power_of_2(head_dim), 16)))
 
 
-def _strides(**tensors):
-    return {f"{name}_s{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate("blh")}
-
-
 def _per_row(x):
     batch, length, heads, _ = x.shape
     return x.new_empty((batch, heads, length), dtype=torch.float32)
 
 
-def _launch(kernel, name, inputs, others, *, frames, window, shift, scale):
-    """One kernel over the tiles of both directions, of queries or of keys; `inputs` are tensors of any strides."""
-    video_q, audio_q = inputs["video_q"], inputs["audio_q"]
-    batch, video_len, heads, head_dim = video_q.shape
-    audio_len = audio_q.shape[1]
-    config = _config(name, head_dim, video_q.dtype, _host.device_name(video_q.device))
+_KERNELS = {
+    "forward": _forward_kernel, "backward_dq": _backward_dq_kernel, "backward_dkdv": _backward_dkdv_kernel
+}  # fmt: skip
+
+
+@_host.planned
+def _plan(name, shape, audio_len, strides, dtype, device, frames, window, shift_is_tensor, precision):
+    """The launch of one kernel over the tiles of both directions, of queries or of keys."""
+    batch, video_len, heads, head_dim = shape
+    config = _config(name, head_dim, dtype, _host.device_name(device))
     if name == "backward_dkdv":
         audio_tiles = _tile_count(audio_len, audio_len, frames, window, config["BLOCK_N"])
         video_tiles = _tile_count(video_len, video_len, frames, window, config["BLOCK_N"])
     else:
         audio_tiles = _tile_count(audio_len, video_len, frames, window, config["BLOCK_M"])
         video_tiles = _tile_count(video_len, audio_len, frames, window, config["BLOCK_M"])
-    is_tensor = isinstance(shift, torch.Tensor)
+    strides = [stride for of_tensor in strides for stride in of_tensor[:3]]
+    fixed = *strides, audio_tiles, video_tiles, batch * heads, heads, audio_len, video_len, frames, window
+    constants = {"HEAD_DIM": head_dim, "BLOCK_D": max(triton.next_power_of_2(head_dim), 16)}
+    constants |= {"PRECISION": precision, "SHIFT_IS_TENSOR": shift_is_tensor}
+    return _host.Launch(_KERNELS[name], batch * heads * (audio_tiles + video_tiles), fixed, constants | config)
+
+
+def _launch(name, inputs, others, frames, window, shift, scale):
+    """`inputs`: the tensors whose strides the kernel takes, the last six of them q, k, v of video and of audio."""
+    video_q, audio_q = inputs[-6], inputs[-3]
+    shift_is_tensor = isinstance(shift, torch.Tensor)
+    launch = _plan(
+        name, video_q.shape, audio_q.shape[1], tuple([x.stride() for x in inputs]), video_q.dtype, video_q.device,
+        frames, window, shift_is_tensor, _host.precision(video_q.dtype),
+    )  # fmt: skip
     with _host.on_device(video_q):
-        kernel[(batch * heads * (audio_tiles + video_tiles),)](
-            **inputs,
-            **others,
-            **_strides(**inputs),
-            audio_tiles=audio_tiles,
-            video_tiles=video_tiles,
-            batch_heads=batch * heads,
-            heads=heads,
-            audio_len=audio_len,
-            video_len=video_len,
-            frames=frames,
-            window=window,
-            shift=shift if is_tensor else int(shift),
-            scale=float(scale),
-            HEAD_DIM=head_dim,
-            BLOCK_D=max(triton.next_power_of_2(head_dim), 16),
-            PRECISION=_host.precision(video_q.dtype),
-            SHIFT_IS_TENSOR=is_tensor,
-            **config,
-        )
+        launch(*inputs, *others, shift if shift_is_tensor else int(shift), float(scale))
 
 
 def forward(video_q, video_k, video_v, audio_q, audio_k, audio_v, *, frames, window, shift, scale):
@@ -447,20 +442,11 @@ def forward(video_q, video_k, video_v, audio_q, audio_k, audio_v, *, frames, win
     video_* [B, F*P, H, D], audio_* [B, T, H, D] in any strides with D contiguous, all of one dtype. shift: an int, or
     an integer tensor of one element on the same device.
     """
-    inputs = {
-        "video_q": video_q, "video_k": video_k, "video_v": video_v,
-        "audio_q": audio_q, "audio_k": audio_k, "audio_v": audio_v,
-    }  # fmt: skip
-    outputs = {
-        "video_out": video_q.new_empty(video_q.shape),
-        "audio_out": audio_q.new_empty(audio_q.shape),
-        "video_lse": _per_row(video_q),
-        "audio_lse": _per_row(audio_q),
-    }
-    at = {"frames": frames, "window": window, "shift": shift, "scale": scale}
+    outputs = video_q.new_empty(video_q.shape), audio_q.new_empty(audio_q.shape), _per_row(video_q), _per_row(audio_q)
     if video_q.numel():
-        _launch(_forward_kernel, "forward", inputs, outputs, **at)
-    return tuple(outputs.values())
+        inputs = video_q, video_k, video_v, audio_q, audio_k, audio_v
+        _launch("forward", inputs, outputs, frames, window, shift, scale)
+    return outputs
 
 
 def backward(
@@ -468,24 +454,12 @@ def backward(
     video_out, audio_out, video_lse, audio_lse, *, frames, window, shift, scale,
 ):  # fmt: skip
     """(d_video_q, d_video_k, d_video_v, d_audio_q, d_audio_k, d_audio_v), contiguous; out and lse are forward's."""
-    inputs = {
-        "video_q": video_q, "video_k": video_k, "video_v": video_v,
-        "audio_q": audio_q, "audio_k": audio_k, "audio_v": audio_v,
-    }  # fmt: skip
-    grads = {f"d_{name}": x.new_empty(x.shape) for name, x in inputs.items()}
+    inputs = video_q, video_k, video_v, audio_q, audio_k, audio_v
+    d_video_q, d_video_k, d_video_v, d_audio_q, d_audio_k, d_audio_v = grads = [x.new_empty(x.shape) for x in inputs]
     if video_q.numel():
-        for name, x in (("d_video_out", d_video_out), ("d_audio_out", d_audio_out)):
-            inputs[name] = x if x.stride(-1) == 1 else x.contiguous()
-        rows = {
-            "video_lse": video_lse,
-            "audio_lse": audio_lse,
-            "video_delta": _per_row(video_q),
-            "audio_delta": _per_row(audio_q),
-        }
-        d_q = {name: grads[name] for name in ("d_video_q", "d_audio_q")}
-        d_kv = {name: x for name, x in grads.items() if name not in d_q}
-        out = {"video_out": video_out, "audio_out": audio_out}
-        at = {"frames": frames, "window": window, "shift": shift, "scale": scale}
-        _launch(_backward_dq_kernel, "backward_dq", inputs, rows | out | d_q, **at)
-        _launch(_backward_dkdv_kernel, "backward_dkdv", inputs, rows | d_kv, **at)
-    return tuple(grads.values())
+        d_out = [x if x.stride(-1) == 1 else x.contiguous() for x in (d_video_out, d_audio_out)]
+        rows = video_lse, audio_lse, _per_row(video_q), _per_row(audio_q)
+        at = frames, window, shift, scale
+        _launch("backward_dq", (*d_out, *inputs), (video_out, audio_out, *rows, d_video_q, d_audio_q), *at)
+        _launch("backward_dkdv", (*d_out, *inputs), (*rows, d_video_k, d_video_v, d_audio_k, d_audio_v), *at)
+    return tuple(grads)

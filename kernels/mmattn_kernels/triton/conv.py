@@ -4,8 +4,8 @@
     out[b, l, o] = bias[o] + residual[b, l, o] + sum_{k, c} weight[o, c, k] * y[b, l + (k - K//2) * dilation, c]
 
 y = prologue(x) is 0 outside 0 .. L-1; the prologue is that of norm.py, (x - mean) * factor + offset and SiLU in fp32,
-rounded to the dtype of x. Layout [B, L, C] with C contiguous, and weights [taps, to, from] in the dtype of x, packed in
-each call: [Cout, Cin, K] would be read one element in K.
+rounded to the dtype of x. Layout [B, L, C] with C contiguous. A weight [Cout, Cin, K] is read in the dtype of x and
+with Cin contiguous, as it is where K = 1 or its memory is [Cout, K, Cin]; any other is copied in each call.
 
 `_convolve_kernel` is an implicit matrix product over taps and input channels: a program owns BLOCK_M positions of
 BLOCK_N output channels, and applies the prologue to each tile of x as it loads it. No y, no columns. The gradient of y
@@ -51,7 +51,7 @@ def _load(p_x, o_l, x_sl, m_l, coefficients, i_b, o_c, channels, SILU: tl.conste
 @triton.jit(do_not_specialize=_RUNTIME)
 def _convolve_kernel(
     x, weight, bias, residual, coefficients, out, x_sb, x_sl, residual_sb, residual_sl,
-    length, in_channels, out_channels, dilation, tiles,
+    weight_sn, weight_sk, weight_st, length, in_channels, out_channels, dilation, tiles,
     TAPS: tl.constexpr, REVERSED: tl.constexpr, SILU: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -76,10 +76,15 @@ def _convolve_kernel(
         o_l = o_m + (i_tap - TAPS // 2) * dilation
         m_l = (o_l >= 0) & (o_l < length)
         b_y = _load(p_x, o_l, x_sl, m_l, coefficients, i_b, o_k, in_channels, SILU)  # [BM, BK]
-        o_w = (TAPS - 1 - i_tap if REVERSED else i_tap) * out_channels + o_n
-        m_w = m_n[:, None] & (o_k < in_channels)[None, :]
-        b_w = tl.load(pointers(weight, o_w, in_channels, o_k), mask=m_w, other=0.0)  # [BN, BK]
-        b_acc = tl.dot(b_y, tl.trans(b_w), b_acc, input_precision=PRECISION)
+        m_k = o_k < in_channels
+        # Each way reads along the weight's contiguous axis: the backward's `out` channels are the weight's `in`.
+        if REVERSED:
+            p_w = weight + (TAPS - 1 - i_tap) * weight_st + o_k[:, None] * weight_sk + o_n[None, :] * weight_sn
+            b_w = tl.load(p_w, mask=m_k[:, None] & m_n[None, :], other=0.0)  # [BK, BN]
+        else:
+            p_w = weight + i_tap * weight_st + o_n[:, None] * weight_sn + o_k[None, :] * weight_sk
+            b_w = tl.trans(tl.load(p_w, mask=m_n[:, None] & m_k[None, :], other=0.0))  # [BK, BN]
+        b_acc = tl.dot(b_y, b_w, b_acc, input_precision=PRECISION)
     m_out = (o_m < length)[:, None] & m_n[None, :]
     if bias is not None:
         b_acc += tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
@@ -157,62 +162,72 @@ def _fit(config, **channels):
     return config | {name: min(config[name], max(16, triton.next_power_of_2(n))) for name, n in channels.items()}
 
 
-def _pack(weight, dtype):
-    """[Cout, Cin, K] as [K, Cout, Cin]."""
-    return weight.to(dtype).permute(2, 0, 1).contiguous()
+def _dense(weight, dtype):
+    """A weight [Cout, Cin, K] with Cin contiguous in memory and in this dtype: itself, or a copy."""
+    if weight.dtype == dtype and weight.stride(1) == 1:
+        return weight
+    out_channels, in_channels, taps = weight.shape
+    return weight.new_empty((taps, out_channels, in_channels), dtype=dtype).permute(1, 2, 0).copy_(weight)
 
 
-def _convolve(x, weight, bias, residual, affine, out, *, dilation, silu, is_reversed):
-    """out = bias + residual + convolution, with a packed weight."""
-    batch, length, in_channels = x.shape
-    taps, out_channels, _ = weight.shape
-    name = "plain" if affine is None and not silu else "prologue"
-    config = _config(name, out_channels, x.dtype, _host.device_name(x.device))
+@_host.planned
+def _plan(shape, strides, weight_shape, weight_strides, dtype, device, dilation, silu, name, is_reversed, precision):
+    """The launch of the convolution of x [B, L, Cin], by a weight [Cout, Cin, K] with all strides."""
+    batch, length, in_channels = shape
+    out_channels, _, taps = weight_shape
+    config = _config(name, out_channels, dtype, _host.device_name(device))
     config = _fit(config, BLOCK_N=out_channels, BLOCK_K=in_channels)
     tiles = triton.cdiv(length, config["BLOCK_M"])
-    residual_sb, residual_sl = (0, 0) if residual is None else residual.stride()[:2]
+    # Taps farther than L read zeros, however far.
+    fixed = *strides, *weight_strides, length, in_channels, out_channels, min(dilation, length), tiles
+    constants = {"TAPS": taps, "REVERSED": is_reversed, "SILU": silu, "PRECISION": precision} | config
+    programs = batch * tiles * triton.cdiv(out_channels, config["BLOCK_N"])
+    return _host.Launch(_convolve_kernel, programs, fixed, constants)
+
+
+def _convolve(x, weight, bias, residual, affine, out, *, dilation, silu, is_reversed=False):
+    """out = bias + residual + convolution, by a dense weight."""
+    name = "plain" if affine is None and not silu else "prologue"
+    strides = *x.stride()[:2], *((0, 0) if residual is None else residual.stride()[:2])
+    launch = _plan(
+        x.shape, strides, weight.shape, weight.stride(), x.dtype, x.device, dilation, silu, name, is_reversed,
+        _host.precision(x.dtype),
+    )  # fmt: skip
     with _host.on_device(x):
-        _convolve_kernel[(batch * tiles * triton.cdiv(out_channels, config["BLOCK_N"]),)](
-            x=x, weight=weight, bias=None if bias is None else bias.contiguous(), residual=residual,
-            coefficients=affine, out=out, x_sb=x.stride(0), x_sl=x.stride(1),
-            residual_sb=residual_sb, residual_sl=residual_sl,
-            length=length, in_channels=in_channels, out_channels=out_channels,
-            # Taps farther than L read zeros, however far.
-            dilation=min(dilation, length), tiles=tiles,
-            TAPS=taps, REVERSED=is_reversed, SILU=silu, PRECISION=_host.precision(x.dtype), **config,
-        )  # fmt: skip
+        launch(x, weight, None if bias is None else bias.contiguous(), residual, affine, out)
 
 
-def _weight_gradient(d_out, x, affine, d_weight, *, dilation, silu):
-    batch, length, in_channels = x.shape
-    out_channels, _, taps = d_weight.shape
-    config = _config("backward_weight", out_channels, x.dtype, _host.device_name(x.device))
+@_host.planned
+def _weight_plan(shape, weight_shape, strides, dtype, device, dilation, silu, precision):
+    """The launches of the partial sums and of their merge, and the number of parts."""
+    batch, length, in_channels = shape
+    out_channels, _, taps = weight_shape
+    config = _config("backward_weight", out_channels, dtype, _host.device_name(device))
     programs = config.pop("PROGRAMS")
     config = _fit(config, BLOCK_M=out_channels, BLOCK_N=in_channels)
     owners = taps * triton.cdiv(out_channels, config["BLOCK_M"]) * triton.cdiv(in_channels, config["BLOCK_N"])
     tiles = triton.cdiv(length, config["BLOCK_K"])
     chunk = triton.cdiv(batch * tiles, max(programs // owners, 1))
     splits = triton.cdiv(batch * tiles, chunk)
+    fixed = *strides, length, in_channels, out_channels, min(dilation, length), tiles, batch * tiles, chunk
+    constants = {"TAPS": taps, "SILU": silu, "PRECISION": precision} | config
+    partial = _host.Launch(_backward_weight_kernel, owners * splits, fixed, constants)
+    block_c = 128
+    merges = triton.cdiv(out_channels * in_channels * taps, block_c)
+    constants = {"TAPS": taps, "BLOCK_N": 16, "BLOCK_C": block_c}
+    return partial, _host.Launch(_merge_weight_kernel, merges, (in_channels, out_channels, splits), constants), splits
+
+
+def _weight_gradient(d_out, x, affine, d_weight, *, dilation, silu):
+    strides = *d_out.stride()[:2], *x.stride()[:2]
+    partial, merge, splits = _weight_plan(
+        x.shape, d_weight.shape, strides, x.dtype, x.device, dilation, silu, _host.precision(x.dtype)
+    )
+    out_channels, in_channels, taps = d_weight.shape
     partials = x.new_empty((splits, taps, out_channels, in_channels), dtype=torch.float32)
-    channels = {"in_channels": in_channels, "out_channels": out_channels}
-    block_n, block_c = 16, 128
     with _host.on_device(x):
-        _backward_weight_kernel[(owners * splits,)](
-            d_out=d_out, x=x, coefficients=affine, partials=partials,
-            d_out_sb=d_out.stride(0), d_out_sl=d_out.stride(1), x_sb=x.stride(0), x_sl=x.stride(1),
-            length=length, dilation=min(dilation, length), tiles=tiles, blocks=batch * tiles, chunk=chunk,
-            TAPS=taps, SILU=silu, PRECISION=_host.precision(x.dtype), **channels, **config,
-        )  # fmt: skip
-        _merge_weight_kernel[(triton.cdiv(d_weight.numel(), block_c),)](
-            partials=partials, d_weight=d_weight, splits=splits, TAPS=taps, BLOCK_N=block_n, BLOCK_C=block_c, **channels
-        )
-
-
-def _bias_gradient(d_out):
-    """[Cout] in fp32."""
-    affine = norm.coefficients(d_out, None, None, None, None, None, groups=0)
-    sums, _ = norm.reduce(d_out, d_out, None, None, None, affine, groups=0, silu=False)
-    return sums[..., 0].sum(0)
+        partial(d_out, x, affine, partials)
+        merge(partials, d_weight)
 
 
 def forward(x, weight, bias, norm_weight, norm_bias, scale, shift, residual, *, groups, dilation, silu, eps):
@@ -232,8 +247,7 @@ def forward(x, weight, bias, norm_weight, norm_bias, scale, shift, residual, *, 
         stats, affine = norm.statistics(x, norm_weight, norm_bias, scale, shift, groups=groups, eps=eps)
     elif scale is not None or shift is not None:
         affine = norm.coefficients(x, None, None, scale, shift, None, groups=0)
-    packed = _pack(weight, x.dtype)
-    _convolve(x, packed, bias, residual, affine, out, dilation=dilation, silu=silu, is_reversed=False)
+    _convolve(x, _dense(weight, x.dtype), bias, residual, affine, out, dilation=dilation, silu=silu)
     return out, stats
 
 
@@ -259,10 +273,10 @@ def backward(
     if need_weight:
         _weight_gradient(d_out, x, affine if has_affine else None, d_weight, dilation=dilation, silu=silu)
     if need_bias:
-        d_bias = _bias_gradient(d_out)
+        torch.sum(d_out, (0, 1), dtype=torch.float32, out=d_bias)
     if need_x:
-        packed = _pack(weight.transpose(0, 1), x.dtype)
-        _convolve(d_out, packed, None, None, None, d_x, dilation=dilation, silu=False, is_reversed=True)
+        flipped = _dense(weight, x.dtype).transpose(0, 1)
+        _convolve(d_out, flipped, None, None, None, d_x, dilation=dilation, silu=False, is_reversed=True)
         if has_prologue:
             sums = norm.gradient(d_x, x, norm_weight, scale, stats, affine, groups=groups, silu=silu, d_x=d_x)
     return d_x, d_weight, d_bias, sums

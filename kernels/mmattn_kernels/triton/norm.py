@@ -14,7 +14,7 @@ and centred sums of squares are kept, relative to x at the first position, and m
 cannot hold of the mean goes into the offset. So a mean far from zero costs no accuracy.
 
 Per batch and channel (mean, factor, offset) are `coefficients` [B, 3, C]. The convolution, whose prologue this is,
-uses them, `statistics`, `reduce` and `gradient` too.
+uses them, `statistics` and `gradient` too.
 """
 
 import functools
@@ -338,57 +338,80 @@ def _config(kernel, dtype, device_name):
     return dict(_host.lookup(_tables(), kernel, dtype, device_name))
 
 
-def _cut(kernel, x):
-    """Chunks and blocks of a kernel over tokens, and the rest of its configuration; how many programs that makes."""
-    batch, length, channels = x.shape
-    config = _config(kernel, x.dtype, _host.device_name(x.device))
+_OVER_TOKENS = {
+    "statistics": _statistics_kernel, "forward": _forward_kernel,
+    "backward_sums": _backward_sums_kernel, "backward": _backward_kernel,
+}  # fmt: skip
+
+
+@_host.planned
+def _plan(name, shape, strides, dtype, device, **constants):
+    """The launch of a kernel over tokens, and its chunk and number of chunks."""
+    batch, length, channels = shape
+    config = _config(name, dtype, _host.device_name(device))
     block_c = min(config.pop("BLOCK_C"), triton.next_power_of_2(channels))
     block_l = config.pop("TILE") // block_c
     columns = batch * triton.cdiv(channels, block_c)
     chunk = block_l * triton.cdiv(triton.cdiv(length, block_l), max(config.pop("PROGRAMS") // columns, 1))
     chunks = triton.cdiv(length, chunk)
-    cut = {"length": length, "channels": channels, "chunk": chunk, "chunks": chunks}
-    return columns * chunks, cut | {"BLOCK_L": block_l, "BLOCK_C": block_c} | config
+    fixed = *strides, length, channels, chunk, chunks
+    constants |= {"BLOCK_L": block_l, "BLOCK_C": block_c} | config
+    return _host.Launch(_OVER_TOKENS[name], columns * chunks, fixed, constants), chunk, chunks
 
 
-def _merge_blocks(x, size):
-    config = _config("merge", x.dtype, _host.device_name(x.device))
+def _merge_blocks(size, dtype, device):
+    config = _config("merge", dtype, _host.device_name(device))
     block_c = min(config.pop("BLOCK_C"), triton.next_power_of_2(size))
     return {"BLOCK_N": config.pop("TILE") // block_c, "BLOCK_C": block_c} | config
 
 
-def _rows(**tensors):
-    """Tensors [B, L, C] and their strides."""
-    strides = {f"{name}_s{axis}": t.stride(i) for name, t in tensors.items() for i, axis in enumerate("bl")}
-    return tensors | strides
+@_host.planned
+def _merge_plan(shape, strides, groups, chunk, chunks, eps, dtype, device):
+    batch, length, channels = shape
+    fixed = *strides, length, channels, groups, chunk, chunks, eps
+    return _host.Launch(_merge_kernel, batch * groups, fixed, _merge_blocks(channels // groups, dtype, device))
 
 
-def _parameters(**tensors):
-    """Parameters [C] or [B, C], C contiguous, or None, and the batch strides of those named scale and shift."""
-    tensors = {name: t if t is None or t.stride(-1) == 1 else t.contiguous() for name, t in tensors.items()}
-    film = {name: t for name, t in tensors.items() if name in ("scale", "shift")}
-    return tensors | {f"{name}_sb": 0 if t is None else t.stride(0) for name, t in film.items()}
+@_host.planned
+def _coefficients_plan(shape, strides, groups, device):
+    batch, _, channels = shape
+    block_c = min(256, triton.next_power_of_2(channels))
+    fixed = *strides, channels, groups
+    return _host.Launch(_coefficients_kernel, batch * triton.cdiv(channels, block_c), fixed, {"BLOCK_C": block_c})
 
 
-def _partials(x, cut):
-    return x.new_empty((x.shape[0], cut["chunks"], 2, x.shape[2]), dtype=torch.float32)
+@_host.planned
+def _backward_merge_plan(shape, scale_sb, groups, chunks, dtype, device):
+    batch, length, channels = shape
+    size = channels // groups if groups else min(channels, 32)
+    merges = groups or triton.cdiv(channels, size)
+    fixed = scale_sb, length, channels, merges, size, chunks
+    return _host.Launch(_backward_merge_kernel, batch * merges, fixed, _merge_blocks(size, dtype, device))
+
+
+def _dense(parameter):
+    """A parameter [C] or [B, C], or None, with C contiguous."""
+    return parameter if parameter is None or parameter.stride(-1) == 1 else parameter.contiguous()
+
+
+def _film(scale, shift):
+    """scale and shift, C contiguous, and their batch strides."""
+    scale, shift = _dense(scale), _dense(shift)
+    return (scale, shift), (0 if scale is None else scale.stride(0), 0 if shift is None else shift.stride(0))
 
 
 def statistics(x, weight, bias, scale, shift, *, groups, eps):
     """(stats [B, groups, 2], coefficients [B, 3, C]) of x [B, L, C], none of its axes empty."""
-    batch, length, channels = x.shape
-    programs, cut = _cut("statistics", x)
-    partials = _partials(x, cut)
+    batch, _, channels = x.shape
+    launch, chunk, chunks = _plan("statistics", x.shape, x.stride()[:2], x.dtype, x.device)
+    film, strides = _film(scale, shift)
+    merge = _merge_plan(x.shape, (x.stride(0), *strides), groups, chunk, chunks, float(eps), x.dtype, x.device)
+    partials = x.new_empty((batch, chunks, 2, channels), dtype=torch.float32)
     stats = x.new_empty((batch, groups, 2), dtype=torch.float32)
     affine = x.new_empty((batch, 3, channels), dtype=torch.float32)
     with _host.on_device(x):
-        _statistics_kernel[(programs,)](partials=partials, **_rows(x=x), **cut)
-        _merge_kernel[(batch * groups,)](
-            x=x, x_sb=x.stride(0), partials=partials, stats=stats, coefficients=affine,
-            **_parameters(weight=weight, bias=bias, scale=scale, shift=shift),
-            length=length, channels=channels, groups=groups, chunk=cut["chunk"], chunks=cut["chunks"], eps=float(eps),
-            **_merge_blocks(x, channels // groups),
-        )  # fmt: skip
+        launch(x, partials)
+        merge(x, partials, stats, affine, _dense(weight), _dense(bias), *film)
     return stats, affine
 
 
@@ -396,45 +419,28 @@ def coefficients(x, weight, bias, scale, shift, stats, *, groups):
     """[B, 3, C] for x [B, L, C], as `statistics` returned them; without groups of FiLM alone."""
     batch, _, channels = x.shape
     affine = x.new_empty((batch, 3, channels), dtype=torch.float32)
-    block_c = min(256, triton.next_power_of_2(channels))
+    film, strides = _film(scale, shift)
+    launch = _coefficients_plan(x.shape, strides, groups, x.device)
     with _host.on_device(x):
-        _coefficients_kernel[(batch * triton.cdiv(channels, block_c),)](
-            stats=stats if groups else None, coefficients=affine,
-            **_parameters(weight=weight, bias=bias, scale=scale, shift=shift),
-            channels=channels, groups=groups, BLOCK_C=block_c,
-        )  # fmt: skip
+        launch(stats if groups else None, affine, _dense(weight), _dense(bias), *film)
     return affine
 
 
-def reduce(d_out, x, weight, scale, stats, affine, *, groups, silu):
-    """(sums [B, C, 2], corrections [B, 2, C], without groups None); `affine` as by `coefficients`."""
-    batch, length, channels = x.shape
-    programs, cut = _cut("backward_sums", x)
-    partials = _partials(x, cut)
+def gradient(d_out, x, weight, scale, stats, affine, *, groups, silu, d_x):
+    """Writes d_x [B, L, C], contiguous, which may be d_out, and returns sums [B, C, 2]; `affine` are coefficients."""
+    batch, _, channels = x.shape
+    at = x.shape, (*d_out.stride()[:2], *x.stride()[:2]), x.dtype, x.device
+    sum_up, _, chunks = _plan("backward_sums", *at, SILU=silu)
+    partials = x.new_empty((batch, chunks, 2, channels), dtype=torch.float32)
     sums = x.new_empty((batch, channels, 2), dtype=torch.float32)
     corrections = x.new_empty((batch, 2, channels), dtype=torch.float32) if groups else None
-    size = channels // groups if groups else min(channels, 32)
-    merges = groups or triton.cdiv(channels, size)
-    film = _parameters(weight=weight, scale=scale)
+    (scale, _), (scale_sb, _) = _film(scale, None)
+    merge = _backward_merge_plan(x.shape, scale_sb, groups, chunks, x.dtype, x.device)
+    launch, _, _ = _plan("backward", *at, SILU=silu)
     with _host.on_device(x):
-        _backward_sums_kernel[(programs,)](
-            coefficients=affine, partials=partials, SILU=silu, **_rows(d_out=d_out, x=x), **cut
-        )
-        _backward_merge_kernel[(batch * merges,)](
-            partials=partials, sums=sums, corrections=corrections, stats=stats if groups else None, **film,
-            length=length, channels=channels, groups=merges, size=size, chunks=cut["chunks"], **_merge_blocks(x, size),
-        )  # fmt: skip
-    return sums, corrections
-
-
-def gradient(d_out, x, weight, scale, stats, affine, *, groups, silu, d_x):
-    """Writes d_x [B, L, C], contiguous, which may be d_out, and returns sums."""
-    sums, corrections = reduce(d_out, x, weight, scale, stats, affine, groups=groups, silu=silu)
-    programs, cut = _cut("backward", x)
-    with _host.on_device(x):
-        _backward_kernel[(programs,)](
-            coefficients=affine, corrections=corrections, d_x=d_x, SILU=silu, **_rows(d_out=d_out, x=x), **cut
-        )
+        sum_up(d_out, x, affine, partials)
+        merge(partials, sums, corrections, stats if groups else None, _dense(weight), scale)
+        launch(d_out, x, affine, corrections, d_x)
     return sums
 
 
@@ -448,9 +454,9 @@ def forward(x, weight, bias, scale, shift, *, groups, silu, eps):
     if not x.numel():
         return out, x.new_empty((x.shape[0], groups, 2), dtype=torch.float32)
     stats, affine = statistics(x, weight, bias, scale, shift, groups=groups, eps=eps)
-    programs, cut = _cut("forward", x)
+    launch, _, _ = _plan("forward", x.shape, x.stride()[:2], x.dtype, x.device, SILU=silu)
     with _host.on_device(x):
-        _forward_kernel[(programs,)](coefficients=affine, out=out, SILU=silu, **_rows(x=x), **cut)
+        launch(x, affine, out)
     return out, stats
 
 
