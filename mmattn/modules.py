@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmattn._library import is_autocast
+from mmattn._streams import side_by_side
 from mmattn.attention import draw_shift, random_shift_attention
 from mmattn.conv import dilated_conv1d
 from mmattn.norm import group_norm
@@ -122,15 +123,24 @@ class RandomShiftAttention(nn.Module):
             audio.transpose(1, 2),
         )  # channels last; in memory too, if all is well
         video_tokens = video.reshape(batch, frames * height * width, channels).contiguous()
+        audio_tokens = audio.contiguous()
+        video_qkv, audio_qkv = side_by_side(
+            lambda: self._heads(video_tokens, self.video_norm, self.video_qkv),
+            lambda: self._heads(audio_tokens, self.audio_norm, self.audio_qkv),
+            video.device,
+        )
         video_heads, audio_heads = random_shift_attention(
-            *self._heads(video_tokens, self.video_norm, self.video_qkv),
-            *self._heads(audio.contiguous(), self.audio_norm, self.audio_qkv),
+            *video_qkv,
+            *audio_qkv,
             frames=frames,
             window=frames if self.window is None else self.window,
             shift=shift,
         )
-        video = _add_projection(video, video_heads, self.video_out)
-        audio = _add_projection(audio, audio_heads, self.audio_out)
+        video, audio = side_by_side(
+            lambda: _add_projection(video, video_heads, self.video_out),
+            lambda: _add_projection(audio, audio_heads, self.audio_out),
+            video.device,
+        )
         return video.permute(0, 1, 4, 2, 3), audio.transpose(1, 2)
 
     @classmethod

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import mmattn
+from mmattn._streams import side_by_side
 
 Streams: TypeAlias = tuple[Tensor | None, Tensor | None]
 Resampling: TypeAlias = Literal["down", "up"] | None
@@ -284,11 +285,11 @@ class ResidualBlock(nn.Module):
     def forward(self, video: Tensor | None, audio: Tensor | None, embedding: Tensor) -> Streams:
         """Tokens of both streams from tokens; embedding [B, E] has its SiLU behind it already."""
         embedding = self.embedding(embedding)
-        if self.video is not None:
-            video = self.video(video, embedding, is_film=self.is_film)
-        if self.audio is not None:
-            audio = self.audio(audio, embedding, is_film=self.is_film)
-        return video, audio
+        return side_by_side(
+            lambda: video if self.video is None else self.video(video, embedding, is_film=self.is_film),
+            lambda: audio if self.audio is None else self.audio(audio, embedding, is_film=self.is_film),
+            embedding.device,
+        )
 
 
 def cross_attend(

@@ -58,7 +58,7 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
                     f"unet has {name}_out_channels {found}; expected {channels}, or {2 * channels} with learned sigma"
                 )
         self.register_modules(unet=unet, scheduler=scheduler)
-        self._recorded: tuple[Any, Callable[..., Any]] | None = None
+        self._recorded: tuple[Any, list[int], Callable[..., Any]] | None = None
 
     @torch.no_grad()
     def __call__(
@@ -230,11 +230,15 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     def _record(self, *inputs: Tensor) -> Callable[..., Any]:
         """The model as a CUDA graph, recorded anew where the inputs' shapes or the memory of the parameters changed."""
-        key = [(x.shape, x.dtype) for x in inputs], [x.data_ptr() for x in self.unet.parameters()]
-        if self._recorded is None or self._recorded[0] != key:
+        shapes = [(x.shape, x.dtype) for x in inputs]
+        if self._recorded is None or self._recorded[:2] != (shapes, self._memory()):
             self._recorded = None  # frees the memory of the one before
-            self._recorded = key, self.unet.capture(*inputs)
-        return self._recorded[1]
+            network = self.unet.capture(*inputs)
+            self._recorded = shapes, self._memory(), network  # which the capture may have moved
+        return self._recorded[2]
+
+    def _memory(self) -> list[int]:
+        return [x.data_ptr() for x in self.unet.parameters()]
 
 
 class _Stream(NamedTuple):

@@ -171,7 +171,7 @@ def write(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
         if path.suffix == ".safetensors":
             from safetensors.torch import save_file
 
-            save_file(dict(tensors), part)
+            save_file({name: x.contiguous() for name, x in tensors.items()}, part)
         else:
             try:
                 with open(part, "wb") as file:

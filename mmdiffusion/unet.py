@@ -290,6 +290,9 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
     ) -> Callable[..., tuple[Tensor | None, Tensor | None]]:
         """Record the network as one CUDA graph for inputs of these shapes and dtypes, on these parameters.
 
+        The weights of the convolutions are laid out anew in memory first, channels last, which changes nothing but
+        their strides: the kernels then read them in place.
+
         Args:
             video, audio, timesteps: as of `forward`; timesteps [B] on the device.
 
@@ -305,6 +308,7 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if device.type != "cuda" or any(x.device != device for x in tensors):
             where = ", ".join(sorted({str(x.device) for x in tensors} | {str(device)}))
             raise RuntimeError(f"model and inputs are on {where}; expected all on one CUDA device to capture a graph")
+        _lay_out_weights(self)
         statics = [None if x is None else x.clone() for x in (video, audio, timesteps)]
         ranges = self.shift_ranges(0 if video is None else video.shape[1])
         static_shifts = torch.zeros(len(ranges), dtype=torch.int32, device=device)
@@ -415,6 +419,13 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
                     f"audio has {audio.shape[2]} positions, {coarsest} at the coarsest level; expected at least the "
                     f"{video.shape[1]} of the frames there"
                 )
+
+
+def _lay_out_weights(model: nn.Module) -> None:
+    """Weights of convolutions channels last in memory, where kernels on a GPU read them in place."""
+    for layer in model.modules():
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+            layer.weight.data = layer.weight.data.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def _check_divisible(name: str, what: str, sizes: Sequence[int], divisor: int) -> None:

@@ -15,7 +15,8 @@ pytest.importorskip("diffusers")
 safetensors = pytest.importorskip("safetensors")
 
 from mmattn.testing import relative_error  # noqa: E402
-from mmdiffusion import CoupledUNet, blocks, cli  # noqa: E402
+from mmdiffusion import CoupledUNet, blocks, cli, published  # noqa: E402
+from mmdiffusion.unet import _lay_out_weights  # noqa: E402
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "bench"))
 
@@ -493,6 +494,23 @@ def test_inputs_that_are_refused():
         unet(video, audio, timesteps, shifts=[0, 3, 0])
     with pytest.raises(RuntimeError, match=r"model and inputs are on cpu; expected all on one CUDA device"):
         unet.capture(video, audio, timesteps)
+
+
+def test_weights_as_a_capture_lays_them_out(tmp_path):
+    unet, inputs = small(), clip()
+    expected = gradients(unet, *inputs, shifts=[0, 1, 2])
+    _lay_out_weights(unet)
+    assert unet.encoder[0].block.video.spatial.weight.is_contiguous(memory_format=torch.channels_last)
+    found = gradients(unet, *inputs, shifts=[0, 1, 2])
+    assert all(relative_error(found[name], x) < 1e-6 for name, x in expected.items())
+    published.write(unet.to_published(), tmp_path / "model.safetensors")
+    unet.save_pretrained(tmp_path / "model")
+    for loaded in (
+        CoupledUNet.from_published(tmp_path / "model.safetensors", **SMALL_UNET),
+        CoupledUNet.from_pretrained(tmp_path / "model"),
+    ):
+        with torch.no_grad():
+            assert is_equal(loaded(*inputs, shifts=[0, 1, 2]), unet(*inputs, shifts=[0, 1, 2]))
 
 
 @pytest.mark.gpu
