@@ -158,7 +158,9 @@ def blocks(monkeypatch):
     merge = {"TILE": 256, "BLOCK_C": 16, "num_warps": 4}
     over_tokens = {**merge, "PROGRAMS": 8}
     monkeypatch.setattr(conv, "_config", lambda name, *_: dict(weight if name == "backward_weight" else convolve))
-    monkeypatch.setattr(norm, "_config", lambda name, *_: dict(merge if name == "merge" else over_tokens))
+    whole = {**merge, "POSITIONS": 20}
+    of_norm = {"merge": merge, "whole": whole}
+    monkeypatch.setattr(norm, "_config", lambda name, *_: dict(of_norm.get(name, over_tokens)))
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -19,7 +19,7 @@ from mmattn.testing import assert_close_to_fp64, relative_error
 from mmattn_kernels.triton import norm
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-KERNELS = ("statistics", "merge", "forward", "backward_sums", "backward")
+KERNELS = ("statistics", "merge", "forward", "backward_sums", "backward", "whole")
 OVER_TOKENS = ("statistics", "forward", "backward_sums", "backward")
 PARAMETERS = ("weight", "bias", "scale", "shift")
 GRADS = ("d_x", *(f"d_{name}" for name in PARAMETERS))
@@ -42,6 +42,7 @@ class Case:
     tile: int = 64
     block_c: int = 8
     programs: int = 12
+    positions: int = 0  # up to which one launch does everything
 
 
 CASES = {
@@ -62,6 +63,15 @@ CASES = {
     "neither": Case(film=False, silu=False, groups=4),
     "fp16": Case(dtype=torch.float16),
     "fp16 throughout": Case(dtype=torch.float16, parameters=torch.float16, batch=2),
+    "whole": Case(positions=40),
+    "whole, all channels in one block": Case(positions=40, block_c=32, batch=2),
+    "whole, groups of 3 in blocks of 8": Case(positions=40, channels=21, groups=7, film=False),
+    "whole, groups of 6 in blocks of 32": Case(positions=40, channels=54, groups=9, block_c=32, tile=128),
+    "whole, one position": Case(positions=40, length=1, channels=4, groups=2),
+    "whole, one channel": Case(positions=200, channels=1, groups=1, length=150),
+    "whole, a group a channel, strided": Case(positions=40, groups=20, batch=2, strided=True),
+    "whole, groups too wide": Case(positions=40, channels=38, groups=2, length=21),
+    "whole, without activation, fp16": Case(positions=40, silu=False, dtype=torch.float16),
     "without groups": Case(groups=0, batch=2),
     "without groups and FiLM": Case(groups=0, film=False, length=50),
     "without groups and activation": Case(groups=0, silu=False, channels=70, length=9),
@@ -131,8 +141,9 @@ def assert_matches(case):
 def tiles(monkeypatch):
     def pin(case):
         config = {"TILE": case.tile, "BLOCK_C": case.block_c, "num_warps": 4}
-        over_tokens = {**config, "PROGRAMS": case.programs}
-        monkeypatch.setattr(norm, "_config", lambda kernel, *_: dict(config if kernel == "merge" else over_tokens))
+        more = {kernel: {"PROGRAMS": case.programs} for kernel in OVER_TOKENS}
+        more |= {"whole": {"POSITIONS": case.positions}, "merge": {}}
+        monkeypatch.setattr(norm, "_config", lambda kernel, *_: {**config, **more[kernel]})
 
     return pin
 
@@ -151,9 +162,10 @@ def test_default_configurations(channels, groups, dtype):
 
 
 @pytest.mark.filterwarnings("ignore:overflow")  # numpy's, where a masked 0 lies a thousand deviations off
+@pytest.mark.parametrize("positions", (0, 200))
 @pytest.mark.parametrize("groups", (5, 20))
-def test_a_mean_far_from_zero(groups, tiles):
-    case = Case(mean=1e3, length=150, groups=groups)
+def test_a_mean_far_from_zero(groups, positions, tiles):
+    case = Case(mean=1e3, length=150, groups=groups, positions=positions)
     tiles(case)
     x, parameters, d_out = inputs(case)
     exact, plain = (oracle(x, parameters, d_out, case, dtype) for dtype in (torch.float64, torch.float32))
@@ -164,8 +176,9 @@ def test_a_mean_far_from_zero(groups, tiles):
         assert relative_error(found[name], exact[name]) < 5e-5, name
 
 
-def test_statistics_of_a_mean_far_from_zero(tiles):
-    tiles(Case())
+@pytest.mark.parametrize("positions", (0, 400))
+def test_statistics_of_a_mean_far_from_zero(positions, tiles):
+    tiles(Case(positions=positions))
     x = torch.randn(2, 301, 12, generator=torch.Generator().manual_seed(0)).to(DEVICE) + 1e3
     weight, bias = torch.ones(12, device=DEVICE), torch.zeros(12, device=DEVICE)
     _, stats = norm.forward(x, weight, bias, None, None, groups=4, silu=False, eps=0.0)
@@ -181,9 +194,10 @@ def test_two_runs_are_bitwise_equal(tiles):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_gradient_may_overwrite_its_input(tiles):
+@pytest.mark.parametrize("positions", (0, 40))
+def test_gradient_may_overwrite_its_input(positions, tiles):
     """The convolution's backward turns the gradient of its prologue's output into that of its input in place."""
-    case = CASES["two batches"]
+    case = Case(batch=2, length=19, positions=positions)
     tiles(case)
     x, parameters, d_out = inputs(case)
     _, stats = norm.forward(x, **parameters, groups=case.groups, silu=True, eps=1e-5)
@@ -216,23 +230,23 @@ def test_every_configuration_is_complete():
         for kernel in KERNELS:
             for dtype in (torch.float16, torch.bfloat16, torch.float32):
                 config = norm._config(kernel, dtype, device_name)
-                expected = {"TILE", "BLOCK_C", "num_warps"} | ({"PROGRAMS"} if kernel in OVER_TOKENS else set())
-                assert config.keys() - {"maxnreg"} == expected
+                more = {"whole": {"POSITIONS"}, "merge": set()}.get(kernel, {"PROGRAMS"})
+                assert config.keys() - {"maxnreg"} == {"TILE", "BLOCK_C", "num_warps"} | more
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_ahead_of_time(target):
     rows = ahead_of_time("--op", "norm", target)
-    assert {row["kernel"] for row in rows} == {*KERNELS, "coefficients", "backward_merge"}
+    assert {row["kernel"] for row in rows} == {*KERNELS, "coefficients", "backward_merge", "backward_whole"}
     for row in rows:
         assert row["shared"] <= SHARED_LIMIT[target] and row["spills"] == 0, row
-        if target != "gfx942" and row["kernel"] in OVER_TOKENS:
+        if target != "gfx942" and row["kernel"] in (*OVER_TOKENS, "whole", "backward_whole"):
             assert row["wide_loads"] > 0 and row["registers"] <= 128, row
 
 
 def test_kept_launches_are_those_of_triton():
-    assert ahead_of_time("--op", "norm", "--relaunches") == [{"op": "norm", "launches": 7, "same": True}]
+    assert ahead_of_time("--op", "norm", "--relaunches") == [{"op": "norm", "launches": 10, "same": True}]
 
 
 def test_length_and_batch_compile_nothing_anew():
-    assert ahead_of_time("--op", "norm", "--recompiles") == [{"op": "norm", "first": 7, "changed": []}]
+    assert ahead_of_time("--op", "norm", "--recompiles") == [{"op": "norm", "first": 9, "changed": []}]

@@ -105,15 +105,19 @@ def launch_attention(size, dtype, *, frames=4, pixels=6, audio_len=27, heads=2, 
     attention.backward(*out[:2], *qkv, *out, **at)
 
 
-def launch_norm(size, dtype, *, length=50, batch=2):
-    """One forward and one backward call as the audio block makes it: scale and shift are halves of one tensor."""
-    x = torch.zeros(batch, length, size, dtype=dtype)
+def launch_norm(size, dtype, *, length=2000, short=50, batch=2):
+    """A forward and a backward call as the audio block makes them: scale and shift are halves of one tensor.
+
+    Of a long sequence and of one short enough for one launch.
+    """
     parameters = torch.ones(size), torch.zeros(size), *torch.zeros(batch, 2 * size, dtype=dtype).chunk(2, 1)
-    out, stats = norm.forward(x, *parameters, groups=32, silu=True, eps=1e-5)
-    norm.backward(out, x, *parameters, stats, groups=32, silu=True)
+    for positions in (length, short):
+        x = torch.zeros(batch, positions, size, dtype=dtype)
+        out, stats = norm.forward(x, *parameters, groups=32, silu=True, eps=1e-5)
+        norm.backward(out, x, *parameters, stats, groups=32, silu=True)
 
 
-def launch_conv(size, dtype, *, length=50, batch=2, dilation=2):
+def launch_conv(size, dtype, *, length=2000, batch=2, dilation=2):
     """One forward and one backward call of K = 3 with everything in front of it and behind it."""
     x = torch.zeros(batch, length, size, dtype=dtype)
     weight, ones, zeros = torch.zeros(size, size, 3), torch.ones(size), torch.zeros(size)
@@ -131,9 +135,12 @@ CHANGES = {
         {"pixels": 1}, {"pixels": 16}, {"audio_len": 16}, {"audio_len": 25}, {"heads": 1}, {"heads": 16},
         {"batch": 1}, {"batch": 16},
     ),
-    "norm": ({"length": 1}, {"length": 16}, {"length": 33}, {"length": 70000}, {"batch": 1}, {"batch": 16}),
+    "norm": (
+        {"length": 1025}, {"length": 1040}, {"length": 70000}, {"short": 1}, {"short": 16}, {"short": 33},
+        {"batch": 1}, {"batch": 16},
+    ),
     "conv": (
-        {"length": 1}, {"length": 16}, {"length": 33}, {"length": 7000}, {"batch": 1}, {"batch": 16},
+        {"length": 1025}, {"length": 1040}, {"length": 7000}, {"batch": 1}, {"batch": 16},
         {"dilation": 1}, {"dilation": 16}, {"dilation": 512},
     ),
 }  # fmt: skip

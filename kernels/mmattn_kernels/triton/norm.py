@@ -13,12 +13,16 @@ every element has one writer, no atomics, the same bits each time. How many chun
 and centred sums of squares are kept, relative to x at the first position, and merged by Chan's rule; what a float
 cannot hold of the mean goes into the offset. So a mean far from zero costs no accuracy.
 
+Short sequences are launches more than anything else: for them the kernels called whole own all positions of a block of
+whole groups, and do all steps in one launch, the second reading of the tokens out of the cache.
+
 Per batch and channel (mean, factor, offset) are `coefficients` [B, 3, C]. The convolution, whose prologue this is,
 uses them, `statistics` and `gradient` too.
 """
 
 import functools
 import json
+import math
 import pathlib
 
 import torch
@@ -59,9 +63,8 @@ def load_coefficients(coefficients, i_b, channels, o_c, m_c):
 
 
 @triton.jit
-def _store_coefficients(
-    coefficients, b_mean, b_rstd, remainder, weight, bias, scale, shift, scale_sb, shift_sb, i_b, channels, o_c, m_c
-):
+def _affine(b_rstd, remainder, weight, bias, scale, shift, scale_sb, shift_sb, i_b, o_c, m_c):
+    """(factor, offset) of channels; `remainder` is what the mean as a float lacks."""
     b_factor = b_rstd
     b_offset = -remainder * b_rstd
     if weight is not None:
@@ -74,20 +77,20 @@ def _store_coefficients(
         b_offset *= b_scale
     if shift is not None:
         b_offset += tl.load(shift + i_b.to(tl.int64) * shift_sb + o_c, mask=m_c, other=0.0).to(tl.float32)
+    return b_factor, b_offset
+
+
+@triton.jit
+def _store_coefficients(coefficients, b_mean, b_factor, b_offset, i_b, channels, o_c, m_c):
     p = coefficients + i_b.to(tl.int64) * 3 * channels + o_c
     tl.store(p, b_mean, mask=m_c)
     tl.store(p + channels, b_factor, mask=m_c)
     tl.store(p + 2 * channels, b_offset, mask=m_c)
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
-def _statistics_kernel(
-    x, partials, x_sb, x_sl, length, channels, chunk, chunks, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """Per chunk and channel of x - x[:, 0]: the mean, and the sum of squares around it."""
-    i_b, i_n, first, end, o_c, m_c = _chunk(length, channels, chunk, chunks, BLOCK_L, BLOCK_C)
-    p_x = x + i_b.to(tl.int64) * x_sb
-    b_first = tl.load(p_x + o_c, mask=m_c, other=0.0).to(tl.float32)  # [BC]
+@triton.jit
+def _moments(p_x, x_sl, b_first, first, end, o_c, m_c, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Of x - b_first over the positions first .. end - 1: the mean, and the sum of squares around it, each [BC]."""
     o_r = tl.arange(0, BLOCK_L)
     # Each element of the tile keeps the statistics of its own positions: nothing crosses threads before the end.
     b_mean = tl.zeros([BLOCK_L, BLOCK_C], tl.float32)
@@ -103,9 +106,21 @@ def _statistics_kernel(
     b_n = tl.cdiv(tl.maximum(end - first - o_r, 0), BLOCK_L).to(tl.float32)[:, None]  # [BL, 1]
     b_merged = tl.sum(b_n * b_mean, 0) / (end - first).to(tl.float32)  # [BC]
     b_d = b_mean - b_merged[None, :]
+    return b_merged, tl.sum(b_squares + b_n * b_d * b_d, 0)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def _statistics_kernel(
+    x, partials, x_sb, x_sl, length, channels, chunk, chunks, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Per chunk and channel of x - x[:, 0]: the mean, and the sum of squares around it."""
+    i_b, i_n, first, end, o_c, m_c = _chunk(length, channels, chunk, chunks, BLOCK_L, BLOCK_C)
+    p_x = x + i_b.to(tl.int64) * x_sb
+    b_first = tl.load(p_x + o_c, mask=m_c, other=0.0).to(tl.float32)  # [BC]
+    b_mean, b_squares = _moments(p_x, x_sl, b_first, first, end, o_c, m_c, BLOCK_L, BLOCK_C)
     p_partial = partials + (i_b.to(tl.int64) * chunks + i_n) * 2 * channels + o_c
-    tl.store(p_partial, b_merged, mask=m_c)
-    tl.store(p_partial + channels, tl.sum(b_squares + b_n * b_d * b_d, 0), mask=m_c)
+    tl.store(p_partial, b_mean, mask=m_c)
+    tl.store(p_partial + channels, b_squares, mask=m_c)
 
 
 @triton.jit
@@ -162,12 +177,13 @@ def _merge_kernel(
     tl.store(p_stats, mean)
     tl.store(p_stats + 1, rstd)
     for i_c in range(0, size, BLOCK_C):
-        o_c = i_c + tl.arange(0, BLOCK_C)
+        o_c = i_g * size + i_c + tl.arange(0, BLOCK_C)
+        m_c = o_c < (i_g + 1) * size
         b_one = tl.full([BLOCK_C], 1.0, tl.float32)
-        _store_coefficients(
-            coefficients, b_one * mean, b_one * rstd, remainder, weight, bias, scale, shift, scale_sb, shift_sb,
-            i_b, channels, i_g * size + o_c, o_c < size,
-        )  # fmt: skip
+        b_factor, b_offset = _affine(
+            b_one * rstd, remainder, weight, bias, scale, shift, scale_sb, shift_sb, i_b, o_c, m_c
+        )
+        _store_coefficients(coefficients, b_one * mean, b_factor, b_offset, i_b, channels, o_c, m_c)
 
 
 @triton.jit
@@ -186,9 +202,23 @@ def _coefficients_kernel(
     else:
         b_mean = tl.zeros([BLOCK_C], tl.float32)
         b_rstd = tl.full([BLOCK_C], 1.0, tl.float32)
-    _store_coefficients(
-        coefficients, b_mean, b_rstd, 0.0, weight, bias, scale, shift, scale_sb, shift_sb, i_b, channels, o_c, m_c
-    )
+    b_factor, b_offset = _affine(b_rstd, 0.0, weight, bias, scale, shift, scale_sb, shift_sb, i_b, o_c, m_c)
+    _store_coefficients(coefficients, b_mean, b_factor, b_offset, i_b, channels, o_c, m_c)
+
+
+@triton.jit
+def _apply(
+    p_x, p_out, x_sl, first, end, b_mean, b_factor, b_offset, channels, o_c, m_c,
+    SILU: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    for i_l in range(first, end, BLOCK_L):
+        o_l = i_l + tl.arange(0, BLOCK_L)
+        m_x = (o_l < end)[:, None] & m_c[None, :]
+        b_x = tl.load(pointers(p_x, o_l, x_sl, o_c), mask=m_x, other=0.0).to(tl.float32)  # [BL, BC]
+        b_z = (b_x - b_mean[None, :]) * b_factor[None, :] + b_offset[None, :]
+        if SILU:
+            b_z *= tl.sigmoid(b_z)
+        tl.store(pointers(p_out, o_l, channels, o_c), b_z.to(p_out.dtype.element_ty), mask=m_x)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -200,14 +230,54 @@ def _forward_kernel(
     p_x = x + i_b.to(tl.int64) * x_sb
     p_out = out + i_b.to(tl.int64) * length * channels
     b_mean, b_factor, b_offset = load_coefficients(coefficients, i_b, channels, o_c, m_c)
-    for i_l in range(first, end, BLOCK_L):
-        o_l = i_l + tl.arange(0, BLOCK_L)
-        m_x = (o_l < end)[:, None] & m_c[None, :]
-        b_x = tl.load(pointers(p_x, o_l, x_sl, o_c), mask=m_x, other=0.0).to(tl.float32)  # [BL, BC]
-        b_z = (b_x - b_mean[None, :]) * b_factor[None, :] + b_offset[None, :]
-        if SILU:
-            b_z *= tl.sigmoid(b_z)
-        tl.store(pointers(p_out, o_l, channels, o_c), b_z.to(out.dtype.element_ty), mask=m_x)
+    _apply(p_x, p_out, x_sl, first, end, b_mean, b_factor, b_offset, channels, o_c, m_c, SILU, BLOCK_L)
+
+
+@triton.jit
+def _groups(channels, own, BLOCK_C: tl.constexpr):
+    """Batch and channels of a program that owns `own` channels, whole groups, of a block of BLOCK_C."""
+    blocks = tl.cdiv(channels, own)
+    o_own = tl.arange(0, BLOCK_C)
+    o_c = tl.program_id(0) % blocks * own + o_own
+    return tl.program_id(0) // blocks, o_c, (o_own < own) & (o_c < channels)
+
+
+@triton.jit
+def _over_group(b_x, o_c, size):
+    """For each channel the sum of b_x [BC] over its group."""
+    m_same = (o_c // size)[:, None] == (o_c // size)[None, :]
+    return tl.sum(tl.where(m_same, b_x[None, :], 0.0), 1)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def _whole_kernel(
+    x, out, stats, coefficients, weight, bias, scale, shift, x_sb, x_sl, scale_sb, shift_sb,
+    length, channels, size, own, eps, SILU: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Statistics of groups of `size` channels, their coefficients if given a place, and the output if given one."""
+    i_b, o_c, m_c = _groups(channels, own, BLOCK_C)
+    p_x = x + i_b.to(tl.int64) * x_sb
+    b_first = tl.load(p_x + o_c, mask=m_c, other=0.0).to(tl.float32)  # [BC]
+    b_mean, b_squares = _moments(p_x, x_sl, b_first, 0, length, o_c, m_c, BLOCK_L, BLOCK_C)
+    # Chan's rule over the channels, relative to the first of the group.
+    b_origin = _over_group(tl.where(o_c % size == 0, b_first, 0.0), o_c, size)
+    b_mean += b_first - b_origin
+    b_deviation = _over_group(b_mean, o_c, size) / size
+    b_d = b_mean - b_deviation
+    count = length.to(tl.float32) * size
+    b_rstd = 1.0 / tl.sqrt(_over_group(b_squares + length * b_d * b_d, o_c, size) / count + eps)
+    b_mean = b_origin + b_deviation
+    b_remainder = b_origin - b_mean + b_deviation
+    p_stats = stats + (i_b.to(tl.int64) * (channels // size) + o_c // size) * 2
+    m_stats = m_c & (o_c % size == 0)
+    tl.store(p_stats, b_mean, mask=m_stats)
+    tl.store(p_stats + 1, b_rstd, mask=m_stats)
+    b_factor, b_offset = _affine(b_rstd, b_remainder, weight, bias, scale, shift, scale_sb, shift_sb, i_b, o_c, m_c)
+    if coefficients is not None:
+        _store_coefficients(coefficients, b_mean, b_factor, b_offset, i_b, channels, o_c, m_c)
+    if out is not None:
+        p_out = out + i_b.to(tl.int64) * length * channels
+        _apply(p_x, p_out, x_sl, 0, length, b_mean, b_factor, b_offset, channels, o_c, m_c, SILU, BLOCK_L)
 
 
 @triton.jit
@@ -221,16 +291,12 @@ def _d_z(b_d_out, b_centred, b_factor, b_offset, SILU: tl.constexpr):
         return b_d_out
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
-def _backward_sums_kernel(
-    d_out, x, coefficients, partials, d_out_sb, d_out_sl, x_sb, x_sl, length, channels, chunk, chunks,
+@triton.jit
+def _sums(
+    p_d_out, p_x, d_out_sl, x_sl, first, end, b_mean, b_factor, b_offset, o_c, m_c,
     SILU: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Per chunk and channel: sum dz and sum dz * (x - mean)."""
-    i_b, i_n, first, end, o_c, m_c = _chunk(length, channels, chunk, chunks, BLOCK_L, BLOCK_C)
-    p_d_out = d_out + i_b.to(tl.int64) * d_out_sb
-    p_x = x + i_b.to(tl.int64) * x_sb
-    b_mean, b_factor, b_offset = load_coefficients(coefficients, i_b, channels, o_c, m_c)
+    """Over the positions first .. end - 1: sum dz and sum dz * (x - mean), each [BC]."""
     b_sum = tl.zeros([BLOCK_L, BLOCK_C], tl.float32)
     b_sum_x = tl.zeros([BLOCK_L, BLOCK_C], tl.float32)
     for i_l in range(first, end, BLOCK_L):
@@ -242,9 +308,43 @@ def _backward_sums_kernel(
         b_d_z = _d_z(b_d_out, b_centred, b_factor, b_offset, SILU)
         b_sum += b_d_z
         b_sum_x += b_d_z * b_centred
+    return tl.sum(b_sum, 0), tl.sum(b_sum_x, 0)
+
+
+@triton.jit
+def _propagate(
+    p_d_out, p_x, p_d_x, d_out_sl, x_sl, first, end, b_mean, b_factor, b_offset, b_slope, b_level, channels, o_c, m_c,
+    SILU: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """d_x = dz * factor - (x - mean) * slope - level."""
+    for i_l in range(first, end, BLOCK_L):
+        o_l = i_l + tl.arange(0, BLOCK_L)
+        m_x = (o_l < end)[:, None] & m_c[None, :]
+        b_d_out = tl.load(pointers(p_d_out, o_l, d_out_sl, o_c), mask=m_x, other=0.0).to(tl.float32)  # [BL, BC]
+        b_x = tl.load(pointers(p_x, o_l, x_sl, o_c), mask=m_x, other=0.0).to(tl.float32)  # [BL, BC]
+        b_centred = b_x - b_mean[None, :]
+        b_d_x = _d_z(b_d_out, b_centred, b_factor, b_offset, SILU) * b_factor[None, :]
+        if b_slope is not None:
+            b_d_x -= b_centred * b_slope[None, :] + b_level[None, :]
+        tl.store(pointers(p_d_x, o_l, channels, o_c), b_d_x.to(p_d_x.dtype.element_ty), mask=m_x)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def _backward_sums_kernel(
+    d_out, x, coefficients, partials, d_out_sb, d_out_sl, x_sb, x_sl, length, channels, chunk, chunks,
+    SILU: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Per chunk and channel: sum dz and sum dz * (x - mean)."""
+    i_b, i_n, first, end, o_c, m_c = _chunk(length, channels, chunk, chunks, BLOCK_L, BLOCK_C)
+    p_d_out = d_out + i_b.to(tl.int64) * d_out_sb
+    p_x = x + i_b.to(tl.int64) * x_sb
+    b_mean, b_factor, b_offset = load_coefficients(coefficients, i_b, channels, o_c, m_c)
+    b_sum, b_sum_x = _sums(
+        p_d_out, p_x, d_out_sl, x_sl, first, end, b_mean, b_factor, b_offset, o_c, m_c, SILU, BLOCK_L, BLOCK_C
+    )
     p_partial = partials + (i_b.to(tl.int64) * chunks + i_n) * 2 * channels + o_c
-    tl.store(p_partial, tl.sum(b_sum, 0), mask=m_c)
-    tl.store(p_partial + channels, tl.sum(b_sum_x, 0), mask=m_c)
+    tl.store(p_partial, b_sum, mask=m_c)
+    tl.store(p_partial + channels, b_sum_x, mask=m_c)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -306,26 +406,53 @@ def _backward_kernel(
     d_out, x, coefficients, corrections, d_x, d_out_sb, d_out_sl, x_sb, x_sl, length, channels, chunk, chunks,
     SILU: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """d_x = dz * factor - (x - mean) * slope - level; d_x may be d_out."""
+    """d_x may be d_out."""
     i_b, _, first, end, o_c, m_c = _chunk(length, channels, chunk, chunks, BLOCK_L, BLOCK_C)
     p_d_out = d_out + i_b.to(tl.int64) * d_out_sb
     p_x = x + i_b.to(tl.int64) * x_sb
     p_d_x = d_x + i_b.to(tl.int64) * length * channels
     b_mean, b_factor, b_offset = load_coefficients(coefficients, i_b, channels, o_c, m_c)
+    b_slope = None
+    b_level = None
     if corrections is not None:
         p_corrections = corrections + i_b.to(tl.int64) * 2 * channels + o_c
         b_slope = tl.load(p_corrections, mask=m_c, other=0.0)
         b_level = tl.load(p_corrections + channels, mask=m_c, other=0.0)
-    for i_l in range(first, end, BLOCK_L):
-        o_l = i_l + tl.arange(0, BLOCK_L)
-        m_x = (o_l < end)[:, None] & m_c[None, :]
-        b_d_out = tl.load(pointers(p_d_out, o_l, d_out_sl, o_c), mask=m_x, other=0.0).to(tl.float32)  # [BL, BC]
-        b_x = tl.load(pointers(p_x, o_l, x_sl, o_c), mask=m_x, other=0.0).to(tl.float32)  # [BL, BC]
-        b_centred = b_x - b_mean[None, :]
-        b_d_x = _d_z(b_d_out, b_centred, b_factor, b_offset, SILU) * b_factor[None, :]
-        if corrections is not None:
-            b_d_x -= b_centred * b_slope[None, :] + b_level[None, :]
-        tl.store(pointers(p_d_x, o_l, channels, o_c), b_d_x.to(d_x.dtype.element_ty), mask=m_x)
+    _propagate(
+        p_d_out, p_x, p_d_x, d_out_sl, x_sl, first, end, b_mean, b_factor, b_offset, b_slope, b_level, channels,
+        o_c, m_c, SILU, BLOCK_L,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def _backward_whole_kernel(
+    d_out, x, coefficients, stats, weight, scale, sums, d_x, d_out_sb, d_out_sl, x_sb, x_sl, scale_sb,
+    length, channels, size, own, SILU: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """sums and d_x, which may be d_out, of groups of `size` channels."""
+    i_b, o_c, m_c = _groups(channels, own, BLOCK_C)
+    p_d_out = d_out + i_b.to(tl.int64) * d_out_sb
+    p_x = x + i_b.to(tl.int64) * x_sb
+    b_mean, b_factor, b_offset = load_coefficients(coefficients, i_b, channels, o_c, m_c)
+    b_sum, b_sum_x = _sums(
+        p_d_out, p_x, d_out_sl, x_sl, 0, length, b_mean, b_factor, b_offset, o_c, m_c, SILU, BLOCK_L, BLOCK_C
+    )
+    p_stats = stats + (i_b.to(tl.int64) * (channels // size) + o_c // size) * 2
+    b_rstd = tl.load(p_stats + 1, mask=m_c, other=0.0)
+    p_sums = sums + (i_b.to(tl.int64) * channels + o_c) * 2
+    tl.store(p_sums, b_sum, mask=m_c)
+    tl.store(p_sums + 1, b_sum_x * b_rstd, mask=m_c)
+    b_gain = tl.load(weight + o_c, mask=m_c, other=0.0).to(tl.float32)
+    if scale is not None:
+        b_gain *= 1.0 + tl.load(scale + i_b.to(tl.int64) * scale_sb + o_c, mask=m_c, other=0.0).to(tl.float32)
+    count = length.to(tl.float32) * size
+    b_slope = b_rstd * b_rstd * b_rstd * (_over_group(b_sum_x * b_gain, o_c, size) / count)
+    b_level = b_rstd * (_over_group(b_sum * b_gain, o_c, size) / count)
+    p_d_x = d_x + i_b.to(tl.int64) * length * channels
+    _propagate(
+        p_d_out, p_x, p_d_x, d_out_sl, x_sl, 0, length, b_mean, b_factor, b_offset, b_slope, b_level, channels,
+        o_c, m_c, SILU, BLOCK_L,
+    )  # fmt: skip
 
 
 @functools.cache
@@ -400,18 +527,44 @@ def _film(scale, shift):
     return (scale, shift), (0 if scale is None else scale.stride(0), 0 if shift is None else shift.stride(0))
 
 
+@_host.planned
+def _whole_plan(shape, strides, groups, dtype, device, silu, eps=None):
+    """The launch that does everything, backward without eps; None where the sequence is long, or a group wide."""
+    batch, length, channels = shape
+    config = _config("whole", dtype, _host.device_name(device))
+    positions = config.pop("POSITIONS")
+    block_c = min(config.pop("BLOCK_C"), triton.next_power_of_2(channels))
+    size = channels // groups if groups else channels
+    if not groups or length > positions or size > block_c:
+        return None
+    # Blocks that begin at a multiple of 8 channels are read 16 bytes at a time.
+    unit = math.lcm(size, 8)
+    own = block_c // unit * unit or block_c // size * size
+    fixed = *strides, length, channels, size, own, *(() if eps is None else (eps,))
+    constants = {"SILU": silu, "BLOCK_L": config.pop("TILE") // block_c, "BLOCK_C": block_c} | config
+    kernel = _backward_whole_kernel if eps is None else _whole_kernel
+    return _host.Launch(kernel, batch * triton.cdiv(channels, own), fixed, constants)
+
+
 def statistics(x, weight, bias, scale, shift, *, groups, eps):
     """(stats [B, groups, 2], coefficients [B, 3, C]) of x [B, L, C], none of its axes empty."""
     batch, _, channels = x.shape
-    launch, chunk, chunks = _plan("statistics", x.shape, x.stride()[:2], x.dtype, x.device)
-    film, strides = _film(scale, shift)
-    merge = _merge_plan(x.shape, (x.stride(0), *strides), groups, chunk, chunks, float(eps), x.dtype, x.device)
-    partials = x.new_empty((batch, chunks, 2, channels), dtype=torch.float32)
+    film, film_strides = _film(scale, shift)
+    parameters = _dense(weight), _dense(bias), *film
     stats = x.new_empty((batch, groups, 2), dtype=torch.float32)
     affine = x.new_empty((batch, 3, channels), dtype=torch.float32)
+    at = x.dtype, x.device
+    whole = _whole_plan(x.shape, (*x.stride()[:2], *film_strides), groups, *at, False, float(eps))
+    if whole is not None:
+        with _host.on_device(x):
+            whole(x, None, stats, affine, *parameters)
+        return stats, affine
+    launch, chunk, chunks = _plan("statistics", x.shape, x.stride()[:2], *at)
+    merge = _merge_plan(x.shape, (x.stride(0), *film_strides), groups, chunk, chunks, float(eps), *at)
+    partials = x.new_empty((batch, chunks, 2, channels), dtype=torch.float32)
     with _host.on_device(x):
         launch(x, partials)
-        merge(x, partials, stats, affine, _dense(weight), _dense(bias), *film)
+        merge(x, partials, stats, affine, *parameters)
     return stats, affine
 
 
@@ -429,12 +582,18 @@ def coefficients(x, weight, bias, scale, shift, stats, *, groups):
 def gradient(d_out, x, weight, scale, stats, affine, *, groups, silu, d_x):
     """Writes d_x [B, L, C], contiguous, which may be d_out, and returns sums [B, C, 2]; `affine` are coefficients."""
     batch, _, channels = x.shape
-    at = x.shape, (*d_out.stride()[:2], *x.stride()[:2]), x.dtype, x.device
+    sums = x.new_empty((batch, channels, 2), dtype=torch.float32)
+    (scale, _), (scale_sb, _) = _film(scale, None)
+    strides = *d_out.stride()[:2], *x.stride()[:2]
+    whole = _whole_plan(x.shape, (*strides, scale_sb), groups, x.dtype, x.device, silu)
+    if whole is not None:
+        with _host.on_device(x):
+            whole(d_out, x, affine, stats, _dense(weight), scale, sums, d_x)
+        return sums
+    at = x.shape, strides, x.dtype, x.device
     sum_up, _, chunks = _plan("backward_sums", *at, SILU=silu)
     partials = x.new_empty((batch, chunks, 2, channels), dtype=torch.float32)
-    sums = x.new_empty((batch, channels, 2), dtype=torch.float32)
     corrections = x.new_empty((batch, 2, channels), dtype=torch.float32) if groups else None
-    (scale, _), (scale_sb, _) = _film(scale, None)
     merge = _backward_merge_plan(x.shape, scale_sb, groups, chunks, x.dtype, x.device)
     launch, _, _ = _plan("backward", *at, SILU=silu)
     with _host.on_device(x):
@@ -453,7 +612,14 @@ def forward(x, weight, bias, scale, shift, *, groups, silu, eps):
     out = x.new_empty(x.shape)
     if not x.numel():
         return out, x.new_empty((x.shape[0], groups, 2), dtype=torch.float32)
-    stats, affine = statistics(x, weight, bias, scale, shift, groups=groups, eps=eps)
+    film, strides = _film(scale, shift)
+    whole = _whole_plan(x.shape, (*x.stride()[:2], *strides), groups, x.dtype, x.device, silu, float(eps))
+    if whole is not None:
+        stats = x.new_empty((x.shape[0], groups, 2), dtype=torch.float32)
+        with _host.on_device(x):
+            whole(x, out, stats, None, _dense(weight), _dense(bias), *film)
+        return out, stats
+    stats, affine = statistics(x, weight, bias, *film, groups=groups, eps=eps)
     launch, _, _ = _plan("forward", x.shape, x.stride()[:2], x.dtype, x.device, SILU=silu)
     with _host.on_device(x):
         launch(x, affine, out)
