@@ -33,13 +33,11 @@ def unavailable(op: str, impl: str, device: str, dtype: torch.dtype, head_dim: i
         if op in ("attention", "self_attention") and head_dim is not None and head_dim > 256:
             return f"the head dimension is {head_dim}, and it takes up to 256"
         return _extension_missing()
-    if op == "self_attention":
-        return "torch's scaled_dot_product_attention is that kernel on accelerators, and it has none of its own"
     if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"the tensors are on {device}, and it runs on CUDA devices (anywhere with TRITON_INTERPRET=1, slowly)"
     if dtype not in _HALF_AND_SINGLE:
         return f"the dtype is {dtype}, and it computes torch.float16, torch.bfloat16 and torch.float32"
-    if op == "attention" and head_dim is not None and not 16 <= head_dim <= 128:
+    if op in ("attention", "self_attention") and head_dim is not None and not 16 <= head_dim <= 128:
         return f"the head dimension is {head_dim}, and it takes 16 to 128"
     if device == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
         return f"{torch.cuda.get_device_name()} has compute capability under 8.0, and it needs 8.0"
@@ -48,8 +46,7 @@ def unavailable(op: str, impl: str, device: str, dtype: torch.dtype, head_dim: i
 
 def choose(op: str, impl: str, like: Tensor) -> str:
     """Resolve `impl` ("auto" or a name) for tensors like `like` [B, L, H, D]; raise if a named one cannot run."""
-    requested = _requested(impl)
-    return _choose(op, requested, like.device.type, like.dtype, int(like.shape[-1]))
+    return _choose(op, requested(impl), like.device.type, like.dtype, int(like.shape[-1]))
 
 
 def explain(op: str, impl: str, device: str, dtype: torch.dtype, head_dim: int | None = None) -> tuple[str, list[str]]:
@@ -66,12 +63,13 @@ def explain(op: str, impl: str, device: str, dtype: torch.dtype, head_dim: int |
 
 
 @torch.compiler.assume_constant_result
-def _requested(impl: str) -> str:
-    requested = os.environ.get("MMATTN_IMPL") or "auto" if impl == "auto" else impl
-    if requested not in ("auto", *IMPLS):
-        source = "impl" if impl == requested else "MMATTN_IMPL"
-        raise ValueError(f"{source} is {requested!r}; expected one of 'auto', {', '.join(map(repr, IMPLS))}")
-    return requested
+def requested(impl: str) -> str:
+    """`impl`, or what MMATTN_IMPL in the environment sets "auto" to."""
+    name = os.environ.get("MMATTN_IMPL") or "auto" if impl == "auto" else impl
+    if name not in ("auto", *IMPLS):
+        source = "impl" if impl == name else "MMATTN_IMPL"
+        raise ValueError(f"{source} is {name!r}; expected one of 'auto', {', '.join(map(repr, IMPLS))}")
+    return name
 
 
 @torch.compiler.assume_constant_result
@@ -84,7 +82,8 @@ def _choose(op: str, requested: str, device: str, dtype: torch.dtype, head_dim: 
     elif (key := (op, device, str(dtype))) not in _announced:
         _announced.add(key)
         _logger.info("%s on %s %s runs %s %s", op, device, dtype, chosen, passed_over or "")
-        # fp64 has no kernel anywhere, and whoever computes in it does not ask for speed.
+        # fp64 has no kernel anywhere, and whoever computes in it does not ask for speed. On an accelerator the reference
+        # of self-attention is not slow.
         has_none = dtype == torch.float64 or device == "meta" or (op == "self_attention" and device != "cpu")
         if passed_over and not has_none:
             warnings.warn(f"mmattn computes {op} by its slow reference: {passed_over[0]}", stacklevel=4)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Self-attention inside equal segments of a sequence [B, L, H, D]: the tokens of a frame, or the frames of a pixel.
 
-`self_attention` is the public function, `reference` its definition in plain torch. On the CPU the kernels are those of
-`random_shift_attention`, one direction of them; elsewhere it is torch's scaled_dot_product_attention.
+`self_attention` is the public function, `reference` its definition in plain torch, which is also what is fast on a GPU
+where segments are long. The kernels are those of `random_shift_attention`, one direction of them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from mmattn.norm import check_int
 
 _OP = "mmattn::self_attention"
 _BACKWARD_OP = "mmattn::self_attention_backward"
+_SHORT = 32  # tokens; flash attention leaves most of a tile of 128 rows empty then
 
 
 def self_attention(
@@ -42,8 +43,9 @@ def self_attention(
         q, k, v: [B, L, H, D], any strides as long as D is contiguous; same shape, dtype and device.
         segments: a divisor of L.
         scale: factor on the scores; 1/sqrt(D) if None.
-        impl: "auto", "reference" or "cpu". A named one runs or raises. On an accelerator "auto" is "reference", which
-            is torch's scaled_dot_product_attention; MMATTN_IMPL in the environment sets what it means.
+        impl: "auto", "reference", "triton" or "cpu". A named one runs or raises. On a GPU "auto" is "triton" for
+            segments of up to 32 tokens, several of which share a tile there, and else "reference", which is torch's
+            scaled_dot_product_attention; MMATTN_IMPL in the environment sets what it means.
 
     Returns:
         [B, L, H, D], contiguous, in the dtype of the inputs, or in autocast's dtype under autocast. Differentiable; by
@@ -60,6 +62,8 @@ def self_attention(
     _check(q, k, v, segments)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     chosen = dispatch.choose("self_attention", impl, q)
+    if chosen == "triton" and q.shape[1] // segments > _SHORT and dispatch.requested(impl) == "auto":
+        chosen = "reference"
     if chosen == "reference":
         return reference(q, k, v, segments=segments, scale=scale)
     if unwatched(q, k, v):

@@ -94,7 +94,7 @@ def record(target_name, compiled=None):
 
 
 def launch_attention(size, dtype, *, frames=4, pixels=6, audio_len=27, heads=2, batch=2, window=2, shift=1):
-    """One forward and one backward call on a packed projection, as the modules make it."""
+    """Forward and backward on packed projections, as the modules make them: across the streams, and of the video."""
 
     def projection(length):
         return torch.zeros(batch, length, 3, heads, size, dtype=dtype).unbind(2)
@@ -103,6 +103,9 @@ def launch_attention(size, dtype, *, frames=4, pixels=6, audio_len=27, heads=2, 
     at = {"frames": frames, "window": window, "shift": shift, "scale": size**-0.5}
     out = attention.forward(*qkv, **at)
     attention.backward(*out[:2], *qkv, *out, **at)
+    at = {"segments": pixels, "scale": size**-0.5}
+    out = attention.self_forward(*qkv[:3], **at)
+    attention.self_backward(out[0], *qkv[:3], *out, **at)
 
 
 def launch_norm(size, dtype, *, length=2000, short=50, batch=2):

@@ -90,10 +90,10 @@ def _within(x, low, high, wrapped):
 
 
 @triton.jit
-def _contiguous(is_audio, audio, video, length, heads, i_b, i_h, HEAD_DIM: tl.constexpr):
-    """As _operand, for a contiguous [B, length, heads, HEAD_DIM]."""
-    offset = (i_b.to(tl.int64) * length * heads + i_h) * HEAD_DIM
-    return tl.where(is_audio, audio, video) + offset, heads * HEAD_DIM
+def _result(is_audio, audio, video, length, heads, i_b, i_h, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr = 1):
+    """As _operand, for a contiguous [B, length, heads, HEAD_DIM], or for one of PACKED of them side by side."""
+    offset = (i_b.to(tl.int64) * length * heads * PACKED + i_h) * HEAD_DIM
+    return tl.where(is_audio, audio, video) + offset, heads * HEAD_DIM * PACKED
 
 
 @triton.jit
@@ -227,7 +227,7 @@ def _forward_kernel(
                          audio_k, audio_k_sb, audio_k_sl, audio_k_sh, i_b, i_h)  # fmt: skip
     p_v, v_sl = _operand(is_audio, video_v, video_v_sb, video_v_sl, video_v_sh,
                          audio_v, audio_v_sb, audio_v_sl, audio_v_sh, i_b, i_h)  # fmt: skip
-    p_out, out_sl = _contiguous(is_audio, audio_out, video_out, len_q, heads, i_b, i_h, HEAD_DIM)
+    p_out, out_sl = _result(is_audio, audio_out, video_out, len_q, heads, i_b, i_h, HEAD_DIM)
     p_lse = tl.where(is_audio, audio_lse, video_lse) + i_bh.to(tl.int64) * len_q
     if SHIFT_IS_TENSOR:
         shift = tl.load(shift).to(tl.int32)
@@ -276,7 +276,7 @@ def _backward_dq_kernel(
     audio_q_sb, audio_q_sl, audio_q_sh, audio_k_sb, audio_k_sl, audio_k_sh, audio_v_sb, audio_v_sl, audio_v_sh,
     audio_tiles, video_tiles, batch_heads, heads, audio_len, video_len, frames, window,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, SHIFT_IS_TENSOR: tl.constexpr,
+    PRECISION: tl.constexpr, SHIFT_IS_TENSOR: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """dS = P * (dO V^T - delta), dQ = scale * dS K; writes delta = rowsum(dO * O) for the other backward kernel too."""
     is_audio, i_m, i_bh, i_b, i_h = _program(audio_tiles, video_tiles, batch_heads, heads)
@@ -290,8 +290,8 @@ def _backward_dq_kernel(
                          audio_v, audio_v_sb, audio_v_sl, audio_v_sh, i_b, i_h)  # fmt: skip
     p_do, do_sl = _operand(is_audio, d_audio_out, d_audio_out_sb, d_audio_out_sl, d_audio_out_sh,
                            d_video_out, d_video_out_sb, d_video_out_sl, d_video_out_sh, i_b, i_h)  # fmt: skip
-    p_out, out_sl = _contiguous(is_audio, audio_out, video_out, len_q, heads, i_b, i_h, HEAD_DIM)
-    p_dq, dq_sl = _contiguous(is_audio, d_audio_q, d_video_q, len_q, heads, i_b, i_h, HEAD_DIM)
+    p_out, out_sl = _result(is_audio, audio_out, video_out, len_q, heads, i_b, i_h, HEAD_DIM)
+    p_dq, dq_sl = _result(is_audio, d_audio_q, d_video_q, len_q, heads, i_b, i_h, HEAD_DIM, PACKED)
     p_lse = tl.where(is_audio, audio_lse, video_lse) + i_bh.to(tl.int64) * len_q
     p_delta = tl.where(is_audio, audio_delta, video_delta) + i_bh.to(tl.int64) * len_q
     if SHIFT_IS_TENSOR:
@@ -335,7 +335,7 @@ def _backward_dkdv_kernel(
     audio_q_sb, audio_q_sl, audio_q_sh, audio_k_sb, audio_k_sl, audio_k_sh, audio_v_sb, audio_v_sl, audio_v_sh,
     audio_tiles, video_tiles, batch_heads, heads, audio_len, video_len, frames, window,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, SHIFT_IS_TENSOR: tl.constexpr,
+    PRECISION: tl.constexpr, SHIFT_IS_TENSOR: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """dV = P^T dO, dK = scale * dS^T Q for one tile of keys; scores are held transposed, [keys, queries]."""
     is_audio, i_n, i_bh, i_b, i_h = _program(audio_tiles, video_tiles, batch_heads, heads)
@@ -349,8 +349,8 @@ def _backward_dkdv_kernel(
                          video_v, video_v_sb, video_v_sl, video_v_sh, i_b, i_h)  # fmt: skip
     p_do, do_sl = _operand(is_audio, d_video_out, d_video_out_sb, d_video_out_sl, d_video_out_sh,
                            d_audio_out, d_audio_out_sb, d_audio_out_sl, d_audio_out_sh, i_b, i_h)  # fmt: skip
-    p_dk, dk_sl = _contiguous(is_audio, d_audio_k, d_video_k, len_k, heads, i_b, i_h, HEAD_DIM)
-    p_dv, dv_sl = _contiguous(is_audio, d_audio_v, d_video_v, len_k, heads, i_b, i_h, HEAD_DIM)
+    p_dk, dk_sl = _result(is_audio, d_audio_k, d_video_k, len_k, heads, i_b, i_h, HEAD_DIM, PACKED)
+    p_dv, dv_sl = _result(is_audio, d_audio_v, d_video_v, len_k, heads, i_b, i_h, HEAD_DIM, PACKED)
     p_lse = tl.where(is_audio, video_lse, audio_lse) + i_bh.to(tl.int64) * len_q
     p_delta = tl.where(is_audio, video_delta, audio_delta) + i_bh.to(tl.int64) * len_q
     if SHIFT_IS_TENSOR:
@@ -407,30 +407,32 @@ _KERNELS = {
 
 
 @_host.planned
-def _plan(name, shape, audio_len, strides, dtype, device, frames, window, shift_is_tensor, precision):
+def _plan(name, shape, audio_len, strides, dtype, device, frames, window, is_self, shift_is_tensor, precision):
     """The launch of one kernel over the tiles of both directions, of queries or of keys."""
     batch, video_len, heads, head_dim = shape
     config = _config(name, head_dim, dtype, _host.device_name(device))
     if name == "backward_dkdv":
         audio_tiles = _tile_count(audio_len, audio_len, frames, window, config["BLOCK_N"])
-        video_tiles = _tile_count(video_len, video_len, frames, window, config["BLOCK_N"])
+        video_tiles = 0 if is_self else _tile_count(video_len, video_len, frames, window, config["BLOCK_N"])
     else:
-        audio_tiles = _tile_count(audio_len, video_len, frames, window, config["BLOCK_M"])
+        audio_tiles = 0 if is_self else _tile_count(audio_len, video_len, frames, window, config["BLOCK_M"])
         video_tiles = _tile_count(video_len, audio_len, frames, window, config["BLOCK_M"])
     strides = [stride for of_tensor in strides for stride in of_tensor[:3]]
     fixed = *strides, audio_tiles, video_tiles, batch * heads, heads, audio_len, video_len, frames, window
     constants = {"HEAD_DIM": head_dim, "BLOCK_D": max(triton.next_power_of_2(head_dim), 16)}
     constants |= {"PRECISION": precision, "SHIFT_IS_TENSOR": shift_is_tensor}
+    if name != "forward":
+        constants["PACKED"] = 3 if is_self else 1
     return _host.Launch(_KERNELS[name], batch * heads * (audio_tiles + video_tiles), fixed, constants | config)
 
 
-def _launch(name, inputs, others, frames, window, shift, scale):
+def _launch(name, inputs, others, frames, window, shift, scale, is_self=False):
     """`inputs`: the tensors whose strides the kernel takes, the last six of them q, k, v of video and of audio."""
     video_q, audio_q = inputs[-6], inputs[-3]
     shift_is_tensor = isinstance(shift, torch.Tensor)
     launch = _plan(
         name, video_q.shape, audio_q.shape[1], tuple([x.stride() for x in inputs]), video_q.dtype, video_q.device,
-        frames, window, shift_is_tensor, _host.precision(video_q.dtype),
+        frames, window, is_self, shift_is_tensor, _host.precision(video_q.dtype),
     )  # fmt: skip
     with _host.on_device(video_q):
         launch(*inputs, *others, shift if shift_is_tensor else int(shift), float(scale))
@@ -463,3 +465,28 @@ def backward(
         _launch("backward_dq", (*d_out, *inputs), (video_out, audio_out, *rows, d_video_q, d_audio_q), *at)
         _launch("backward_dkdv", (*d_out, *inputs), (*rows, d_video_k, d_video_v, d_audio_k, d_audio_v), *at)
     return tuple(grads)
+
+
+def self_forward(q, k, v, *, segments, scale):
+    """(out contiguous as q, lse [B, H, L] fp32); q, k, v [B, L, H, D] as above, attending inside equal segments."""
+    out, lse = q.new_empty(q.shape), _per_row(q)
+    if q.numel():
+        # What belongs to the direction that is not computed is there for its type alone.
+        _launch("forward", (q, k, v) * 2, (out, out, lse, lse), segments, 1, 0, scale, is_self=True)
+    return out, lse
+
+
+def self_backward(d_out, q, k, v, out, lse, *, segments, scale):
+    """The gradients of q, k and v, packed [B, L, 3, H, D]; out and lse are self_forward's."""
+    batch, length, heads, dim = q.shape
+    d_qkv = q.new_empty((batch, length, 3, heads, dim))
+    if q.numel():
+        d_q, d_k, d_v = d_qkv.unbind(2)
+        delta = _per_row(q)
+        d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
+        inputs = (d_out, d_out, *(q, k, v) * 2)
+        rows = lse, lse, delta, delta
+        at = segments, 1, 0, scale
+        _launch("backward_dq", inputs, (out, out, *rows, d_q, d_q), *at, is_self=True)
+        _launch("backward_dkdv", inputs, (*rows, d_k, d_v, d_k, d_v), *at, is_self=True)
+    return d_qkv
