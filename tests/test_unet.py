@@ -496,6 +496,19 @@ def test_inputs_that_are_refused():
         unet.capture(video, audio, timesteps)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="chosen there by itself")
+def test_triton_kernels_interpreted(monkeypatch):
+    pytest.importorskip("triton")
+    unet = small(num_res_blocks=1)
+    inputs = [x[:1] for x in clip()]
+    found = {}
+    for impl in ("reference", "triton"):
+        monkeypatch.setenv("MMATTN_IMPL", impl)
+        with torch.no_grad():
+            found[impl] = unet(*inputs, shifts=[1] * len(unet.shift_ranges()))
+    assert error(found["triton"], found["reference"]) < 5e-6
+
+
 def test_weights_as_a_capture_lays_them_out(tmp_path):
     unet, inputs = small(), clip()
     expected = gradients(unet, *inputs, shifts=[0, 1, 2])
