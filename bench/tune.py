@@ -892,8 +892,10 @@ class Run:
     target: Target
     entries: list[tuple[Task, list[Candidate]]]
     header: dict[str, Any]
-    started: float = field(default_factory=time.monotonic)
     notes: dict[Task, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.started = time.monotonic()
 
     def left(self) -> float:
         return self.args.budget_s - (time.monotonic() - self.started)
