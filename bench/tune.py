@@ -17,6 +17,7 @@ import collections
 import contextlib
 import copy
 import functools
+import gc
 import importlib
 import json
 import math
@@ -353,6 +354,7 @@ class Candidate:
         stage: how many stages of the race it finished.
         ratio: the present configuration's time by its own, a geometric mean over the shapes, in the last of these.
         ratios: the same of each shape.
+        ms: the median time on each shape.
     """
 
     config: Config
@@ -362,6 +364,7 @@ class Candidate:
     stage: int = 0
     ratio: float | None = None
     ratios: dict[str, float] = field(default_factory=dict)
+    ms: dict[str, float] = field(default_factory=dict)
 
 
 def make_candidates(task: Task, device_name: str, limit: int | None = None) -> list[Candidate]:
@@ -509,14 +512,21 @@ def usage_of(kernels: Iterable[Any]) -> dict[str, Any]:
             if usage is None:
                 rows.append(row | {"registers": None, "spills": None})
                 continue
-            row["registers"] = int(re.search(r"REG:(\d+)", usage)[1])
+            row["registers"] = _number("REG", usage)
             row["spills"] = 0
-            if int(re.search(r"STACK:(\d+)", usage)[1]):  # without a stack there is nowhere to spill to
+            if _number("STACK", usage):  # without a stack there is nowhere to spill to
                 code = _tool("nvdisasm", "-c", file.name)
                 row["spills"] = None if code is None else len(re.findall(r"\b(?:STL|LDL)\b", code))
         rows.append(row)
     names = ("registers", "shared", "tensor_memory", "spills")
     return {name: max((row[name] for row in rows if row[name] is not None), default=None) for name in names}
+
+
+def _number(name: str, usage: str) -> int:
+    found = re.search(rf"{name}:(\d+)", usage)
+    if found is None:
+        raise ValueError(f"cuobjdump does not say {name}")
+    return int(found[1])
 
 
 def _tool(name: str, *arguments: str) -> str | None:
@@ -671,7 +681,7 @@ def race(
             base, *others = alive
             others.sort(key=lambda candidate: -(candidate.ratio or 0))
             alive = [base, *others[: max(2, math.ceil(len(alive) / 3))]]
-        ratios: dict[int, dict[str, float]] = {id(candidate): {} for candidate in alive}
+        figures: dict[int, dict[str, tuple[float, float]]] = {id(candidate): {} for candidate in alive}
         for shape in shapes:
             check()
             entrants = [candidate for candidate in alive if candidate.reason is None]
@@ -679,13 +689,15 @@ def race(
             ms = _sample_rounds(calls, entrants, count, sample, check, order)
             for number, times in ms.items():
                 speed = numpy.median([base / own for base, own in zip(ms[0], times, strict=True)])
-                ratios[id(entrants[number])][str(shape)] = float(speed)
+                figures[id(entrants[number])][str(shape)] = float(speed), float(numpy.median(times))
             del calls
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         alive = [candidate for candidate in alive if candidate.reason is None]
         for candidate in alive:
-            candidate.stage, candidate.ratios = stage, ratios[id(candidate)]
+            candidate.stage = stage
+            candidate.ratios = {shape: speed for shape, (speed, _) in figures[id(candidate)].items()}
+            candidate.ms = {shape: ms for shape, (_, ms) in figures[id(candidate)].items()}
             candidate.ratio = math.exp(sum(map(math.log, candidate.ratios.values())) / len(candidate.ratios))
 
 
@@ -893,6 +905,7 @@ class Run:
     entries: list[tuple[Task, list[Candidate]]]
     header: dict[str, Any]
     notes: dict[Task, str] = field(default_factory=dict)
+    seconds: dict[Task, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.started = time.monotonic()
@@ -906,6 +919,7 @@ class Run:
             chosen = choose(candidates)
             rows.append({
                 "op": task.op, "keys": task.keys, "dtype": task.dtype, "note": self.notes.get(task),
+                "seconds": self.seconds.get(task),
                 "shapes": [str(shape) for shape in task.shapes],
                 "chosen": chosen and chosen.config, "changed": bool(chosen and not chosen.present),
                 "candidates": [asdict(candidate) for candidate in candidates],
@@ -948,6 +962,7 @@ def compile_candidates(run: Run) -> None:
 def time_candidates(run: Run) -> None:
     """Race the candidates of each task, in its share of the time; the next tasks' ops then run with what has won."""
     sample = harness.sampler("cuda")
+    gc.freeze()  # some versions of torch collect garbage before every capture, of which there are thousands here
     counts = count_compilations()
     end = time.monotonic() + run.left()
     weights = [task.weight for task, _ in run.entries]
@@ -973,6 +988,7 @@ def time_candidates(run: Run) -> None:
                 run.notes[task] = f"gave up: {harness.reason_of(error)}"
             finally:
                 run.header["compiled_again"] = counts["compilations"]
+                run.seconds[task] = round(time.monotonic() - now, 3)
                 run.save()
                 tqdm.write(report(task, candidates, run.notes.get(task, "")))
             chosen = choose(candidates)

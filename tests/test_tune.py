@@ -224,6 +224,7 @@ def test_figure_of_merit_is_the_geometric_mean():
     )  # fmt: skip
     assert candidates[1].ratio == pytest.approx((4 * 4 / 12) ** 0.5)
     assert candidates[1].ratios == {"a": pytest.approx(4), "b": pytest.approx(1 / 3)}
+    assert candidates[1].ms == {"a": 1.0, "b": 12.0}
     assert tune.choose(candidates) is candidates[2]
 
 
@@ -359,33 +360,51 @@ def test_what_is_too_much():
     assert tune.too_much(fits | {"tensor_memory": 1024}, target) == "tensor memory: 1024 columns of 512"
 
 
-def dry_run(tmp_path, *arguments):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-        "TRITON_CACHE_DIR": str(tmp_path / "cache"),
-    }
-    command = [sys.executable, ROOT / "bench/tune.py", "--device", "cpu", "--json", tmp_path / "tune.json"]
-    command += ["--kernels", "norm.forward", "--batch", "1", "--processes", "2", *arguments]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    return done, json.loads((tmp_path / "tune.json").read_text()) if done.returncode == 0 else None
-
-
 def test_dry_run_and_its_cache(tmp_path):
-    done, first = dry_run(tmp_path, "--limit", "3")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / folder) for folder in ("", "kernels", "bench")])
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    # Twice, each time in compiling processes of its own.
+    program = (
+        "import sys, tune; sys.exit(max(tune.main([*sys.argv[1:], '--json', name]) for name in ('1.json', '2.json')))"
+    )
+    arguments = "--device cpu --kernels norm.forward --batch 1 --processes 2 --limit 3".split()
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Nothing was timed: there is no GPU here. Compiled for NVIDIA H200" in done.stdout
     assert "norm.forward 16-bit: not timed; 3 candidates, dropped: none" in done.stdout
+    first, second = (json.loads((tmp_path / name).read_text()) for name in ("1.json", "2.json"))
     (row,) = first["tasks"]
     assert row["keys"] == ["forward", "16-bit"] and row["chosen"] and not row["changed"]
     assert len(row["candidates"]) == 3 and row["candidates"][0]["present"]
     assert all(c["compiled"]["registers"] > 0 and c["compiled"]["spills"] == 0 for c in row["candidates"])
-    if "compilations" not in first["compilation"] or first["compilation"]["compilations"] == 0:
-        pytest.skip("this Triton does not count its compilations")
-    done, second = dry_run(tmp_path, "--limit", "3")  # fresh processes find what these have compiled
     counts = first["compilation"], second["compilation"]
-    assert [count["compilations"] for count in counts] == [counts[0]["compilations"], 0]
+    if not counts[0]["compilations"]:
+        pytest.skip("this Triton does not count its compilations")
+    assert counts[1]["compilations"] == 0
     assert counts[1]["cache_hits"] == sum(counts[0][name] for name in ("compilations", "cache_hits"))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path):
+    environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    command = [
+        sys.executable,
+        ROOT / "bench/tune.py",
+        "--json",
+        tmp_path / "tune.json",
+        "--out-tables",
+        tmp_path / "tables",
+    ]
+    command += ["--kernels", "attention.forward", "--limit", "3", "--batch", "1", "--budget-s", "60"]
+    done = subprocess.run(command, env=os.environ | environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "tune.json").read_text())
+    (row,) = results["tasks"]
+    assert [c["stage"] for c in row["candidates"] if not c["reason"]] == [3, 3, 3], done.stdout
+    assert all(c["ratio"] > 0 and len(c["ms"]) == len(row["shapes"]) for c in row["candidates"])
+    assert results["compiled_again"] == 0  # the launches find what the processes compiled
 
 
 @pytest.fixture
