@@ -368,7 +368,7 @@ def test_dry_run_and_its_cache(tmp_path):
     program = (
         "import sys, tune; sys.exit(max(tune.main([*sys.argv[1:], '--json', name]) for name in ('1.json', '2.json')))"
     )
-    arguments = "--device cpu --kernels norm.forward --batch 1 --processes 2 --limit 3".split()
+    arguments = ["--device", "cpu", "--kernels", "norm.forward", "--batch", "1", "--processes", "2", "--limit", "3"]
     command = [sys.executable, "-c", program, *arguments]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
