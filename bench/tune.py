@@ -374,9 +374,6 @@ def make_candidates(task: Task, device_name: str, limit: int | None = None) -> l
     return [Candidate(config, present=config is present) for config in configs[:limit]]
 
 
-# Compilation: in processes of their own, whose driver names a GPU and launches nothing.
-
-
 @dataclass(frozen=True)
 class Target:
     """A GPU as far as compilation goes: its name, compute capability, and bytes of shared memory for a program."""
@@ -421,7 +418,7 @@ def make_jobs(entries: Iterable[tuple[Task, Sequence[Candidate]]]) -> list[tuple
 
 
 class _Driver:
-    """What JITFunction.run asks of a driver before it launches."""
+    """What JITFunction.run asks of a driver before it launches; with it nothing is launched."""
 
     def __init__(self, target: Any) -> None:
         self.target = target
@@ -608,9 +605,6 @@ def compile_all(
             process.kill()
 
 
-# Timing.
-
-
 class OutOfTime(Exception):
     """A task has used its share of the budget."""
 
@@ -770,9 +764,6 @@ def _show(config: Config) -> str:
     return " ".join(f"{name.removeprefix('BLOCK_')}={value}" for name, value in config.items())
 
 
-# Tables.
-
-
 def render(tables: dict[str, Any]) -> str:
     """The text of a table: a configuration a line."""
 
@@ -840,9 +831,6 @@ def write_tables(folder: Path, device_name: str, chosen: Sequence[tuple[Task, Co
             written.append(folder / f"{op}.json")
             written[-1].write_text(new)
     return written
-
-
-# The program.
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
