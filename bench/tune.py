@@ -146,19 +146,30 @@ CANDIDATES: dict[tuple[str, str, str], list[Config]] = {
         ])
         for bits in ("16-bit", "32-bit")
     },
+    **{
+        ("norm", "whole", bits): _configs("TILE BLOCK_C POSITIONS num_warps", [
+            (tile, width, positions, warps)
+            for tile, width, warps in (
+                (512, 32, 4), (1024, 32, 2), (1024, 32, 4), (2048, 32, 4), (2048, 64, 4), (4096, 64, 8)
+            )
+            for positions in (256, 1024, 4096)
+        ])
+        for bits in ("16-bit", "32-bit")
+    },
 }  # fmt: skip
 # The functions that take an entry of a table: only these are compiled for a candidate.
 JIT = {
     ("conv", "plain"): ("_convolve_kernel",),
     ("conv", "prologue"): ("_convolve_kernel",),
     ("norm", "merge"): ("_merge_kernel", "_backward_merge_kernel"),
+    ("norm", "whole"): ("_whole_kernel", "_backward_whole_kernel"),
 }
 # Of the time, by op and kernel; in order of importance.
 WEIGHTS = {
     ("attention", "forward"): 4.0, ("conv", "prologue"): 1.5,
     ("attention", "backward_dkdv"): 3.0, ("attention", "backward_dq"): 3.0,
     ("norm", "statistics"): 1.0, ("norm", "forward"): 1.0, ("norm", "backward_sums"): 1.0, ("norm", "backward"): 1.0,
-    ("norm", "merge"): 0.7, ("conv", "plain"): 0.7, ("conv", "backward_weight"): 0.7,
+    ("norm", "merge"): 0.7, ("norm", "whole"): 1.0, ("conv", "plain"): 0.7, ("conv", "backward_weight"): 0.7,
 }  # fmt: skip
 
 
@@ -181,6 +192,10 @@ class Convolution:
 
 
 CONVOLUTIONS = [*conv.PUBLISHED, conv.FRAMES["published"], (64, 64, 25600, 2)]
+# C, L of norms that take several launches, and sequences a clip, C, L of those that may take one: a frame's tokens, the
+# frames of a pixel, audio.
+LONG = norm.PUBLISHED[:3]
+SHORT = [(16, 256, 1024), (16, 384, 256), (1024, 256, 16), (1, 512, 400), (1, 384, 1600), (1, 512, 1024)]
 # Cin, Cout, L of a block's second convolution and of an attention's projections.
 POINTWISE = [(128, 128, 25600), (256, 256, 6400), (384, 384, 1600), (256, 768, 16384)]
 
@@ -221,7 +236,7 @@ class Task:
     def override(self, device_name: str, config: Config) -> None:
         """From here on, launches on a device of this name take this configuration."""
         _put(self.module._tables(), device_name, self.keys, config)
-        getattr(_host, "forget", lambda: None)()
+        _host.forget()
 
     def configs(self) -> list[Config]:
         """The listed candidates; no block is wider than the bucket of channels, to which a launcher would cut it."""
@@ -249,15 +264,16 @@ def make_tasks(dtypes: Iterable[str], head_dims: Iterable[int], batches: Sequenc
     tasks = []
     attention = {d: tuple(attn.Shape(b, h, 16, p, t, s, d) for b in batches for h, p, t, s in attn.PUBLISHED)
                  for d in head_dims}  # fmt: skip
-    norms = tuple(norm.Shape(b, *size) for b in batches for size in norm.PUBLISHED)
+    norms = {kernel: tuple(norm.Shape(b, *size) for b in batches for size in LONG) for _, kernel in WEIGHTS}
     # On larger ones what is merged takes so long that merging does not count.
-    small = tuple(norm.Shape(b, *size) for b in batches for size in norm.PUBLISHED[2:])
+    norms["merge"] = tuple(norm.Shape(b, *LONG[-1]) for b in batches)
+    norms["whole"] = tuple(norm.Shape(b * sequences, *size) for b in batches for sequences, *size in SHORT)
     for dtype in dtypes:
         for op, kernel in WEIGHTS:
             if op == "attention":
                 tasks += [Task(op, kernel, dtype, str(d), shapes) for d, shapes in attention.items()]
             elif op == "norm":
-                tasks.append(Task(op, kernel, dtype, None, small if kernel == "merge" else norms))
+                tasks.append(Task(op, kernel, dtype, None, norms[kernel]))
             else:
                 by_bucket: dict[int, list[Convolution]] = {}
                 for shape in _convolutions(kernel, batches):
@@ -324,14 +340,19 @@ def _norm_call(kernel: str, module: Any, shape: norm.Shape, random_tensor: Calla
     def backward() -> Any:
         return module.backward(d_out, x, *parameters, None, None, stats, **groups, silu=True)
 
-    return backward if kernel != "merge" else lambda: (*statistics(), *backward())
+    if kernel == "merge":
+        return lambda: (*statistics(), *backward())
+    if kernel == "whole":
+        return lambda: (*module.forward(x, *parameters, None, None, **groups, silu=True, eps=1e-5), *backward())
+    return backward
 
 
 def _conv_call(kernel: str, module: Any, shape: Convolution, random_tensor: Callable[..., Tensor]) -> Call:
     # Without groups: the prologue is computed the same way, and the statistics' kernels do not dilute the time.
     cin, cout = shape.channels, shape.out_channels
     x = random_tensor(shape.batch, shape.length, cin)
-    weight = random_tensor(cout, cin, shape.taps, deviation=(cin * shape.taps) ** -0.5)
+    # Laid out so that it is read in place.
+    weight = random_tensor(cout, shape.taps, cin, deviation=(cin * shape.taps) ** -0.5).transpose(1, 2)
     film = [None, None] if kernel == "plain" else [random_tensor(shape.batch, cin, deviation=0.1) for _ in range(2)]
     at = {"groups": 0, "dilation": shape.dilation, "silu": shape.silu}
     like_out = [random_tensor(shape.batch, shape.length, cout) for _ in range(shape.gradient or shape.residual)]
