@@ -42,11 +42,15 @@ def pointers(p_base, o_rows, stride, o_c):
 
 
 @triton.jit
-def _chunk(length, channels, chunk, chunks, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr):
-    """What a program owns: batch, chunk, its first position, its end, its channels. Neighbours read the same rows."""
+def _chunk(length, channels, chunk, chunks, BLOCK_C: tl.constexpr, REVERSED: tl.constexpr = False):
+    """What a program owns: batch, chunk, its first position, its end, its channels. Neighbours read the same rows.
+
+    A kernel that reads what another has just read goes the other way: the end of it is in the cache still.
+    """
     channel_blocks = tl.cdiv(channels, BLOCK_C)
-    i_chunk = tl.program_id(0) // channel_blocks
-    i_c = tl.program_id(0) % channel_blocks
+    pid = tl.num_programs(0) - 1 - tl.program_id(0) if REVERSED else tl.program_id(0)
+    i_chunk = pid // channel_blocks
+    i_c = pid % channel_blocks
     i_n = i_chunk % chunks
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     first = i_n * chunk
@@ -114,7 +118,7 @@ def _statistics_kernel(
     x, partials, x_sb, x_sl, length, channels, chunk, chunks, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     """Per chunk and channel of x - x[:, 0]: the mean, and the sum of squares around it."""
-    i_b, i_n, first, end, o_c, m_c = _chunk(length, channels, chunk, chunks, BLOCK_L, BLOCK_C)
+    i_b, i_n, first, end, o_c, m_c = _chunk(length, channels, chunk, chunks, BLOCK_C)
     p_x = x + i_b.to(tl.int64) * x_sb
     b_first = tl.load(p_x + o_c, mask=m_c, other=0.0).to(tl.float32)  # [BC]
     b_mean, b_squares = _moments(p_x, x_sl, b_first, first, end, o_c, m_c, BLOCK_L, BLOCK_C)
@@ -226,7 +230,7 @@ def _forward_kernel(
     x, coefficients, out, x_sb, x_sl, length, channels, chunk, chunks,
     SILU: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    i_b, _, first, end, o_c, m_c = _chunk(length, channels, chunk, chunks, BLOCK_L, BLOCK_C)
+    i_b, _, first, end, o_c, m_c = _chunk(length, channels, chunk, chunks, BLOCK_C, True)
     p_x = x + i_b.to(tl.int64) * x_sb
     p_out = out + i_b.to(tl.int64) * length * channels
     b_mean, b_factor, b_offset = load_coefficients(coefficients, i_b, channels, o_c, m_c)
@@ -335,7 +339,7 @@ def _backward_sums_kernel(
     SILU: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Per chunk and channel: sum dz and sum dz * (x - mean)."""
-    i_b, i_n, first, end, o_c, m_c = _chunk(length, channels, chunk, chunks, BLOCK_L, BLOCK_C)
+    i_b, i_n, first, end, o_c, m_c = _chunk(length, channels, chunk, chunks, BLOCK_C)
     p_d_out = d_out + i_b.to(tl.int64) * d_out_sb
     p_x = x + i_b.to(tl.int64) * x_sb
     b_mean, b_factor, b_offset = load_coefficients(coefficients, i_b, channels, o_c, m_c)
@@ -407,7 +411,7 @@ def _backward_kernel(
     SILU: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """d_x may be d_out."""
-    i_b, _, first, end, o_c, m_c = _chunk(length, channels, chunk, chunks, BLOCK_L, BLOCK_C)
+    i_b, _, first, end, o_c, m_c = _chunk(length, channels, chunk, chunks, BLOCK_C, True)
     p_d_out = d_out + i_b.to(tl.int64) * d_out_sb
     p_x = x + i_b.to(tl.int64) * x_sb
     p_d_x = d_x + i_b.to(tl.int64) * length * channels
