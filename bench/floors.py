@@ -189,13 +189,13 @@ def walk_unet(shape: unet.Shape, clock: Callable[[Walk], float] | None = None) -
             network = CoupledUNet(**shape.config()).eval()
     finally:
         torch.set_default_dtype(dtype)
-    inputs, walk = shape.inputs(DTYPE, "meta"), Walk()
+    inputs, shifts, walk = shape.inputs(DTYPE, "meta"), shape.shifts(), Walk()
     with torch.no_grad(), walk.open():
         if clock is None:
-            network(*inputs, shifts=shape.shifts())
+            network(*inputs, shifts=shifts)
             return walk, Counter()
         with unet.divided(unet.places_of_own(), lambda: clock(walk)) as spent:
-            network(*inputs, shifts=shape.shifts())
+            network(*inputs, shifts=shifts)
         spent[unet.REST] = clock(walk) - spent.total()
     return walk, spent
 
