@@ -19,6 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "bench")
 import attn
 import cli
 import conv
+import floors
 import harness
 import norm
 import peers
@@ -518,6 +519,25 @@ def test_published_shapes_of_the_benchmarks():
     assert whole.providers == [unet.BASELINE, unet.OWN, unet.AUTOCAST]
     assert unet.shapes_of(unet.parse(["--device", "cpu", "--quick"])) == [unet.Shape(1, *unet.SMALL)]
     assert unet.parse(["--device", "cpu", "--providers", cli.COMPILE]).providers == [cli.COMPILE]
+
+
+def test_floors_count_the_work_of_the_network(capsys):
+    pytest.importorskip("diffusers")
+    shape = unet.Shape(1, 8, 16, 1024, 32)
+    walk, _ = floors.walk_unet(shape)
+    # The release computes a few things at a higher resolution, and its head of the video in one convolution.
+    assert 0.95 < walk.total("gflop") / shape.gflop("forward") <= 1
+    assert walk.total("moved") >= walk.total("least") > shape.gbytes("forward", torch.bfloat16)
+    names = {name for name, _, _ in walk.calls}
+    assert {f"mmattn.{op.__name__}" for op in floors.PLACES} < names and "_unsafe_view" not in names
+    _, parts = floors.walk_unet(shape, lambda walk: walk.total("launches"))
+    assert parts.total() == walk.total("launches") and set(parts) <= set(unet.PARTS)
+    ceilings = floors.Ceilings(790, 4.3)
+    rows = list(floors.op_rows(ceilings, [4]))
+    assert rows[0][:3] == ["attention", "B4 H4 F16 P1024 T6400 S1 D64", "forward"] and rows[0][-1] == "68.0"
+    assert len(rows) == 2 * (4 + 4 + 15)
+    assert floors.main(["--what", "ops", "--batch", "1"]) == 0
+    assert "floor us" in capsys.readouterr().out
 
 
 def test_tables_refuse_a_marker_without_an_end(tmp_path):

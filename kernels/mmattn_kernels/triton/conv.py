@@ -24,28 +24,31 @@ import triton
 import triton.language as tl
 
 from mmattn_kernels.triton import _host, norm
-from mmattn_kernels.triton.norm import load_coefficients, pointers
+from mmattn_kernels.triton.norm import load_coefficients, pointers, sigmoid
 
 # Changing the batch, the length or the dilation must not compile anew, not even for a value of 1 or a multiple of 16.
 _RUNTIME = ("length", "dilation", "tiles", "blocks", "chunk", "splits")
 
 
 @triton.jit
-def _load(p_x, o_l, x_sl, m_l, coefficients, i_b, o_c, channels, SILU: tl.constexpr):
-    """Rows of y, [len(o_l), len(o_c)], in the dtype of x; zeros where masked, which the prologue would not keep."""
+def _load(p_x, m_l, coefficients, i_b, o_c, channels, SILU: tl.constexpr, PADDED: tl.constexpr):
+    """Rows of y, [len(m_l), len(o_c)], in the dtype of x. Masked ones are 0 if PADDED, else what y is where x is 0."""
     m_c = o_c < channels
-    m_x = m_l[:, None] & m_c[None, :]
-    b_x = tl.load(pointers(p_x, o_l, x_sl, o_c), mask=m_x, other=0.0)
+    b_x = tl.load(p_x, mask=m_l[:, None] & m_c[None, :], other=0.0)
     if coefficients is None and not SILU:
         return b_x
     else:
         b_y = b_x.to(tl.float32)
         if coefficients is not None:
+            # Past the last channel all three are 0, and so is y.
             b_mean, b_factor, b_offset = load_coefficients(coefficients, i_b, channels, o_c, m_c)
             b_y = (b_y - b_mean[None, :]) * b_factor[None, :] + b_offset[None, :]
+            if PADDED:
+                # One multiplication; a choice between rounded values takes two instructions an element.
+                b_y *= m_l.to(tl.float32)[:, None]
         if SILU:
-            b_y *= tl.sigmoid(b_y)
-        return tl.where(m_x, b_y, 0.0).to(b_x.dtype)
+            b_y *= sigmoid(b_y, b_x.dtype)
+        return b_y.to(b_x.dtype)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -64,27 +67,38 @@ def _convolve_kernel(
     o_m = first + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < out_channels
-    p_x = x + i_b.to(tl.int64) * x_sb
     # The taps that reach a position of the sequence from anywhere in the tile: the middle one, and some around it.
     tap = tl.maximum(TAPS // 2 - (tl.minimum(first + BLOCK_M, length) - 1) // dilation, 0)
     taps = tl.minimum(TAPS // 2 + (length - 1 - first) // dilation, TAPS - 1) - tap + 1
+    # Rows are multiplied by strides here, once; from block to block the pointers move by what is one number for all.
+    o_k = tl.arange(0, BLOCK_K)
+    p_x = pointers(x + i_b.to(tl.int64) * x_sb, o_m, x_sl, o_k)
+    # The weight is read along its contiguous axis: that of the backward's `out` channels is the weight's `in`.
+    if REVERSED:
+        p_w = weight + o_k[:, None] * weight_sk + o_n[None, :] * weight_sn  # [BK, BN]
+    else:
+        p_w = weight + o_n[:, None] * weight_sn + o_k[None, :] * weight_sk  # [BN, BK]
 
     b_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for i in range(0, taps * tl.cdiv(in_channels, BLOCK_K)):
-        i_tap = tap + i % taps
-        o_k = i // taps * BLOCK_K + tl.arange(0, BLOCK_K)
-        o_l = o_m + (i_tap - TAPS // 2) * dilation
-        m_l = (o_l >= 0) & (o_l < length)
-        b_y = _load(p_x, o_l, x_sl, m_l, coefficients, i_b, o_k, in_channels, SILU)  # [BM, BK]
-        m_k = o_k < in_channels
-        # Each way reads along the weight's contiguous axis: the backward's `out` channels are the weight's `in`.
+    i_tap = tap
+    i_k = 0
+    for _ in range(0, taps * tl.cdiv(in_channels, BLOCK_K)):
+        offset = (i_tap - TAPS // 2) * dilation
+        m_l = (o_m + offset >= 0) & (o_m + offset < length)
+        p_y = p_x + (offset.to(tl.int64) * x_sl + i_k)
+        b_y = _load(p_y, m_l, coefficients, i_b, i_k + o_k, in_channels, SILU, True)  # [BM, BK]
+        m_k = i_k + o_k < in_channels
+        p_tap = p_w + i_k * weight_sk
+        if TAPS > 1:  # else its stride is 1, which would hide that rows are aligned
+            p_tap += (TAPS - 1 - i_tap if REVERSED else i_tap) * weight_st
         if REVERSED:
-            p_w = weight + (TAPS - 1 - i_tap) * weight_st + o_k[:, None] * weight_sk + o_n[None, :] * weight_sn
-            b_w = tl.load(p_w, mask=m_k[:, None] & m_n[None, :], other=0.0)  # [BK, BN]
+            b_w = tl.load(p_tap, mask=m_k[:, None] & m_n[None, :], other=0.0)
         else:
-            p_w = weight + i_tap * weight_st + o_n[:, None] * weight_sn + o_k[None, :] * weight_sk
-            b_w = tl.trans(tl.load(p_w, mask=m_n[:, None] & m_k[None, :], other=0.0))  # [BK, BN]
+            b_w = tl.trans(tl.load(p_tap, mask=m_n[:, None] & m_k[None, :], other=0.0))
         b_acc = tl.dot(b_y, b_w, b_acc, input_precision=PRECISION)
+        is_last = i_tap == tap + taps - 1
+        i_tap = tl.where(is_last, tap, i_tap + 1)
+        i_k += tl.where(is_last, BLOCK_K, 0)
     m_out = (o_m < length)[:, None] & m_n[None, :]
     if bias is not None:
         b_acc += tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
@@ -120,7 +134,9 @@ def _backward_weight_kernel(
         m_k = (o_k < length) & (o_l >= 0) & (o_l < length)
         p_d_out = pointers(d_out + i_b * d_out_sb, o_k, d_out_sl, o_m)
         b_d_out = tl.load(p_d_out, mask=m_k[:, None] & m_m[None, :], other=0.0)  # [BK, BM]
-        b_y = _load(x + i_b * x_sb, o_l, x_sl, m_k, coefficients, i_b, o_n, in_channels, SILU)  # [BK, BN]
+        p_y = pointers(x + i_b * x_sb, o_l, x_sl, o_n)
+        # Where that is masked, d_out is 0.
+        b_y = _load(p_y, m_k, coefficients, i_b, o_n, in_channels, SILU, False)  # [BK, BN]
         b_acc = tl.dot(tl.trans(b_d_out), b_y, b_acc, input_precision=PRECISION)
     o_w = (i_split * TAPS + i_tap).to(tl.int64) * out_channels + o_m
     tl.store(pointers(partials, o_w, in_channels, o_n), b_acc, mask=m_m[:, None] & (o_n < in_channels)[None, :])

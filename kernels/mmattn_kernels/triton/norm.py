@@ -58,6 +58,17 @@ def _chunk(length, channels, chunk, chunks, BLOCK_C: tl.constexpr, REVERSED: tl.
 
 
 @triton.jit
+def sigmoid(x, DTYPE: tl.constexpr):
+    """Of x in fp32, for a result that is rounded to DTYPE."""
+    if DTYPE.primitive_bitwidth == 32:
+        return tl.sigmoid(x)
+    else:
+        # One instruction each, to 2e-7: the exponential and the division above have eight more around them.
+        r = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+        return r * r
+
+
+@triton.jit
 def load_coefficients(coefficients, i_b, channels, o_c, m_c):
     """(mean, factor, offset), each [len(o_c)]."""
     p = coefficients + i_b.to(tl.int64) * 3 * channels + o_c
@@ -221,7 +232,7 @@ def _apply(
         b_x = tl.load(pointers(p_x, o_l, x_sl, o_c), mask=m_x, other=0.0).to(tl.float32)  # [BL, BC]
         b_z = (b_x - b_mean[None, :]) * b_factor[None, :] + b_offset[None, :]
         if SILU:
-            b_z *= tl.sigmoid(b_z)
+            b_z *= sigmoid(b_z, p_out.dtype.element_ty)
         tl.store(pointers(p_out, o_l, channels, o_c), b_z.to(p_out.dtype.element_ty), mask=m_x)
 
 
@@ -285,11 +296,11 @@ def _whole_kernel(
 
 
 @triton.jit
-def _d_z(b_d_out, b_centred, b_factor, b_offset, SILU: tl.constexpr):
+def _d_z(b_d_out, b_centred, b_factor, b_offset, SILU: tl.constexpr, DTYPE: tl.constexpr):
     """The gradient of z; b_centred is x - mean."""
     if SILU:
         b_z = b_centred * b_factor[None, :] + b_offset[None, :]
-        b_sigmoid = tl.sigmoid(b_z)
+        b_sigmoid = sigmoid(b_z, DTYPE)
         return b_d_out * b_sigmoid * (1.0 + b_z * (1.0 - b_sigmoid))
     else:
         return b_d_out
@@ -309,7 +320,7 @@ def _sums(
         b_d_out = tl.load(pointers(p_d_out, o_l, d_out_sl, o_c), mask=m_x, other=0.0).to(tl.float32)  # [BL, BC]
         b_x = tl.load(pointers(p_x, o_l, x_sl, o_c), mask=m_x, other=0.0).to(tl.float32)  # [BL, BC]
         b_centred = b_x - b_mean[None, :]
-        b_d_z = _d_z(b_d_out, b_centred, b_factor, b_offset, SILU)
+        b_d_z = _d_z(b_d_out, b_centred, b_factor, b_offset, SILU, p_x.dtype.element_ty)
         b_sum += b_d_z
         b_sum_x += b_d_z * b_centred
     return tl.sum(b_sum, 0), tl.sum(b_sum_x, 0)
@@ -327,7 +338,7 @@ def _propagate(
         b_d_out = tl.load(pointers(p_d_out, o_l, d_out_sl, o_c), mask=m_x, other=0.0).to(tl.float32)  # [BL, BC]
         b_x = tl.load(pointers(p_x, o_l, x_sl, o_c), mask=m_x, other=0.0).to(tl.float32)  # [BL, BC]
         b_centred = b_x - b_mean[None, :]
-        b_d_x = _d_z(b_d_out, b_centred, b_factor, b_offset, SILU) * b_factor[None, :]
+        b_d_x = _d_z(b_d_out, b_centred, b_factor, b_offset, SILU, p_x.dtype.element_ty) * b_factor[None, :]
         if b_slope is not None:
             b_d_x -= b_centred * b_slope[None, :] + b_level[None, :]
         tl.store(pointers(p_d_x, o_l, channels, o_c), b_d_x.to(p_d_x.dtype.element_ty), mask=m_x)
