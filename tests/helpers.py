@@ -75,6 +75,22 @@ def on_a_side_stream(function, tensors):
     return found
 
 
+FAR = 2**31  # elements, past which an offset is no 32-bit number
+
+
+def far_apart(tensors):
+    """The same values in tensors [B, L, ...] whose last rows begin past FAR elements, interleaved in one of bf16."""
+    rows, widths = (max(x.shape[:2].numel() for x in tensors.values()), [x[0, 0].numel() for x in tensors.values()])
+    wide = torch.zeros(rows, FAR // (rows // 2), dtype=torch.bfloat16, device=DEVICE)
+    found, first = {}, 0
+    for (name, x), width in zip(tensors.items(), widths, strict=True):
+        count = x.shape[:2].numel()
+        found[name] = wide[:count, first : first + width].unflatten(1, x.shape[2:]).unflatten(0, x.shape[:2])
+        found[name].copy_(x)
+        first += width
+    return found
+
+
 def enough_memory(gigabytes):
     """Skips the test where that much is not free on the GPU, other processes' memory included."""
     torch.cuda.empty_cache()

@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from helpers import (
     DEVICE,
     DTYPES,
+    FAR,
     GPU_DTYPES,
     INSTRUCTION_SETS,
     ON_DEVICE,
     REFERENCE_AND_AUTO,
     REFERENCE_AND_CPU,
     enough_memory,
+    far_apart,
     needs_extension,
     on_a_side_stream,
     on_device,
@@ -795,24 +797,17 @@ def test_offsets_beyond_32_bits():
     """Rows of q, k, v and of the gradients so far apart that the last begin past 2^31 elements; and such an output."""
     enough_memory(24)
     case = Case(frames=2, pixels=20, audio_len=43, window=2, shift=0, head_dim=64, heads=1)
-    rows = {"video": case.frames * case.pixels, "audio": case.audio_len}
-    wide = torch.zeros(max(rows.values()), 2**26 - 64, dtype=torch.bfloat16, device="cuda")
-    assert wide.stride(0) * (rows["video"] - 1) > 2**31
-    tensors, dense = {}, device_tensors(case, torch.bfloat16)
-    for i, (name, x) in enumerate(dense.items()):
-        length = rows["video" if "video" in name else "audio"]
-        tensors[name] = wide[:length, 64 * i : 64 * (i + 1)].view(1, length, 1, 64)
-        tensors[name].copy_(x)
-    assert largest_error(outputs_and_gradients(case, tensors), outputs_and_gradients(case, dense)) < 2e-3
-    del wide, tensors
+    dense = device_tensors(case, torch.bfloat16)
+    found = outputs_and_gradients(case, far_apart(dense))
+    assert largest_error(found, outputs_and_gradients(case, dense)) < 2e-3
     # All queries of a segment are one: so must be their outputs, at whatever position.
-    heads, dim, frames, audio_len = 16, 128, 16, 2**20 + 32
+    heads, dim, frames, audio_len = 16, 128, 16, FAR // (16 * 128) + 32
     q = torch.randn(1, 1, heads, dim, dtype=torch.bfloat16, device="cuda").expand(1, audio_len, heads, dim)
     k, v = torch.randn(2, 1, frames * 4, heads, dim, dtype=torch.bfloat16, device="cuda")
     geometry = {"frames": frames, "window": 3, "shift": 5}
     few = mmattn.random_shift_attention(k, k, v, *(q[:, : 4 * frames],) * 3, **geometry)[1]
     many = mmattn.random_shift_attention(k, k, v, q, q, q, **geometry)[1]
-    assert many.numel() > 2**31
+    assert many.numel() > FAR
     segments = many.unflatten(1, (frames, -1))
     assert relative_error(segments[:, :, -1], few[:, 3::4]) < 5e-3
     for segment in segments.unbind(1):
