@@ -11,6 +11,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GPU_DTYPES = {**DTYPES, "fp16": torch.float16}
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 # On a GPU what users get; on a CPU Triton's kernels, interpreted, run on request alone.
 ON_DEVICE = "auto" if HAS_GPU else "triton"
 
