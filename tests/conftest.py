@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import sys
 from importlib import metadata
 
 import torch
@@ -19,6 +20,9 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 torch.backends.cudnn.allow_tf32 = False
 
 
+_CONTEXT_IS_LOST = pytest.StashKey()
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items):
     has_gpu = torch.cuda.is_available()
@@ -31,6 +35,29 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=cannot_interpret))
         if item.get_closest_marker("gpu") and not has_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+    if has_gpu:  # the longest first
+        items.sort(key=lambda item: not any(word in item.name for word in ("inductor", "compiled", "full_size")))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if call.excinfo is not None and item.get_closest_marker("gpu") and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            item.config.stash[_CONTEXT_IS_LOST] = item.nodeid
+    return report
+
+
+def pytest_runtest_protocol(item):
+    """After an illegal access every call of CUDA fails, so a process of pytest-xdist ends, and gets a successor."""
+    culprit = item.config.stash.get(_CONTEXT_IS_LOST, None)
+    if culprit and "PYTEST_XDIST_WORKER" in os.environ:
+        sys.stderr.write(f"{culprit} broke the CUDA context: this process ends, and {item.nodeid} fails for it\n")
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def _interpreter_is_broken():
