@@ -180,8 +180,9 @@ run_tests() { # NAME SECONDS ARGUMENTS...: a test that hangs tells where, and a 
     if "$python" -c 'import xdist' 2>/dev/null; then
         in_parallel=(-n "${WORKERS:-8}" --dist loadgroup --max-worker-restart 16)
     fi
-    pytest_step "$name" "$limit" "$python" -m pytest --tb=short -rfE -o faulthandler_timeout=90 -p no:cacheprovider \
-        --continue-on-collection-errors --durations=8 --junitxml "$results/${name// /-}.xml" "${in_parallel[@]}" "$@"
+    # Inductor would start a compiling process for each core in each of these.
+    pytest_step "$name" "$limit" env TORCHINDUCTOR_COMPILE_THREADS=2 "$python" -m pytest --tb=short -rfE \
+        -o faulthandler_timeout=90 -p no:cacheprovider --continue-on-collection-errors --durations=8 --junitxml "$results/${name// /-}.xml" "${in_parallel[@]}" "$@"
 }
 
 run_sanitizer() {

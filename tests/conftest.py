@@ -18,8 +18,6 @@ import pytest
 torch.set_num_threads(min(2, torch.get_num_threads()))
 # cuDNN rounds fp32 to TF32 unless told otherwise, and fp32 here is compared with fp64.
 torch.backends.cudnn.allow_tf32 = False
-
-
 _CONTEXT_IS_LOST = pytest.StashKey()
 
 
@@ -35,7 +33,6 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=cannot_interpret))
         if item.get_closest_marker("gpu") and not has_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
     if has_gpu:  # the longest first
         items.sort(key=lambda item: not any(word in item.name for word in ("inductor", "compiled", "full_size")))
 
