@@ -613,7 +613,7 @@ def test_full_size_on_the_device(dtype, monkeypatch):
     monkeypatch.setenv("MMATTN_IMPL", "reference")
     with torch.no_grad():
         plain = unet(*inputs, shifts=shifts)
-    assert error(found, plain) < (5e-2 if dtype == torch.bfloat16 else 1e-4)
+    assert error(found, plain) < (8e-2 if dtype == torch.bfloat16 else 1e-4)
 
 
 def test_command_line(tmp_path, capsys):
