@@ -82,8 +82,8 @@ def _choose(op: str, requested: str, device: str, dtype: torch.dtype, head_dim: 
     elif (key := (op, device, str(dtype))) not in _announced:
         _announced.add(key)
         _logger.info("%s on %s %s runs %s %s", op, device, dtype, chosen, passed_over or "")
-        # fp64 has no kernel anywhere, and whoever computes in it does not ask for speed. On an accelerator the reference
-        # of self-attention is not slow.
+        # fp64 has no kernel anywhere, and whoever computes in it does not ask for speed; nor is the reference of
+        # self-attention slow on an accelerator.
         has_none = dtype == torch.float64 or device == "meta" or (op == "self_attention" and device != "cpu")
         if passed_over and not has_none:
             warnings.warn(f"mmattn computes {op} by its slow reference: {passed_over[0]}", stacklevel=4)

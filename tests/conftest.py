@@ -4,24 +4,67 @@
 import contextlib
 import os
 import sys
+from importlib import metadata
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import numpy
 import pytest
 
 # More threads than work only slow down tests this small.
 torch.set_num_threads(min(2, torch.get_num_threads()))
+# cuDNN rounds fp32 to TF32 unless told otherwise, and fp32 here is compared with fp64.
+torch.backends.cudnn.allow_tf32 = False
+_CONTEXT_IS_LOST = pytest.StashKey()
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
+    has_gpu = torch.cuda.is_available()
+    cannot_interpret = None if has_gpu else _interpreter_is_broken()
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("device") and not item.get_closest_marker("ahead_of_time"):
+            if has_gpu:
+                item.add_marker(pytest.mark.gpu)
+            elif cannot_interpret:
+                item.add_marker(pytest.mark.skip(reason=cannot_interpret))
+        if item.get_closest_marker("gpu") and not has_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if has_gpu:  # the longest first
+        items.sort(key=lambda item: not any(word in item.name for word in ("inductor", "compiled", "full_size")))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if call.excinfo is not None and item.get_closest_marker("gpu") and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            item.config.stash[_CONTEXT_IS_LOST] = item.nodeid
+    return report
+
+
+def pytest_runtest_protocol(item):
+    """After an illegal access every call of CUDA fails, so a process of pytest-xdist ends, and gets a successor."""
+    culprit = item.config.stash.get(_CONTEXT_IS_LOST, None)
+    if culprit and "PYTEST_XDIST_WORKER" in os.environ:
+        sys.stderr.write(f"{culprit} broke the CUDA context: this process ends, and {item.nodeid} fails for it\n")
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _interpreter_is_broken():
+    try:
+        version = tuple(int(part) for part in metadata.version("triton").split(".")[:2])
+    except metadata.PackageNotFoundError:
+        return None  # the tests say so themselves
+    if version < (3, 7) and tuple(int(part) for part in numpy.__version__.split(".")[:2]) >= (2, 4):
+        return f"the interpreter of Triton {version[0]}.{version[1]} needs numpy below 2.4"
+    return None
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +110,8 @@ def threads():
 
 @pytest.fixture
 def fresh_dynamo():
+    import torch._dynamo.testing  # which torch does not import by itself
+
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

@@ -13,7 +13,22 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, INSTRUCTION_SETS, REFERENCE_AND_AUTO, REFERENCE_AND_CPU, needs_extension
+from helpers import (
+    DEVICE,
+    DTYPES,
+    FAR,
+    GPU_DTYPES,
+    INSTRUCTION_SETS,
+    ON_DEVICE,
+    REFERENCE_AND_AUTO,
+    REFERENCE_AND_CPU,
+    enough_memory,
+    far_apart,
+    needs_extension,
+    on_a_side_stream,
+    on_device,
+    replays,
+)
 
 import mmattn
 import mmattn.info
@@ -125,9 +140,9 @@ def with_gradients(function, qkv, d_out, dtype):
 
 
 @functools.cache
-def expected(case, dtype):
+def expected(case, dtype, device="cpu"):
     """In fp64 by the oracle, and by plain torch in dtype, on the same inputs."""
-    qkv, d_out = inputs(case, dtype)
+    qkv, d_out = ([x.to(device) for x in tensors] for tensors in inputs(case, dtype))
     at = {**case.at, "scale": case.exact_scale}
     exact = with_gradients(lambda x: oracle(x, **at), qkv, d_out, torch.float64)
     plain = with_gradients(lambda x: reference(*x, **at), qkv, d_out, dtype)
@@ -138,9 +153,13 @@ def attend(case, qkv, impl="cpu", **overrides):
     return mmattn.random_shift_attention(*qkv, **{**case.at, "scale": case.scale, "impl": impl, **overrides})
 
 
-def packed_gradients(case, dtype, impl="cpu", **overrides):
+def device_inputs(case, dtype=torch.float32, seed=0):
+    return [[on_device(x) for x in tensors] for tensors in inputs(case, dtype, seed)]
+
+
+def packed_gradients(case, dtype, impl="cpu", make=inputs, **overrides):
     """Like `with_gradients`, on the inputs as they are: strided views keep their strides."""
-    qkv, d_out = inputs(case, dtype)
+    qkv, d_out = make(case, dtype)
     leaves = [x.detach().requires_grad_() for x in qkv]
     out = attend(case, leaves, impl, **overrides)
     grads = torch.autograd.grad(out, leaves, d_out)
@@ -148,17 +167,18 @@ def packed_gradients(case, dtype, impl="cpu", **overrides):
 
 
 def assert_within_budget(found, case, dtype):
-    exact, plain = expected(case, dtype)
+    exact, plain = expected(case, dtype, found["video_out"].device.type)
     for name, x in found.items():
         assert x.dtype == dtype and (x.is_contiguous() or not name.endswith("_out")), name
         # Backward recomputes the weights from a log-sum-exp, whose rounding grows with the scores.
         assert_close_to_fp64(x, exact[name], plain[name], name=name, rounding=2 * case.magnitude - 1)
 
 
-@pytest.mark.parametrize("impl", REFERENCE_AND_CPU)
+@pytest.mark.parametrize("impl", (*REFERENCE_AND_CPU, pytest.param("auto", marks=pytest.mark.gpu)))
 def test_published_values(impl, poisoned_memory):
     safetensors = pytest.importorskip("safetensors")
-    with safetensors.safe_open(DATA / "attention.safetensors", "pt") as file:
+    device = DEVICE if impl == "auto" else "cpu"
+    with safetensors.safe_open(DATA / "attention.safetensors", "pt", device=device) as file:
         cases = json.loads(file.metadata()["cases"])
         for i, case in enumerate(cases):
             # [B, 3*heads*D, F*P + T] -> q, k, v [B, L, heads, D] of each stream, D made contiguous
@@ -594,12 +614,204 @@ def test_the_environment_sets_what_auto_means(monkeypatch):
         attend(case, qkv, "auto")
 
 
-def test_triton_interpreted_through_the_public_function():
-    pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        pytest.skip("Triton runs on the device here, not in the interpreter")
-    case = Case(frames=3, pixels=4, audio_len=17, heads=1)
-    assert_within_budget(packed_gradients(case, torch.float32, "triton"), case, torch.float32)
+PUBLISHED = {
+    f"level {level}": Case(16, pixels, audio_len, window, 3 % (17 - window), 64, heads)
+    for level, (heads, pixels, audio_len, window) in enumerate(
+        ((4, 1024, 6400, 1), (6, 256, 1600, 4), (8, 64, 400, 8), (8, 64, 400, 16)), start=1
+    )
+}
+FEW = ("n of 25", "separate tensors", "several blocks, partial and wrapping", "head_dim 128")
+MANY = (
+    *FEW,
+    "three heads, two batches",
+    "left-over read by a wrapping window",
+    "left-over, one position a segment",
+    "window of all frames, left-over",
+    "head_dim 20",
+    "head_dim 64",
+    "one past a tile on each axis",
+    "scale below zero",
+    "large scores",
+)
+INTERPRETED = (
+    ("n of 25", "fp32"),
+    ("left-over read by a wrapping window", "fp32"),
+    ("three heads, two batches", "fp16"),
+)
+ON_GPU = [(name, dtype) for dtype in GPU_DTYPES for name in (*(MANY if dtype == "fp32" else FEW), *PUBLISHED)]
+
+
+@pytest.mark.device
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=[] if (name, dtype) in INTERPRETED else pytest.mark.gpu)
+        for name, dtype in dict.fromkeys((*INTERPRETED, *ON_GPU))
+    ],
+)
+def test_triton_through_the_public_function(name, dtype, poisoned_memory):
+    case, dtype = {**CASES, **PUBLISHED}[name], GPU_DTYPES[dtype]
+    assert_within_budget(packed_gradients(case, dtype, ON_DEVICE, device_inputs), case, dtype)
+    expected.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", ("attention", "norm", "conv"))
+@pytest.mark.parametrize("dtype", GPU_DTYPES.values(), ids=GPU_DTYPES)
+def test_triton_is_what_auto_chooses_on_a_gpu(op, dtype, recwarn):
+    assert dispatch.explain(op, "auto", "cuda", dtype, 64) == ("triton", [])
+    assert dispatch.choose(op, "auto", torch.empty(1, 1, 1, 64, dtype=dtype, device="cuda")) == "triton"
+    assert not recwarn
+
+
+DEVICE_CASE = Case(frames=6, pixels=7, audio_len=41, window=2, shift=3, head_dim=32)
+
+
+def device_tensors(case, dtype=torch.float32, **more):
+    qkv, d_out = device_inputs(case, dtype)
+    return dict(zip((*NAMES, "d_video_out", "d_audio_out"), (*qkv, *d_out), strict=True)) | more
+
+
+def outputs_and_gradients(case, tensors, impl=ON_DEVICE, **overrides):
+    """Both outputs and all six gradients, of tensors as by `device_tensors`, by name."""
+    leaves = [tensors[name].detach().requires_grad_() for name in NAMES]
+    out = attend(case, leaves, impl, **({"shift": tensors["shift"]} if "shift" in tensors else {}), **overrides)
+    grads = torch.autograd.grad(out, leaves, (tensors["d_video_out"], tensors["d_audio_out"]))
+    return dict(zip(("video_out", "audio_out", *GRADS), (*(x.detach() for x in out), *grads), strict=True))
+
+
+def largest_error(found, expected):
+    assert found.keys() == expected.keys()
+    return max(relative_error(x, expected[name]) for name, x in found.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
+def test_graph_replays_with_changed_shifts(dtype):
+    """The shift is read by the kernels, so one recorded graph serves all."""
+    tensors = device_tensors(DEVICE_CASE, torch.bfloat16, shift=torch.zeros(1, dtype=dtype, device="cuda"))
+    later = [
+        device_tensors(DEVICE_CASE, torch.bfloat16, shift=torch.tensor([shift], device="cuda")) for shift in (4, 0, 1)
+    ]
+    found = replays(lambda t: outputs_and_gradients(DEVICE_CASE, t), tensors, later)
+    for values, result in zip(later, found, strict=True):
+        assert largest_error(result, outputs_and_gradients(DEVICE_CASE, values)) < 2e-3
+    assert largest_error(found[0], found[1]) > 0.1
+
+
+@pytest.mark.gpu
+def test_side_stream():
+    tensors = device_tensors(DEVICE_CASE)
+    plain = outputs_and_gradients(DEVICE_CASE, tensors)
+    found = on_a_side_stream(lambda t: outputs_and_gradients(DEVICE_CASE, t), tensors)
+    assert largest_error(found, plain) < 1e-6
+
+
+@pytest.mark.device
+def test_a_shift_on_the_device_is_an_int_shift(poisoned_memory):
+    case = dataclasses.replace(DEVICE_CASE, head_dim=16)
+    plain = outputs_and_gradients(case, device_tensors(case))
+    for dtype in (torch.int32, torch.int64):
+        shift = torch.tensor([99, case.shift], dtype=dtype, device=DEVICE)[1:]
+        assert largest_error(outputs_and_gradients(case, device_tensors(case, shift=shift)), plain) < 1e-6
+
+
+@pytest.mark.gpu
+def test_a_shift_on_the_device_out_of_range_reads_nothing_outside(poisoned_memory):
+    for shift in (-(2**31), -7, 6, 2**31 - 1):
+        found = outputs_and_gradients(DEVICE_CASE, device_tensors(DEVICE_CASE, shift=torch.tensor(shift).cuda()))
+        assert all(torch.isfinite(x).all() for x in found.values())
+
+
+@pytest.mark.device
+def test_device_gradients_of_any_strides(poisoned_memory):
+    case = Case()
+    tensors = device_tensors(case)
+    tensors["d_video_out"] = tensors["d_video_out"].mT.contiguous().mT
+    tensors["d_audio_out"] = tensors["d_audio_out"][:, :1, :1].expand_as(tensors["d_audio_out"])
+    dense = {name: x.contiguous() if name in ("d_video_out", "d_audio_out") else x for name, x in tensors.items()}
+    assert largest_error(outputs_and_gradients(case, tensors), outputs_and_gradients(case, dense)) < 1e-6
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("reentrant", (False, True))
+def test_checkpoint_on_the_device(reentrant):
+    case = Case()
+    tensors = device_tensors(case)
+    plain = outputs_and_gradients(case, tensors)
+    leaves = [tensors[name].detach().requires_grad_() for name in NAMES]
+    out = torch.utils.checkpoint.checkpoint(lambda *x: attend(case, x, ON_DEVICE), *leaves, use_reentrant=reentrant)
+    torch.autograd.backward(out, (tensors["d_video_out"], tensors["d_audio_out"]))
+    assert all(torch.equal(x.grad, plain[name]) for name, x in zip(GRADS, leaves, strict=True))
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("dtype", (torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)))
+def test_autocast_on_the_device(dtype):
+    case = Case(audio_len=27)
+    qkv, _ = device_inputs(case)
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    with torch.autocast(DEVICE, dtype):
+        out = attend(case, leaves, ON_DEVICE)
+        double = attend(case, [x.double() for x in qkv], "auto")
+    assert all(x.dtype == dtype for x in out) and double[0].dtype == torch.float64
+    expected_out = attend(case, [x.to(dtype) for x in qkv], ON_DEVICE)
+    assert all(torch.equal(x, y) for x, y in zip(out, expected_out, strict=True))
+    out[0].float().sum().backward()
+    assert leaves[0].grad.dtype == torch.float32 and torch.isfinite(leaves[4].grad).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tensor_shift", (False, True), ids=("int shift", "tensor shift"))
+def test_inductor_on_the_device(tensor_shift, fresh_dynamo):
+    """Forward and backward as one graph each; a changed shift compiles nothing anew."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    step = training_step(frames=6, window=2, impl=ON_DEVICE)
+    eager, step.attend = step.attend, torch.compile(step.attend, fullgraph=True, backend=counter)
+    qkv, d_out = device_inputs(DEVICE_CASE)
+    counts = []
+    for number in (1, 2, 3, 4):
+        shift = torch.tensor(number, device=DEVICE) if tensor_shift else number
+        found = step(qkv, shift, d_out)
+        step.attend, compiled = eager, step.attend
+        for name, x, y in zip(("video_out", "audio_out", *GRADS), found, step(qkv, shift, d_out), strict=True):
+            assert relative_error(x, y) < 1e-6, name
+        step.attend = compiled
+        counts.append(counter.frame_count)
+    assert counts[-1] == (1 if tensor_shift else counts[1]) <= 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("requires_grad", (False, True), ids=("inference", "training"))
+def test_opcheck_on_the_device(requires_grad):
+    qkv, _ = device_inputs(Case(packed=False))
+    qkv = [x.clone().requires_grad_(requires_grad) for x in qkv]
+    shift = torch.tensor(1, dtype=torch.int32, device="cuda")
+    arguments = (*qkv, 4, 2, 0, shift, 0.25, "triton")
+    torch.library.opcheck(torch.ops.mmattn.random_shift_attention.default, arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.xdist_group("memory")
+def test_offsets_beyond_32_bits():
+    """Rows of q, k, v and of the gradients so far apart that the last begin past 2^31 elements; and such an output."""
+    enough_memory(24)
+    case = Case(frames=2, pixels=20, audio_len=43, window=2, shift=0, head_dim=64, heads=1)
+    dense = device_tensors(case, torch.bfloat16)
+    found = outputs_and_gradients(case, far_apart(dense))
+    assert largest_error(found, outputs_and_gradients(case, dense)) < 2e-3
+    # All queries of a segment are one: so must be their outputs, at whatever position.
+    heads, dim, frames, audio_len = 16, 128, 16, FAR // (16 * 128) + 32
+    q = torch.randn(1, 1, heads, dim, dtype=torch.bfloat16, device="cuda").expand(1, audio_len, heads, dim)
+    k, v = torch.randn(2, 1, frames * 4, heads, dim, dtype=torch.bfloat16, device="cuda")
+    geometry = {"frames": frames, "window": 3, "shift": 5}
+    few = mmattn.random_shift_attention(k, k, v, *(q[:, : 4 * frames],) * 3, **geometry)[1]
+    many = mmattn.random_shift_attention(k, k, v, q, q, q, **geometry)[1]
+    assert many.numel() > FAR
+    segments = many.unflatten(1, (frames, -1))
+    assert relative_error(segments[:, :, -1], few[:, 3::4]) < 5e-3
+    for segment in segments.unbind(1):
+        assert torch.equal(segment.amin(1), segment.amax(1))
 
 
 def test_draw_shift():

@@ -13,10 +13,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
-from triton_common import DEVICE, MATRIX_INSTRUCTION, SHARED_LIMIT, TARGETS, TESTS, ahead_of_time
+from triton_common import DEVICE, MATRIX_INSTRUCTION, SHARED_LIMIT, SPILLS, TARGETS, TESTS, ahead_of_time, named
 
 from mmattn_kernels.triton import attention
 
+pytestmark = pytest.mark.device
 GRADS = ("d_video_q", "d_video_k", "d_video_v", "d_audio_q", "d_audio_k", "d_audio_v")
 
 
@@ -64,6 +65,14 @@ CASES = {
     "shift as an int64 tensor": Case(shift_dtype=torch.int64),
     "shift as an int32 tensor": Case(shift=2, shift_dtype=torch.int32),
 }  # fmt: skip
+SANITIZED = (
+    "segments share a tile",
+    "leftover read by a wrapping window",
+    "head_dim 20",
+    "fp16, head_dim 64",
+    "shift past the frames",
+    "shift as an int32 tensor",
+)
 
 
 def windowed(q, k, v, frames, window, shift, scale):
@@ -150,7 +159,7 @@ def assert_within_budget(found, exact, plain, dtype):
         assert error <= limit, f"{name}: relative error {error:.2e}, allowed {limit:.2e}"
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", named(CASES, SANITIZED))
 def test_forward_and_gradients(case, blocks):
     blocks(*case.blocks)
     qkv, d_out, at = inputs(case)
@@ -164,9 +173,9 @@ def test_forward_and_gradients(case, blocks):
     assert_within_budget(found, exact, plain, case.dtype)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="bf16 products are wrong in Triton's interpreter")
+@pytest.mark.gpu  # bf16 products are wrong in Triton's interpreter
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32))
-@pytest.mark.parametrize("head_dim", (16, 48, 64, 128))
+@pytest.mark.parametrize("head_dim", (16, 48, pytest.param(64, marks=pytest.mark.sanitize), 128))
 def test_default_configurations(head_dim, dtype):
     case = Case(frames=8, pixels=150, audio_len=811, window=3, shift=5, head_dim=head_dim, batch=2, dtype=dtype)
     qkv, d_out, at = inputs(case)
@@ -307,21 +316,24 @@ def test_every_configuration_is_complete():
                     assert config.keys() - {"maxnreg"} == {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages"}
 
 
+@pytest.mark.ahead_of_time
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_ahead_of_time(target):
     rows = ahead_of_time("--op", "attention", target)
     assert {row["kernel"] for row in rows} == {"forward", "backward_dq", "backward_dkdv"}
     for row in rows:
         assert row["shared"] <= SHARED_LIMIT[target], row
-        assert row["spills"] <= (0 if row["size"] == 64 else 4), row
+        assert row["spills"] <= (SPILLS if row["size"] == 64 else SPILLS + 4), row
         if row["dtype"] in ("float16", "bfloat16"):
             assert row["mma"] == MATRIX_INSTRUCTION[target], row
 
 
+@pytest.mark.ahead_of_time
 def test_kept_launches_are_those_of_triton():
     assert ahead_of_time("--op", "attention", "--relaunches") == [{"op": "attention", "launches": 6, "same": True}]
 
 
+@pytest.mark.ahead_of_time
 def test_lengths_and_shift_compile_nothing_anew():
     (counts,) = ahead_of_time("--op", "attention", "--recompiles")
     assert counts == {"op": "attention", "first": 5, "changed": [], "tensor": 3}

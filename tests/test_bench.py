@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "bench")
 import attn
 import cli
 import conv
+import digest
 import floors
 import harness
 import norm
@@ -564,3 +566,95 @@ def test_norm_and_conv_refuse_bad_shapes(module, shape):
     with pytest.raises(SystemExit) as error:
         module.parse(["--shape", shape])
     assert error.value.code == 2
+
+
+def gpu_script(*arguments, tools=None, **environment):
+    """bench/gpu.sh with these arguments; `tools` is a folder in front of the PATH."""
+    path = os.pathsep.join([*([str(tools)] if tools else []), os.environ["PATH"]])
+    return subprocess.run(
+        ["bash", ROOT / "bench" / "gpu.sh", *arguments],
+        env={**os.environ, "PATH": path, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "tpu"], "--device is 'tpu'; expected cuda or cpu"),
+        (["--ops", "attn fft"], "--ops has 'fft'; expected attn, norm, conv or unet"),
+        (["--wheels", "/nowhere"], "--wheels is '/nowhere'; expected a folder"),
+        (["--fast"], "unknown argument '--fast'"),
+    ],
+    ids=str,
+)
+def test_gpu_script_refuses_bad_arguments(arguments, message):
+    done = gpu_script(*arguments)
+    assert done.returncode == 2 and message in done.stderr
+
+
+def test_gpu_script_tells_its_options():
+    done = gpu_script("--help")
+    assert done.returncode == 0
+    for option in ("--device", "--ops", "--quick", "--tune", "--sanitize", "--profile", "--wheels", "pip download"):
+        assert option in done.stdout
+
+
+FAKE_PYTHON = r"""#!/bin/bash
+# Notes what it is asked to run, and is a Python that lacks diffusers and has pytest-xdist.
+echo "$*" >>"$CALLS"
+case "$*" in
+    *"import diffusers"*) exit 1 ;;
+    *junitxml*) [[ "$*" =~ --junitxml\ ([^ ]+) ]] && cp "$CASES" "${BASH_REMATCH[1]}"; echo "1 failed"; exit 1 ;;
+    *bench/attn.py*) [[ "$*" =~ --json\ ([^ ]+) ]] && echo '{}' >"${BASH_REMATCH[1]}"; exit 0 ;;
+    *bench/digest.py*) exec "$REAL" "$@" ;;
+esac
+"""
+JUNIT = """<testsuites><testsuite><testcase classname="tests.test_x" name="test_good"/>
+<testcase classname="tests.test_x" name="test_bad[1]"><failure message="assert 1 &lt;= 0">long</failure></testcase>
+<testcase classname="tests.test_x" name="test_left"><skipped message="needs"/></testcase></testsuite></testsuites>"""
+
+
+def test_gpu_script_on_a_gpu_that_is_not_there(tmp_path):
+    """Its steps and their order, what it leaves out, and that few files come out of it."""
+    tools, out = tmp_path / "tools", tmp_path / "out"
+    tools.mkdir()
+    for name, text in {"python3": FAKE_PYTHON, "nvidia-smi": "#!/bin/sh\n", "compute-sanitizer": FAKE_PYTHON}.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    (tmp_path / "cases.xml").write_text(JUNIT)
+    environment = {"OUT": str(out), "CALLS": str(tmp_path / "calls"), "CASES": str(tmp_path / "cases.xml")}
+    done = gpu_script(
+        "--tune", "--sanitize", tools=tools, PYTHON=str(tools / "python3"), REAL=sys.executable, **environment
+    )
+    assert done.returncode == 1, done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    wanted = ("-m gpu tests", "tune.py", "attn.py", "conv.py", "norm.py", "memcheck", "racecheck", "digest.py")
+    places = [next(i for i, call in enumerate(calls) if what in call) for what in wanted]
+    assert places == sorted(places) and not any("unet.py" in call for call in calls)
+    assert "-n 8 --dist loadgroup" in calls[places[0]] and "gpu and sanitize" in calls[places[5]]
+    summary = done.stdout[done.stdout.index("== after") :]
+    for line in (
+        "SKIPPED  unet-cuda: diffusers",
+        "FAILED   tests (status 1",
+        "ok       tune",
+        "FAILED test_x::test_bad[1]",
+    ):
+        assert line in summary, summary
+    assert "1 failure, 1 passed, 1 skipped" in summary and "assert 1 <= 0" in summary and len(summary) < 12_000
+    assert {path.name for path in out.iterdir()} == {"gpu.log", "results.tar.gz", "attn-cuda.json"}
+    assert re.search(r"PYTHONPATH|from the source tree", done.stdout)
+
+
+def test_digest(results, tmp_path, capsys):
+    path = tmp_path / "tests.xml"
+    path.write_text(JUNIT)
+    assert digest.main(["--tests", str(path), str(tmp_path / "absent.xml"), "--", str(results[0])]) == 0
+    printed = capsys.readouterr().out
+    assert "FAILED test_x::test_bad[1]" in printed and "absent.xml: " in printed
+    for row in report.read_json(results[0])[1]:
+        if row["provider"] == report.OWN:
+            assert f"  {row['shape']} fp32 both: " in printed
+    assert digest.main(["--characters", "300", str(results[0])]) == 0
+    assert len(capsys.readouterr().out) < 400

@@ -11,11 +11,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
+    DEVICE,
     DTYPES,
+    FAR,
+    GPU_DTYPES,
     INSTRUCTION_SETS,
+    ON_DEVICE,
     REFERENCE_AND_AUTO,
     REFERENCE_AND_CPU,
+    enough_memory,
+    far_apart,
     needs_extension,
+    on_a_side_stream,
+    on_device,
+    replays,
     strided,
     with_gradients,
 )
@@ -186,9 +195,9 @@ def convolve(case, tensors, impl="cpu", **overrides):
 
 
 @functools.cache
-def expected(case, dtype):
+def expected(case, dtype, device="cpu"):
     """In fp64 by plain torch, and by the reference in dtype, on the same inputs."""
-    tensors, d_out = inputs(case, dtype)
+    tensors, d_out = inputs(case, dtype) if device == "cpu" else device_inputs(case, dtype)
     exact = with_gradients(lambda t: plain_torch(case, t), tensors, d_out, torch.float64)
     return exact, with_gradients(lambda t: convolve(case, t, "reference"), tensors, d_out)
 
@@ -208,7 +217,7 @@ def assert_close(found, exact, plain):
 
 
 def assert_within_budget(found, case, dtype):
-    assert_close(found, *expected(case, dtype))
+    assert_close(found, *expected(case, dtype, found["out"].device.type))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -983,3 +992,206 @@ def test_x_is_kept_where_it_is_needed():
     expected = rows.clone()
     mmattn.dilated_conv1d(rows[..., :32], weight, **options)
     assert torch.equal(rows, expected)
+
+
+PUBLISHED = {
+    "audio, level 1": Case(length=25600, channels=(128, 128), dilation=16, groups=32, silu=True, fp32_parameters=True),
+    "audio, level 2": Case(length=6400, channels=(384, 256), dilation=512, groups=32, silu=True, fp32_parameters=True),
+    "audio, second half": Case(length=1600, channels=(384, 384), taps=1, dilation=1, fp32_parameters=True, **BLOCK),
+    "audio, level 4, qkv": Case(length=400, channels=(512, 1536), taps=1, dilation=1, groups=32),
+    "over frames, level 1": Case(length=16 * 32 * 32, channels=(256, 256), dilation=32 * 32, fp32_parameters=True),
+    "first layer": Case(length=25600, channels=(1, 128), dilation=1, fp32_parameters=True),
+    "head": Case(length=25600, channels=(128, 1), dilation=1, groups=32, silu=True, fp32_parameters=True),
+    "frames, level 2": frames(16, 32, 32, channels=(128, 256), groups=32, silu=True, fp32_parameters=True),
+    "frames, first layer": frames(16, 64, 64, channels=(3, 128), fp32_parameters=True),
+}
+MANY = (
+    "one position, everything",
+    "one channel in",
+    "one channel out",
+    "channels 33 to 48",
+    "channels 160 to 130",
+    "projection, everything",
+    "seven taps",
+    "dilation far above the length",
+    "several blocks, everything",
+    "several blocks, dilation 512",
+    "nothing, strided",
+    "norm alone",
+    "film alone",
+    "silu alone",
+    "norm, film, silu, residual, no bias",
+    "fp32 parameters",
+    "frames of one pixel",
+    "frames of 4 x 6",
+    "frames of 16 x 16",
+    "frames of three channels",
+    "frames of 30 x 30",
+)
+FEW = ("channels 48 to 33", "fp32 parameters", "frames, fp32 parameters")
+INTERPRETED = (
+    ("channels 48 to 33", "fp32"),
+    ("nothing, strided", "fp32"),
+    ("fp32 parameters", "fp16"),
+    ("frames of 4 x 6", "fp32"),
+)
+ON_GPU = [(name, dtype) for dtype in GPU_DTYPES for name in (*(MANY if dtype == "fp32" else FEW), *PUBLISHED)]
+DEVICE_CASE = Case(batch=2, channels=(32, 24), fp32_parameters=True, **BLOCK)
+DEVICE_CASES = {"positions": DEVICE_CASE, "frames": frames(3, 4, 6, channels=(32, 24), batch=2, **BLOCK)}
+
+
+def device_inputs(case, dtype=torch.float32, seed=0):
+    tensors, d_out = inputs(case, dtype, seed)
+    return {name: on_device(x) for name, x in tensors.items()}, on_device(d_out)
+
+
+def device_tensors(case, dtype=torch.float32, seed=0):
+    tensors, d_out = device_inputs(case, dtype, seed)
+    return {**tensors, "d_out": d_out}
+
+
+def on_the_device(case, tensors):
+    """Output and gradients of a dict of the tensors and d_out."""
+    tensors = dict(tensors)
+    d_out = tensors.pop("d_out")
+    return with_gradients(lambda t: convolve(case, t, ON_DEVICE), tensors, d_out)
+
+
+def largest_error(found, expected):
+    assert found.keys() == expected.keys()
+    return max(relative_error(x, expected[name]) for name, x in found.items())
+
+
+@pytest.mark.device
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=[] if (name, dtype) in INTERPRETED else pytest.mark.gpu)
+        for name, dtype in dict.fromkeys((*INTERPRETED, *ON_GPU))
+    ],
+)
+def test_triton_through_the_public_function(name, dtype, poisoned_memory):
+    case, dtype = {**CASES, **PUBLISHED}[name], GPU_DTYPES[dtype]
+    assert_within_budget(on_the_device(case, device_tensors(case, dtype)), case, dtype)
+    expected.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", DEVICE_CASES)
+def test_graph_replays(name):
+    case = DEVICE_CASES[name]
+    static, *later = (device_tensors(case, torch.bfloat16, seed) for seed in range(3))
+    for values, result in zip(later, replays(lambda t: on_the_device(case, t), static, later), strict=True):
+        assert largest_error(result, on_the_device(case, values)) < 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", DEVICE_CASES)
+def test_side_stream(name):
+    case = DEVICE_CASES[name]
+    tensors = device_tensors(case)
+    found = on_a_side_stream(lambda t: on_the_device(case, t), tensors)
+    assert largest_error(found, on_the_device(case, tensors)) < 2e-6
+
+
+@pytest.mark.gpu
+def test_inductor_on_the_device(fresh_dynamo):
+    """Forward and backward as one graph each; lengths and dilations compile nothing anew, once known to change."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+
+    def call(tensors, dilation):
+        return convolve(DEVICE_CASE, tensors, ON_DEVICE, dilation=dilation)
+
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    counts = []
+    for length, dilation in ((37, 2), (50, 3), (23, 9), (61, 4), (70, 100)):
+        tensors, d_out = device_inputs(dataclasses.replace(DEVICE_CASE, length=length))
+        eager = with_gradients(lambda t, d=dilation: call(t, d), tensors, d_out)
+        found = with_gradients(lambda t, d=dilation: compiled(t, d), tensors, d_out)
+        assert largest_error(found, eager) < 2e-6
+        counts.append(counter.frame_count)
+    assert counts[2] == counts[-1]
+
+
+@pytest.mark.gpu
+def test_inductor_of_frames_on_the_device(fresh_dynamo):
+    case = DEVICE_CASES["frames"]
+    tensors, d_out = device_inputs(case)
+    compiled = torch.compile(lambda t: convolve(case, t, ON_DEVICE), fullgraph=True)
+    eager = on_the_device(case, {**tensors, "d_out": d_out})
+    assert largest_error(with_gradients(compiled, tensors, d_out), eager) < 2e-6
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("name", DEVICE_CASES)
+@pytest.mark.parametrize("dtype", (torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)))
+def test_autocast_on_the_device(dtype, name):
+    """x is rounded to autocast's dtype, and parameters in fp32 are rounded by whoever reads them."""
+    case = DEVICE_CASES[name]
+    tensors, d_out = device_inputs(case)
+    low = {name: x.to(dtype) if name in ("x", "residual") else x for name, x in tensors.items()}
+    plain = on_the_device(case, {**low, "d_out": d_out})
+    with torch.autocast(DEVICE, dtype):
+        found = on_the_device(case, {**tensors, "d_out": d_out})
+        double = convolve(case, {name: x.double() for name, x in tensors.items()}, "auto")
+    assert found["out"].dtype == dtype and torch.equal(found["out"], plain["out"]) and double.dtype == torch.float64
+    for name in tensors:
+        assert found[f"d_{name}"].dtype == torch.float32
+        # A convolution of cuDNN's rounds the gradient of its weight, which it is given in autocast's dtype.
+        assert relative_error(found[f"d_{name}"], plain[f"d_{name}"]) < 1e-3, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reentrant", (False, True))
+def test_checkpoint_on_the_device(reentrant):
+    tensors, d_out = device_inputs(DEVICE_CASE)
+
+    def call(*values):
+        return convolve(DEVICE_CASE, dict(zip(tensors, values, strict=True)), ON_DEVICE)
+
+    found = with_gradients(lambda t: checkpoint(call, *t.values(), use_reentrant=reentrant), tensors, d_out)
+    assert largest_error(found, on_the_device(DEVICE_CASE, {**tensors, "d_out": d_out})) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", DEVICE_CASES)
+def test_device_gradients_of_any_strides(name, poisoned_memory):
+    case = dataclasses.replace(DEVICE_CASES[name], strided=True)
+    tensors = device_tensors(case)
+    dense = {name: x.contiguous() for name, x in tensors.items()}
+    plain = on_the_device(case, dense)
+    assert largest_error(on_the_device(case, tensors), plain) < 2e-6
+    swapped = {**tensors, "d_out": dense["d_out"].mT.contiguous().mT}
+    assert largest_error(on_the_device(case, swapped), plain) < 2e-6
+    expanded = {**dense, "d_out": dense["d_out"][:1, :1].expand_as(dense["d_out"])}
+    copied = {name: x.contiguous() for name, x in expanded.items()}
+    assert largest_error(on_the_device(case, expanded), on_the_device(case, copied)) < 2e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("requires_grad", (False, True), ids=("inference", "training"))
+def test_opcheck_on_the_device(requires_grad):
+    arguments = [
+        on_device(x).clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+        for x in op_tensors(dataclasses.replace(DEVICE_CASE, length=9), requires_grad)
+    ]
+    torch.library.opcheck(torch.ops.mmattn.conv.default, (*arguments, 8, 2, 0, 0, True, 1e-5, "triton"))
+
+
+@pytest.mark.gpu
+@pytest.mark.xdist_group("memory")
+def test_offsets_beyond_32_bits():
+    """Rows of x, of the residual and of the gradient so far apart that the last begin past 2^31 elements."""
+    enough_memory(24)
+    case = Case(length=40, fp32_parameters=True, **BLOCK)
+    tensors = device_tensors(case, torch.bfloat16)
+    apart = far_apart({name: tensors[name] for name in ("x", "residual", "d_out")})
+    assert largest_error(on_the_device(case, {**tensors, **apart}), on_the_device(case, tensors)) < 5e-3
+    # Of one position, over and over, the results are one but at the ends.
+    channels, length = 512, FAR // 512 + 100
+    x = torch.randn(1, 1, 32, dtype=torch.bfloat16, device="cuda").expand(1, length, 32)
+    weight = torch.randn(channels, 32, 3, device="cuda")
+    few = mmattn.dilated_conv1d(x[:, :64], weight, activation="silu")
+    many = mmattn.dilated_conv1d(x, weight, activation="silu")
+    assert many.numel() > FAR and relative_error(many[:, -32:], few[:, -32:]) < 2e-3
+    assert torch.equal(many[:, 1:-1].amin(1), many[:, 1:-1].amax(1))

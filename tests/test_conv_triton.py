@@ -12,14 +12,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
-from triton_common import DEVICE, MATRIX_INSTRUCTION, SHARED_LIMIT, TARGETS, ahead_of_time
+from triton_common import DEVICE, MATRIX_INSTRUCTION, SHARED_LIMIT, SPILLS, TARGETS, ahead_of_time, named
 
 from mmattn.conv import reference
 from mmattn.norm import parameter_gradients
 from mmattn.testing import assert_close_to_fp64, relative_error
 from mmattn_kernels.triton import conv, norm
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [pytest.mark.device, pytest.mark.usefixtures("poisoned_memory")]
 PROLOGUE = ("norm_weight", "norm_bias", "scale", "shift")
 NAMES = ("weight", "bias", *PROLOGUE, "residual")
 
@@ -72,6 +72,14 @@ CASES = {
     "fp16": Case(dtype=torch.float16),
     "fp16 throughout": Case(dtype=torch.float16, parameters=torch.float16, batch=2, length=18),
 }
+SANITIZED = (
+    "partial tiles on each axis",
+    "K = 1, the convolution alone",
+    "K = 5, outer taps past the ends",
+    "one channel in",
+    "strided",
+    "fp16 throughout",
+)
 
 
 def inputs(case, seed=0):
@@ -148,7 +156,10 @@ def assert_matches(case):
         assert value.is_contiguous() or name in ("d_scale", "d_shift"), name
         assert value.dtype == plain[name].dtype or name in ("d_weight", "d_bias"), name
         # As autograd returns it: the sums are fp32, the gradient has the dtype of what it is the gradient of.
-        assert_close_to_fp64(value.to(plain[name].dtype), exact[name], plain[name], name=name)
+        value = value.to(plain[name].dtype)
+        # torch sums by pairs; sums by lanes round a few times more.
+        rounding = 4.0 if value.dtype == torch.float32 else 1.0
+        assert_close_to_fp64(value, exact[name], plain[name], name=name, rounding=rounding)
 
 
 @pytest.fixture
@@ -163,16 +174,22 @@ def blocks(monkeypatch):
     monkeypatch.setattr(norm, "_config", lambda name, *_: dict(of_norm.get(name, over_tokens)))
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", named(CASES, SANITIZED))
 def test_forward_and_gradients(case, blocks):
     assert_matches(case)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="bf16 products are wrong in Triton's interpreter")
+@pytest.mark.gpu  # bf16 products are wrong in Triton's interpreter
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32))
 @pytest.mark.parametrize(
     "channels, out_channels, groups, taps, dilation",
-    ((128, 128, 32, 3, 2), (256, 256, 32, 3, 16), (768, 384, 32, 3, 64), (20, 24, 5, 5, 512), (64, 512, 0, 1, 1)),
+    (
+        (128, 128, 32, 3, 2),
+        pytest.param(256, 256, 32, 3, 16, marks=pytest.mark.sanitize),
+        (768, 384, 32, 3, 64),
+        (20, 24, 5, 5, 512),
+        (64, 512, 0, 1, 1),
+    ),
 )
 def test_default_configurations(channels, out_channels, groups, taps, dilation, dtype):
     assert_matches(
@@ -263,6 +280,7 @@ def test_every_configuration_is_complete():
                     assert config.keys() - {"maxnreg"} == expected | programs
 
 
+@pytest.mark.ahead_of_time
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_ahead_of_time(target):
     rows = ahead_of_time("--op", "conv", target)
@@ -271,16 +289,18 @@ def test_compiles_ahead_of_time(target):
     assert len(products) == 3 * len({(row["size"], row["dtype"]) for row in rows})
     assert {row["kernel"] for row in rows} > {"convolve", "backward_weight", "merge_weight", "statistics"}
     for row in rows:
-        assert row["shared"] <= SHARED_LIMIT[target] and row["spills"] == 0, row
+        assert row["shared"] <= SHARED_LIMIT[target] and row["spills"] <= SPILLS, row
     for row in products:
         if row["dtype"] == "bfloat16":
             assert row["mma"] == MATRIX_INSTRUCTION[target], row
             assert target == "gfx942" or row["wide_copies"] > 0, row
 
 
+@pytest.mark.ahead_of_time
 def test_kept_launches_are_those_of_triton():
     assert ahead_of_time("--op", "conv", "--relaunches") == [{"op": "conv", "launches": 10, "same": True}]
 
 
+@pytest.mark.ahead_of_time
 def test_length_batch_and_dilation_compile_nothing_anew():
     assert ahead_of_time("--op", "conv", "--recompiles") == [{"op": "conv", "first": 10, "changed": []}]

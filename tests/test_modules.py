@@ -10,14 +10,14 @@ import pathlib
 
 import pytest
 import torch
-from helpers import DTYPES, REFERENCE_AND_CPU, fill
+from helpers import DEVICE, DEVICES, DTYPES, GPU_DTYPES, REFERENCE_AND_CPU, fill, on_a_side_stream, replays
 from published import PublishedAudioBlock, PublishedBlock
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mmattn
 from mmattn import DilatedConvBlock, RandomShiftAttention
-from mmattn.testing import relative_error
+from mmattn.testing import assert_close_to_fp64, relative_error
 
 DATA = pathlib.Path(__file__).parent / "data"
 
@@ -49,19 +49,20 @@ def gradients(made, video, audio, call):
     leaves = [video.detach().requires_grad_(), audio.detach().requires_grad_()]
     out = call(made, *leaves)
     weights = torch.Generator().manual_seed(4)
-    sum((x * torch.randn(x.shape, generator=weights)).sum() for x in out).backward()
+    sum((x * torch.randn(x.shape, generator=weights).to(x.device)).sum() for x in out).backward()
     return [x.detach() for x in out], [x.grad.clone() for x in (*leaves, *made.parameters())]
 
 
-@pytest.mark.parametrize("impl", REFERENCE_AND_CPU)
+@pytest.mark.parametrize("impl", (*REFERENCE_AND_CPU, pytest.param("auto", marks=pytest.mark.gpu)))
 @pytest.mark.parametrize("case", (0, 1))
 def test_published_values(case, impl, monkeypatch):
     safetensors = pytest.importorskip("safetensors")
     monkeypatch.setenv("MMATTN_IMPL", impl)
-    with safetensors.safe_open(DATA / "attention_block.safetensors", "pt") as file:
+    device = DEVICE if impl == "auto" else "cpu"
+    with safetensors.safe_open(DATA / "attention_block.safetensors", "pt", device=device) as file:
         config = json.loads(file.metadata()["cases"])[case]
         tensors = {key.removeprefix(f"{case}."): file.get_tensor(key) for key in file.keys() if key[0] == str(case)}  # noqa: SIM118
-    made = RandomShiftAttention(config["C"], num_heads=config["heads"], window=config["S"])
+    made = RandomShiftAttention(config["C"], num_heads=config["heads"], window=config["S"]).to(device)
     parameters = {key.removeprefix("param."): x for key, x in tensors.items() if key.startswith("param.")}
     made.load_state_dict(parameters)
     video, audio = tensors["video"].requires_grad_(), tensors["audio"].requires_grad_()
@@ -71,7 +72,7 @@ def test_published_values(case, impl, monkeypatch):
     for name, x in found.items():
         assert relative_error(x, tensors[name]) < 1e-5, name
     # The names of the gradients go through the same renaming as those of the parameters.
-    wanted = RandomShiftAttention(config["C"], num_heads=config["heads"])
+    wanted = RandomShiftAttention(config["C"], num_heads=config["heads"]).to(device)
     wanted.load_state_dict({key: tensors[f"param_grad.{key}"] for key in parameters})
     for (name, parameter), grad in zip(made.named_parameters(), wanted.parameters(), strict=True):
         assert relative_error(parameter.grad, grad) < 1e-5, name
@@ -167,10 +168,11 @@ def test_shift_is_drawn_for_each_call():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("reentrant", (False, True))
-def test_checkpoint_replays_the_drawn_shift(reentrant):
-    made = module(window=1, random_shift=True)
-    video, audio = streams(frames=9, audio_len=31)
+def test_checkpoint_replays_the_drawn_shift(reentrant, device):
+    made = module(window=1, random_shift=True).to(device)
+    video, audio = (x.to(device) for x in streams(frames=9, audio_len=31))
     for seed in range(3):
         torch.manual_seed(seed)
         plain = gradients(made, video, audio, lambda m, v, a: m(v, a))
@@ -466,6 +468,83 @@ def test_cuda_graph_draws_anew_each_replay():
             graph.replay()
             drawn.update(i for i in range(16) if torch.equal(out, expected[i]))
     assert len(drawn) > 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", GPU_DTYPES.values(), ids=GPU_DTYPES)
+def test_against_the_published_block_on_the_device(dtype):
+    """Outputs and all gradients against fp64, the published block in the same dtype being the budget."""
+    block = fill(PublishedBlock(64, 2, 2)).to("cuda", dtype)
+    block.fixed_shift = 1
+    exact, made = copy.deepcopy(block).double(), RandomShiftAttention.from_published(copy.deepcopy(block))
+    video, audio = (x.cuda() for x in streams(dtype=dtype))
+    found = gradients(made, video, audio, lambda m, v, a: m(v, a, shift=1))
+    in_our_order = []
+    for published, x, y in ((exact, video.double(), audio.double()), (block, video, audio)):
+        out, grads = gradients(published, x, y, lambda m, v, a: m(v, a))
+        by_name = under_our_names(published, grads[2:])
+        in_our_order.append([*out, *grads[:2], *(by_name[name].view(p.shape) for name, p in made.named_parameters())])
+    names = ["video", "audio", *(name for name, _ in made.named_parameters())]
+    for name, x, wanted, plain in zip(
+        ("video_out", "audio_out", *names), (*found[0], *found[1]), *in_our_order, strict=True
+    ):
+        assert_close_to_fp64(x, wanted, plain, name=name, rounding=4.0, absolute=1e-5)
+
+
+def under_our_names(block, grads):
+    """Gradients of a published block's parameters, in its order, by the names of ours."""
+    state = dict(zip((name for name, _ in block.named_parameters()), grads, strict=True))
+    return {
+        f"{ours}.{name}": state[f"{theirs}.{name}"]
+        for ours, (theirs, _) in RandomShiftAttention._published.items()
+        for name in ("weight", "bias")
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shift", (None, 1, "tensor"), ids=("drawn", "int", "tensor"))
+def test_inductor_on_the_device(shift, fresh_dynamo):
+    made = module().cuda()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    compiled = torch.compile(made, fullgraph=True, backend=counter)
+    video, audio = (x.cuda() for x in channels_last(*streams()))
+    for value in (1, 2):
+        given = torch.tensor(value).cuda() if shift == "tensor" else shift and 1
+        found = gradients(made, video, audio, lambda m, v, a, shift=given: compiled(v, a, shift=shift))
+        shifts = range(3) if shift is None else (int(given),)
+        plain = [gradients(made, video, audio, lambda m, v, a, r=r: m(v, a, shift=r)) for r in shifts]
+        # Inductor draws other numbers than torch under the same seed.
+        errors = [
+            max(relative_error(y, x) for x, y in zip((*p[0], *p[1]), (*found[0], *found[1]), strict=True))
+            for p in plain
+        ]
+        assert min(errors) < 1e-5
+    assert counter.frame_count == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_autocast_on_the_device(dtype):
+    made = module().cuda()
+    video, audio = (x.cuda() for x in streams())
+    exact = gradients(made, video, audio, lambda m, v, a: m(v, a, shift=1))
+    with torch.autocast(DEVICE, dtype):
+        found = gradients(made, video, audio, lambda m, v, a: m(v, a, shift=1))
+    for x, y in zip((*found[0], *found[1]), (*exact[0], *exact[1]), strict=True):
+        assert x.dtype == torch.float32 and 0 < relative_error(x, y) < 4e-2
+
+
+@pytest.mark.gpu
+def test_side_stream():
+    made = module().cuda()
+    tensors = dict(zip(("video", "audio"), (x.cuda() for x in streams()), strict=True))
+
+    def call(t):
+        with torch.no_grad():
+            return dict(zip(("video", "audio"), made(t["video"], t["audio"], shift=1), strict=True))
+
+    found, plain = on_a_side_stream(call, tensors), call(tensors)
+    assert all(relative_error(found[name], plain[name]) < 1e-6 for name in plain)
 
 
 @pytest.mark.gpu
@@ -873,3 +952,44 @@ def test_audio_that_the_convolutions_cannot_take():
         TypeError, match=r"audio has dtype torch.float32; expected torch.bfloat16, the dtype of the conv"
     ):
         block(audio)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", AUDIO_CASES)
+def test_audio_block_on_the_device(name):
+    """Outputs and all gradients against fp64, the published block in the same dtype being the budget."""
+    case = AUDIO_CASES[name]
+    for dtype in (torch.float32, torch.bfloat16):
+        given = [x.cuda() for x in case.inputs(dtype)]
+        found = audio_gradients(case.block().to("cuda", dtype), given)
+        plain = audio_gradients(case.published().to("cuda", dtype), given)
+        exact = audio_gradients(case.published().to("cuda", dtype).double(), [x.double() for x in given])
+        for i, what in enumerate(("out", "inputs", "parameters")):
+            values = [result[i] for result in (found, exact, plain)]
+            if what == "parameters":
+                for k in (1, 2):  # under our names
+                    block = case.block().double().cuda()
+                    block.load_state_dict(values[k])
+                    values[k] = dict(block.named_parameters())
+                assert values[0].keys() == values[1].keys()
+                values = [list(x.values()) for x in values]
+            # All in one: a sum that cancels in one number is a matter of luck.
+            vectors = [torch.cat([x.flatten() for x in (v if isinstance(v, list) else [v])]) for v in values]
+            assert_close_to_fp64(*vectors, name=f"{what}, {dtype}", rounding=4.0)
+
+
+@pytest.mark.gpu
+def test_audio_block_recorded_and_compiled(fresh_dynamo):
+    case = AudioCase(embedding_channels=40, out_channels=96)
+    block = case.block().cuda()
+    audio, emb = (x.cuda() for x in case.inputs())
+    tensors, later = {"audio": audio, "emb": emb}, [{"audio": audio.flip(2), "emb": -emb}]
+    compiled = torch.compile(block, fullgraph=True)
+    out, input_grads, parameter_grads = audio_gradients(block, [audio, emb])
+    found, found_inputs, found_parameters = audio_gradients(block, [audio, emb], compiled)
+    assert relative_error(found, out) < 1e-5
+    assert all(relative_error(x, y) < 1e-5 for x, y in zip(found_inputs, input_grads, strict=True))
+    assert all(relative_error(found_parameters[key], x) < 1e-5 for key, x in parameter_grads.items())
+    with torch.no_grad():
+        (replayed,) = replays(lambda t: {"out": block(t["audio"], t["emb"])}, tensors, later)
+        assert relative_error(replayed["out"], block(*later[0].values())) < 1e-6

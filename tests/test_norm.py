@@ -8,11 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
+    DEVICE,
     DTYPES,
+    FAR,
+    GPU_DTYPES,
     INSTRUCTION_SETS,
+    ON_DEVICE,
     REFERENCE_AND_AUTO,
     REFERENCE_AND_CPU,
+    enough_memory,
+    far_apart,
     needs_extension,
+    on_a_side_stream,
+    on_device,
+    replays,
     strided,
     with_gradients,
 )
@@ -115,9 +124,9 @@ def normalise(case, tensors, impl="cpu", **overrides):
 
 
 @functools.cache
-def expected(case, dtype):
+def expected(case, dtype, device="cpu"):
     """In fp64 by plain torch, and by the reference in dtype, on the same inputs."""
-    tensors, d_out = inputs(case, dtype)
+    tensors, d_out = inputs(case, dtype) if device == "cpu" else device_inputs(case, dtype)
     exact = with_gradients(lambda t: plain_torch(t, case.groups, **case.options), tensors, d_out, torch.float64)
     return exact, with_gradients(lambda t: normalise(case, t, "reference"), tensors, d_out)
 
@@ -128,7 +137,7 @@ def outputs(case, dtype, impl="cpu", **overrides):
 
 
 def assert_within_budget(found, case, dtype):
-    exact, plain = expected(case, dtype)
+    exact, plain = expected(case, dtype, found["out"].device.type)
     assert found["out"].is_contiguous() and found.keys() == exact.keys()
     for name, x in found.items():
         assert x.dtype == plain[name].dtype, name
@@ -515,3 +524,156 @@ def test_a_named_impl_that_cannot_run_says_why(monkeypatch):
 def test_contiguous_whatever_the_strides(impl):
     x, w = torch.randn(3, 5, 32).transpose(0, 1), torch.ones(32)
     assert mmattn.group_norm(x, w, w, 8, impl=impl).is_contiguous()
+
+
+PUBLISHED = {
+    "video, level 1": Case(length=16 * 64 * 64, channels=128, film=()),
+    "video, level 4": Case(length=16 * 8 * 8, channels=512),
+    "audio, level 1": Case(length=25600, channels=128),
+    "audio, level 4": Case(length=400, channels=512, film=(), silu=False),
+}
+MANY = (
+    "one position",
+    "one channel",
+    "channels 33, groups of 3",
+    "groups 1",
+    "several chunks of positions",
+    "many channels, few positions",
+    "strided",
+    "plain",
+    "scale alone",
+    "shift alone",
+    "fp32 parameters",
+    "eps 0",
+    "small values",
+    "large values",
+)
+FEW = ("fp32 parameters", "strided, several chunks")
+INTERPRETED = (("channels 20", "fp32"), ("strided", "fp32"), ("fp32 parameters", "fp16"), ("shift alone", "fp32"))
+ON_GPU = [(name, dtype) for dtype in GPU_DTYPES for name in (*(MANY if dtype == "fp32" else FEW), *PUBLISHED)]
+
+
+def device_inputs(case, dtype=torch.float32, seed=0):
+    tensors, d_out = inputs(case, dtype, seed)
+    return {name: on_device(x) for name, x in tensors.items()}, on_device(d_out)
+
+
+def on_the_device(case, tensors):
+    """Output and gradients of a dict of the tensors and d_out."""
+    tensors = dict(tensors)
+    d_out = tensors.pop("d_out")
+    return with_gradients(lambda t: normalise(case, t, ON_DEVICE), tensors, d_out)
+
+
+def device_tensors(case, dtype=torch.float32, seed=0):
+    tensors, d_out = device_inputs(case, dtype, seed)
+    return {**tensors, "d_out": d_out}
+
+
+def largest_error(found, expected):
+    assert found.keys() == expected.keys()
+    return max(relative_error(x, expected[name]) for name, x in found.items())
+
+
+@pytest.mark.device
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=[] if (name, dtype) in INTERPRETED else pytest.mark.gpu)
+        for name, dtype in dict.fromkeys((*INTERPRETED, *ON_GPU))
+    ],
+)
+def test_triton_through_the_public_function(name, dtype, poisoned_memory):
+    case, dtype = {**CASES, **PUBLISHED}[name], GPU_DTYPES[dtype]
+    assert_within_budget(on_the_device(case, device_tensors(case, dtype)), case, dtype)
+    expected.cache_clear()
+
+
+@pytest.mark.gpu
+def test_graph_replays():
+    case = Case(batch=2)
+    static, *later = (device_tensors(case, torch.bfloat16, seed) for seed in range(3))
+    for values, result in zip(later, replays(lambda t: on_the_device(case, t), static, later), strict=True):
+        assert largest_error(result, on_the_device(case, values)) < 2e-3
+
+
+@pytest.mark.gpu
+def test_side_stream():
+    tensors = device_tensors(Case(batch=2))
+    found = on_a_side_stream(lambda t: on_the_device(Case(), t), tensors)
+    assert largest_error(found, on_the_device(Case(), tensors)) < 1e-6
+
+
+@pytest.mark.gpu
+def test_inductor_on_the_device(fresh_dynamo):
+    """Forward and backward as one graph each; new lengths compile nothing anew, once they are known to change."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    compiled = torch.compile(lambda t: normalise(Case(), t, ON_DEVICE), fullgraph=True, backend=counter)
+    for length in (37, 50, 23, 61):
+        tensors, d_out = device_inputs(Case(length=length, batch=2))
+        eager = with_gradients(lambda t: normalise(Case(), t, ON_DEVICE), tensors, d_out)
+        assert largest_error(with_gradients(compiled, tensors, d_out), eager) < 1e-6
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+def test_autocast_on_the_device(dtype):
+    """It keeps the dtype of x, as normalisations do."""
+    case = Case(fp32_parameters=True)
+    tensors = device_tensors(case, dtype)
+    plain = on_the_device(case, tensors)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = on_the_device(case, tensors)
+    assert all(torch.equal(x, plain[name]) and x.dtype == plain[name].dtype for name, x in found.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reentrant", (False, True))
+def test_checkpoint_on_the_device(reentrant):
+    def call(*values):
+        return normalise(Case(), dict(zip(tensors, values, strict=True)), ON_DEVICE)
+
+    tensors, d_out = device_inputs(Case())
+    found = with_gradients(lambda t: checkpoint(call, *t.values(), use_reentrant=reentrant), tensors, d_out)
+    assert largest_error(found, on_the_device(Case(), {**tensors, "d_out": d_out})) == 0
+
+
+@pytest.mark.gpu
+def test_device_gradients_of_any_strides(poisoned_memory):
+    tensors = device_tensors(Case(batch=2, strided=True))
+    dense = {name: x.contiguous() for name, x in tensors.items()}
+    plain = on_the_device(Case(), dense)
+    assert largest_error(on_the_device(Case(), tensors), plain) < 1e-6
+    swapped = {**tensors, "d_out": dense["d_out"].mT.contiguous().mT}
+    assert largest_error(on_the_device(Case(), swapped), plain) < 1e-6
+    one = {**dense, "d_out": dense["d_out"][:1, :1]}
+    expanded = {name: x.expand_as(dense["d_out"]) if name == "d_out" else x for name, x in one.items()}
+    copied = {name: x.contiguous() for name, x in expanded.items()}
+    assert largest_error(on_the_device(Case(), expanded), on_the_device(Case(), copied)) < 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("requires_grad", (False, True), ids=("inference", "training"))
+def test_opcheck_on_the_device(requires_grad):
+    leaves = [on_device(x).clone().requires_grad_(requires_grad) for x in inputs(Case(batch=2))[0].values()]
+    torch.library.opcheck(torch.ops.mmattn.group_norm.default, (*leaves, 32, True, 1e-5, "triton"))
+
+
+@pytest.mark.gpu
+@pytest.mark.xdist_group("memory")
+def test_offsets_beyond_32_bits():
+    """Rows of x and of the gradient so far apart that the last begin past 2^31 elements; and so long a result."""
+    enough_memory(24)
+    case = Case(length=40, fp32_parameters=True)
+    tensors = device_tensors(case, torch.bfloat16)
+    found = on_the_device(case, {**tensors, **far_apart({name: tensors[name] for name in ("x", "d_out")})})
+    assert largest_error(found, on_the_device(case, tensors)) < 2e-3
+    # Of one position, over and over, statistics are those of the position alone, and so is each row.
+    channels, length = 512, FAR // 512 + 100
+    x = torch.randn(1, 1, channels, dtype=torch.bfloat16, device="cuda").expand(1, length, channels)
+    weight, bias = torch.ones(2, channels, device="cuda")
+    few = mmattn.group_norm(x[:, :8], weight, bias, 32, activation="silu")
+    many = mmattn.group_norm(x, weight, bias, 32, activation="silu")
+    assert many.numel() > FAR and relative_error(many[:, -8:], few) < 2e-3
+    assert torch.equal(many.amin(1), many.amax(1))

@@ -12,13 +12,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
-from triton_common import DEVICE, SHARED_LIMIT, TARGETS, ahead_of_time
+from triton_common import DEVICE, SHARED_LIMIT, SPILLS, TARGETS, ahead_of_time, named
 
 from mmattn.norm import parameter_gradients, reference
 from mmattn.testing import assert_close_to_fp64, relative_error
 from mmattn_kernels.triton import norm
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [pytest.mark.device, pytest.mark.usefixtures("poisoned_memory")]
 KERNELS = ("statistics", "merge", "forward", "backward_sums", "backward", "whole")
 OVER_TOKENS = ("statistics", "forward", "backward_sums", "backward")
 PARAMETERS = ("weight", "bias", "scale", "shift")
@@ -76,6 +76,13 @@ CASES = {
     "without groups and FiLM": Case(groups=0, film=False, length=50),
     "without groups and activation": Case(groups=0, silu=False, channels=70, length=9),
 }
+SANITIZED = (
+    "partial tiles, chunks and channels",
+    "groups wider than a block, 3 channels over",
+    "strided",
+    "fp16 throughout",
+    "without groups",
+)
 
 
 def inputs(case, seed=0):
@@ -134,7 +141,9 @@ def assert_matches(case):
     for name, value in found.items():
         assert value.dtype == plain[name].dtype, name
         assert value.is_contiguous() or name in ("d_scale", "d_shift"), name
-        assert_close_to_fp64(value, exact[name], plain[name], name=name)
+        # torch sums by pairs; sums by lanes round a few times more.
+        rounding = 4.0 if value.dtype == torch.float32 else 1.0
+        assert_close_to_fp64(value, exact[name], plain[name], name=name, rounding=rounding)
 
 
 @pytest.fixture
@@ -148,15 +157,18 @@ def tiles(monkeypatch):
     return pin
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", named(CASES, SANITIZED))
 def test_forward_and_gradients(case, tiles):
     tiles(case)
     assert_matches(case)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="the default tiles are large, and the interpreter slow")
+@pytest.mark.gpu  # the default tiles are large, and the interpreter slow
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32))
-@pytest.mark.parametrize("channels, groups", ((1, 1), (20, 5), (128, 32), (384, 32), (1024, 32), (192, 1)))
+@pytest.mark.parametrize(
+    "channels, groups",
+    ((1, 1), (20, 5), pytest.param(128, 32, marks=pytest.mark.sanitize), (384, 32), (1024, 32), (192, 1)),
+)
 def test_default_configurations(channels, groups, dtype):
     assert_matches(Case(length=1601, channels=channels, groups=groups, batch=2, dtype=dtype))
 
@@ -234,19 +246,22 @@ def test_every_configuration_is_complete():
                 assert config.keys() - {"maxnreg"} == {"TILE", "BLOCK_C", "num_warps"} | more
 
 
+@pytest.mark.ahead_of_time
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_ahead_of_time(target):
     rows = ahead_of_time("--op", "norm", target)
     assert {row["kernel"] for row in rows} == {*KERNELS, "coefficients", "backward_merge", "backward_whole"}
     for row in rows:
-        assert row["shared"] <= SHARED_LIMIT[target] and row["spills"] == 0, row
+        assert row["shared"] <= SHARED_LIMIT[target] and row["spills"] <= SPILLS, row
         if target != "gfx942" and row["kernel"] in (*OVER_TOKENS, "whole", "backward_whole"):
             assert row["wide_loads"] > 0 and row["registers"] <= 128, row
 
 
+@pytest.mark.ahead_of_time
 def test_kept_launches_are_those_of_triton():
     assert ahead_of_time("--op", "norm", "--relaunches") == [{"op": "norm", "launches": 10, "same": True}]
 
 
+@pytest.mark.ahead_of_time
 def test_length_and_batch_compile_nothing_anew():
     assert ahead_of_time("--op", "norm", "--recompiles") == [{"op": "norm", "first": 9, "changed": []}]

@@ -514,6 +514,33 @@ def test_recorded_model(monkeypatch):
         assert relative_error(found[0][name], expected[name]) < 1e-4
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("guidance", ("replacement", "gradient"))
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_on_the_device_as_on_the_cpu(name, guidance):
+    """From the same seeds, and from a given stream by both ways of guidance."""
+    given = {"audio": clip_of("audio")} if guidance == "gradient" else {"video": clip_of("video", 10), "seconds": 1.0}
+    on_cpu, on_gpu = small(name), small(name).to("cuda")
+    for options in ({}, {**given, "guidance": guidance}):
+        expected = on_cpu(2, 4, generator=seeded(1, 2), **options)
+        found = on_gpu(2, 4, generator=seeded(1, 2), **options)
+        for stream in STREAMS:
+            assert found[stream].device.type == "cuda"
+            assert relative_error(found[stream].cpu(), expected[stream]) < 2e-3, (stream, options.keys())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_half_precision_on_the_device(dtype):
+    pipeline = small().to("cuda", dtype)
+    generator = torch.Generator("cuda").manual_seed(3)
+    found = pipeline(2, 3, generator=generator, output_type="np", seconds=0.6)
+    again = pipeline(2, 3, generator=generator.manual_seed(3), output_type="np", seconds=0.6)
+    for name in STREAMS:
+        assert isinstance(found[name], np.ndarray) and found[name].dtype == np.float32
+        assert np.isfinite(found[name]).all() and np.abs(found[name] - again[name]).max() < 1e-2
+
+
 REFUSED = {
     "batch_size is 0": {"batch_size": 0},
     "num_inference_steps is 0": {"num_inference_steps": 0},

@@ -5,7 +5,18 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import DTYPES, INSTRUCTION_SETS, REFERENCE_AND_CPU, needs_extension, with_gradients
+from helpers import (
+    DEVICE,
+    DTYPES,
+    GPU_DTYPES,
+    INSTRUCTION_SETS,
+    REFERENCE_AND_CPU,
+    needs_extension,
+    on_a_side_stream,
+    on_device,
+    replays,
+    with_gradients,
+)
 from torch.utils.checkpoint import checkpoint
 
 import mmattn
@@ -180,6 +191,94 @@ def test_a_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(attend(Case(3, 5), tensors).square().sum(), qkv, create_graph=True)
     with pytest.raises(RuntimeError, match="self_attention is differentiable once"):
         grad.sum().backward()
+
+
+def on_the_device(case, tensors):
+    """Output and gradients of a dict of the tensors and d_out."""
+    tensors = dict(tensors)
+    d_out = tensors.pop("d_out")
+    return with_gradients(lambda t: attend(case, t, "auto"), tensors, d_out)
+
+
+def device_tensors(case, dtype=torch.float32):
+    tensors, d_out = inputs(case, dtype)
+    return {name: on_device(x) for name, x in {**tensors, "d_out": d_out}.items()}
+
+
+DEVICE_CASES = {
+    **CASES,
+    "frames of level 2": Case(16, 1024, heads=4, dim=64),
+    "pixels of level 3": Case(256, 16, batch=2, heads=4, dim=96),
+    "audio": Case(1, 400, heads=4, dim=128),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", GPU_DTYPES.values(), ids=GPU_DTYPES)
+@pytest.mark.parametrize("name", DEVICE_CASES)
+def test_outputs_and_gradients_on_the_device(name, dtype, poisoned_memory):
+    case = DEVICE_CASES[name]
+    tensors = device_tensors(case, dtype)
+    d_out = tensors["d_out"]
+    found = on_the_device(case, tensors)
+    del tensors["d_out"]
+    exact = with_gradients(lambda t: segment_by_segment(case, t), tensors, d_out, torch.float64)
+    plain = with_gradients(lambda t: segment_by_segment(case, t), tensors, d_out)
+    assert found["out"].is_contiguous() and found.keys() == exact.keys()
+    for key, x in found.items():
+        assert_close_to_fp64(x, exact[key], plain[key], name=key, rounding=4.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", GPU_DTYPES.values(), ids=GPU_DTYPES)
+def test_more_segments_than_a_grid_has_rows(dtype):
+    """As the frames of each pixel of a large batch are: 65535 is the most blocks along a grid's second axis."""
+    case = Case(70_000, 4, heads=1, dim=32)
+    tensors = device_tensors(case, dtype)
+    found = on_the_device(case, tensors)
+    some = slice(4 * 65_530, 4 * 65_600)
+    part = {name: x[:, some].contiguous() for name, x in tensors.items()}
+    expected = on_the_device(Case(70, 4, heads=1, dim=32), part)
+    for key, x in expected.items():
+        assert relative_error(found[key][:, some], x) < 4 * torch.finfo(dtype).eps, key
+
+
+@pytest.mark.gpu
+def test_graph_replays():
+    case = CASES["frames of 33 tokens"]
+    tensors = device_tensors(case, torch.bfloat16)
+    later = [{name: x.flip(1) for name, x in tensors.items()}, tensors]
+    for values, result in zip(later, replays(lambda t: on_the_device(case, t), tensors, later), strict=True):
+        expected = on_the_device(case, values)
+        assert all(relative_error(x, expected[key]) < 5e-3 for key, x in result.items())
+
+
+@pytest.mark.gpu
+def test_side_stream():
+    case = CASES["frames of 33 tokens"]
+    tensors = device_tensors(case)
+    found, plain = on_a_side_stream(lambda t: on_the_device(case, t), tensors), on_the_device(case, tensors)
+    assert all(relative_error(x, plain[key]) < 1e-6 for key, x in found.items())
+
+
+@pytest.mark.gpu
+def test_inductor_on_the_device(fresh_dynamo):
+    case = CASES["frames of 33 tokens"]
+    tensors = device_tensors(case)
+    d_out = tensors.pop("d_out")
+    compiled = torch.compile(lambda t: attend(case, t, "auto"), fullgraph=True)
+    found, plain = (with_gradients(call, tensors, d_out) for call in (compiled, lambda t: attend(case, t, "auto")))
+    assert all(relative_error(x, plain[key]) < 2e-6 for key, x in found.items())
+
+
+@pytest.mark.gpu
+def test_autocast_on_the_device():
+    case = CASES["frames of 33 tokens"]
+    tensors = device_tensors(case)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = attend(case, tensors, "auto")
+    low = {name: x.bfloat16() for name, x in tensors.items()}
+    assert found.dtype == torch.bfloat16 and relative_error(found, attend(case, low, "auto")) < 5e-3
 
 
 ONES = torch.ones(1, 12, 2, 8)

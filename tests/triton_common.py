@@ -7,12 +7,16 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
 import torch
+from triton import __version__ as triton_version
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TESTS = pathlib.Path(__file__).parent
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+# In words of local memory. The configurations are those of Triton 3.7; older ones allocate registers a little worse.
+SPILLS = 0 if tuple(int(part) for part in triton_version.split(".")[:2]) >= (3, 7) else 16
 MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "mfma"}
 
 
@@ -24,3 +28,12 @@ def ahead_of_time(*args):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def named(cases, sanitized):
+    """The cases as parameters of a test; those named in `sanitized` are run by compute-sanitizer too."""
+    assert cases.keys() >= set(sanitized)
+    return [
+        pytest.param(case, id=name, marks=[pytest.mark.sanitize] if name in sanitized else [])
+        for name, case in cases.items()
+    ]
