@@ -119,8 +119,8 @@ CANDIDATES: dict[tuple[str, str, str], list[Config]] = {
         (32, 128, 8, 3), (64, 128, 8, 1), (64, 128, 8, 2), (64, 128, 8, 3), (128, 128, 8, 1),
     ]),
     **{("attention", kernel, "32-bit"): _NARROW for kernel in ("forward", "backward_dq", "backward_dkdv")},
-    **{("conv", kernel, "16-bit"): _CONVOLUTIONS for kernel in ("plain", "prologue")},
-    **{("conv", kernel, "32-bit"): _NARROW_CONVOLUTIONS for kernel in ("plain", "prologue")},
+    **{("conv", kernel, "16-bit"): _CONVOLUTIONS for kernel in ("taps", "pointwise")},
+    **{("conv", kernel, "32-bit"): _NARROW_CONVOLUTIONS for kernel in ("taps", "pointwise")},
     ("conv", "backward_weight", "16-bit"): _splits([
         (64, 64, 64, 264, 4, 3), (64, 64, 64, 528, 4, 3), (64, 64, 128, 528, 4, 2), (64, 128, 64, 264, 4, 3),
         (64, 128, 64, 264, 8, 3), (64, 128, 64, 528, 4, 3), (64, 128, 64, 264, 4, 2), (64, 128, 64, 528, 4, 3, 168),
@@ -159,17 +159,17 @@ CANDIDATES: dict[tuple[str, str, str], list[Config]] = {
 }  # fmt: skip
 # The functions that take an entry of a table: only these are compiled for a candidate.
 JIT = {
-    ("conv", "plain"): ("_convolve_kernel",),
-    ("conv", "prologue"): ("_convolve_kernel",),
+    ("conv", "taps"): ("_convolve_kernel",),
+    ("conv", "pointwise"): ("_convolve_kernel",),
     ("norm", "merge"): ("_merge_kernel", "_backward_merge_kernel"),
     ("norm", "whole"): ("_whole_kernel", "_backward_whole_kernel"),
 }
 # Of the time, by op and kernel; in order of importance.
 WEIGHTS = {
-    ("attention", "forward"): 4.0, ("conv", "prologue"): 1.5,
+    ("attention", "forward"): 4.0, ("conv", "pointwise"): 1.5,
     ("attention", "backward_dkdv"): 3.0, ("attention", "backward_dq"): 3.0,
     ("norm", "statistics"): 1.0, ("norm", "forward"): 1.0, ("norm", "backward_sums"): 1.0, ("norm", "backward"): 1.0,
-    ("norm", "merge"): 0.7, ("norm", "whole"): 1.0, ("conv", "plain"): 0.7, ("conv", "backward_weight"): 0.7,
+    ("norm", "merge"): 0.7, ("norm", "whole"): 1.0, ("conv", "taps"): 0.7, ("conv", "backward_weight"): 0.7,
 }  # fmt: skip
 
 
@@ -196,8 +196,8 @@ CONVOLUTIONS = [*conv.PUBLISHED, conv.FRAMES["published"], (64, 64, 25600, 2)]
 # frames of a pixel, audio.
 LONG = norm.PUBLISHED[:3]
 SHORT = [(16, 256, 1024), (16, 384, 256), (1024, 256, 16), (1, 512, 400), (1, 384, 1600), (1, 512, 1024)]
-# Cin, Cout, L of a block's second convolution and of an attention's projections.
-POINTWISE = [(128, 128, 25600), (256, 256, 6400), (384, 384, 1600), (256, 768, 16384)]
+# C, L of a residual block's second convolution.
+POINTWISE = [(64, 25600), (128, 25600), (128, 65536), (256, 6400), (256, 16384), (384, 1600), (512, 1024)]
 
 
 @dataclass(frozen=True)
@@ -286,13 +286,13 @@ def make_tasks(dtypes: Iterable[str], head_dims: Iterable[int], batches: Sequenc
 def _convolutions(kernel: str, batches: Iterable[int]) -> Iterator[Convolution]:
     for batch in batches:
         for size in CONVOLUTIONS:
-            yield Convolution(batch, *size, silu=kernel != "plain")
-            if kernel == "plain" and size[0] == size[1]:
+            if kernel != "pointwise":
+                yield Convolution(batch, *size, silu=False)
+            if kernel == "taps" and size[0] == size[1]:
                 yield Convolution(batch, *size, silu=False, gradient=True)
-        if kernel == "prologue":
-            for channels, out_channels, length in POINTWISE:
-                same = channels == out_channels
-                yield Convolution(batch, channels, out_channels, length, 1, taps=1, silu=same, residual=same)
+        if kernel == "pointwise":
+            for channels, length in POINTWISE:
+                yield Convolution(batch, channels, channels, length, 1, taps=1, residual=True)
 
 
 def make_call(task: Task, shape: Any, device: str) -> Call:
@@ -353,7 +353,7 @@ def _conv_call(kernel: str, module: Any, shape: Convolution, random_tensor: Call
     x = random_tensor(shape.batch, shape.length, cin)
     # Laid out so that it is read in place.
     weight = random_tensor(cout, shape.taps, cin, deviation=(cin * shape.taps) ** -0.5).transpose(1, 2)
-    film = [None, None] if kernel == "plain" else [random_tensor(shape.batch, cin, deviation=0.1) for _ in range(2)]
+    film = [random_tensor(shape.batch, cin, deviation=0.1) if kernel == "pointwise" else None for _ in range(2)]
     at = {"groups": 0, "dilation": shape.dilation, "silu": shape.silu}
     like_out = [random_tensor(shape.batch, shape.length, cout) for _ in range(shape.gradient or shape.residual)]
     if kernel == "backward_weight" or shape.gradient:

@@ -53,6 +53,12 @@ CASES = {
     "a group a channel": Case(groups=20, length=20),
     "one group, two batches": Case(groups=1, batch=2, length=21),
     "K = 1, the convolution alone": Case(taps=1, **BARE),
+    "K = 1, with everything": Case(taps=1, out_channels=20),
+    "K = 1, fewer channels out": Case(taps=1, out_channels=18, channels=30, batch=2, groups=6, residual=False),
+    "K = 1, more channels out": Case(taps=1, residual=False),
+    "K = 1, FiLM alone": Case(taps=1, out_channels=9, groups=0, silu=False, batch=2, length=18),
+    "K = 1, activation alone": Case(taps=1, out_channels=9, groups=0, film=False),
+    "K = 1, strided": Case(taps=1, batch=2, strided=True, groups=0, film=False, silu=False, residual=False),
     "K = 3, the convolution alone": Case(dilation=7, length=50, **BARE),
     "K = 5, dilation 7": Case(taps=5, dilation=7, length=41),
     "K = 5, outer taps past the ends": Case(taps=5, dilation=30, length=41),
@@ -272,7 +278,7 @@ def test_empty_batch():
 def test_every_configuration_is_complete():
     expected = {"BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"}
     for device_name in conv._tables():
-        for kernel in ("plain", "prologue", "backward_weight"):
+        for kernel in ("taps", "pointwise", "backward_weight"):
             for dtype in (torch.float16, torch.bfloat16, torch.float32):
                 for channels in (1, 20, 64, 128, 192, 256, 384, 512, 2048):
                     config = conv._config(kernel, channels, dtype, device_name)
@@ -285,11 +291,13 @@ def test_every_configuration_is_complete():
 def test_compiles_ahead_of_time(target):
     rows = ahead_of_time("--op", "conv", target)
     products = [row for row in rows if row["kernel"] in ("convolve", "backward_weight")]
-    # With the prologue, without it, and the weights, of each shape.
-    assert len(products) == 3 * len({(row["size"], row["dtype"]) for row in rows})
+    # Of K = 3 forward, backward and the weights, of K = 1 forward and the weights, of each shape.
+    assert len(products) == 5 * len({(row["size"], row["dtype"]) for row in rows})
     assert {row["kernel"] for row in rows} > {"convolve", "backward_weight", "merge_weight", "statistics"}
     for row in rows:
-        assert row["shared"] <= SHARED_LIMIT[target] and row["spills"] <= SPILLS, row
+        # What is added to a convolution begins its sum: a few registers, once, before the loop.
+        assert row["spills"] <= SPILLS + 6 * (row["kernel"] == "convolve"), row
+        assert row["shared"] <= SHARED_LIMIT[target], row
     for row in products:
         if row["dtype"] == "bfloat16":
             assert row["mma"] == MATRIX_INSTRUCTION[target], row
@@ -298,9 +306,9 @@ def test_compiles_ahead_of_time(target):
 
 @pytest.mark.ahead_of_time
 def test_kept_launches_are_those_of_triton():
-    assert ahead_of_time("--op", "conv", "--relaunches") == [{"op": "conv", "launches": 10, "same": True}]
+    assert ahead_of_time("--op", "conv", "--relaunches") == [{"op": "conv", "launches": 22, "same": True}]
 
 
 @pytest.mark.ahead_of_time
 def test_length_batch_and_dilation_compile_nothing_anew():
-    assert ahead_of_time("--op", "conv", "--recompiles") == [{"op": "conv", "first": 10, "changed": []}]
+    assert ahead_of_time("--op", "conv", "--recompiles") == [{"op": "conv", "first": 14, "changed": []}]

@@ -66,7 +66,7 @@ def test_tasks_are_all_entries_for_a_width():
         assert {task.keys for task in tasks if task.op == op} == entries
     assert [f"{t.op}.{t.kernel}" for t in tune.make_tasks(["bfloat16"], [64], [4])[:2]] == [
         "attention.forward",
-        "conv.prologue",
+        "conv.pointwise",
     ]
 
 
@@ -87,8 +87,8 @@ SMALL = {
     ("norm", "whole"): tune.norm.Shape(1, 32, 20),
     ("norm", "forward"): tune.norm.Shape(1, 32, 1100),
     ("norm", "backward"): tune.norm.Shape(1, 32, 1100),
-    ("conv", "plain"): tune.Convolution(1, 16, 16, 20, 2, silu=False, gradient=True),
-    ("conv", "prologue"): tune.Convolution(1, 16, 16, 20, 1, taps=1, residual=True),
+    ("conv", "taps"): tune.Convolution(1, 16, 16, 20, 2, silu=False, gradient=True),
+    ("conv", "pointwise"): tune.Convolution(1, 16, 16, 20, 1, taps=1, residual=True),
     ("conv", "backward_weight"): tune.Convolution(1, 16, 32, 20, 2),
 }
 
@@ -152,7 +152,7 @@ def test_changed_entries_are_the_only_changed_lines():
     start = lines.index(new[0])
     assert lines[start : start + len(new)] == new
     assert lines[:start] + lines[start + len(new) :] == before
-    assert list(json.loads(once)) == ["default", "NVIDIA H", GPU, "AMD"]
+    assert list(json.loads(once)) == ["default", "NVIDIA H", GPU, "NVIDIA B", "AMD"]
     dq = task_of("backward_dq")
     twice = tune.updated(once, GPU, [(other, config), (dq, config)])
     assert list(json.loads(twice)[GPU]) == ["forward", "backward_dq", "backward_dkdv"]

@@ -121,13 +121,15 @@ def launch_norm(size, dtype, *, length=2000, short=50, batch=2):
 
 
 def launch_conv(size, dtype, *, length=2000, batch=2, dilation=2):
-    """One forward and one backward call of K = 3 with everything in front of it and behind it."""
+    """Forward and backward calls with everything in front of the convolution and behind it, of K = 3 and of K = 1."""
     x = torch.zeros(batch, length, size, dtype=dtype)
-    weight, ones, zeros = torch.zeros(size, size, 3), torch.ones(size), torch.zeros(size)
+    ones, zeros = torch.ones(size), torch.zeros(size)
     prologue = ones, zeros, *torch.zeros(batch, 2 * size, dtype=dtype).chunk(2, 1)
     at = {"groups": 32, "dilation": dilation, "silu": True}
-    out, stats = conv.forward(x, weight, zeros, *prologue, x, **at, eps=1e-5)
-    conv.backward(out, x, weight, *prologue, stats, **at, need_x=True, need_weight=True, need_bias=True)
+    for taps in (3, 1):
+        weight = torch.zeros(size, size, taps, dtype=dtype)
+        out, stats = conv.forward(x, weight, zeros, *prologue, x, **at, eps=1e-5)
+        conv.backward(out, x, weight, *prologue, stats, **at, need_x=True, need_weight=True, need_bias=True)
 
 
 LAUNCH = {"attention": launch_attention, "norm": launch_norm, "conv": launch_conv}

@@ -38,12 +38,11 @@ TENSOR_FLOP, SHARED_BYTES = 4096, 128  # a cycle and SM; bf16, dense
 REGISTERS, SHARED, WARPS = 65536, 227 * 1024, 64  # of an SM
 # What a program does outside of its loops, in cycles: mostly waiting for its first loads.
 PROGRAM_CYCLES = 3000
-CONV = [(128, 128), (256, 256), (384, 384), (512, 512), (768, 384), (1024, 512), (256, 768), (384, 1152), (512, 1536)]
+CONV = [(128, 128), (256, 256), (384, 384), (512, 512), (768, 384), (1024, 512)]
 # Positions of audio and, of the convolutions over frames and the projections, of video at their level.
-CONV_LENGTHS = dict.fromkeys(CONV[:1], (25600, 65536))
-CONV_LENGTHS |= dict.fromkeys(((256, 256), (256, 768)), (6400, 16384))
-CONV_LENGTHS |= dict.fromkeys(((384, 384), (768, 384), (384, 1152)), (1600, 4096))
-CONV_LENGTHS |= dict.fromkeys(((512, 512), (1024, 512), (512, 1536)), (400, 1024))
+CONV_LENGTHS = {(128, 128): (25600, 65536), (256, 256): (6400, 16384)}
+CONV_LENGTHS |= dict.fromkeys(((384, 384), (768, 384)), (1600, 4096))
+CONV_LENGTHS |= dict.fromkeys(((512, 512), (1024, 512)), (400, 1024))
 ATTENTION = [(4, 1024, 6400, 1), (6, 256, 1600, 4), (8, 64, 400, 8), (8, 64, 400, 16)]
 ATTENTION_PRODUCTS = {"forward": 2, "backward_dq": 3, "backward_dkdv": 4}
 
@@ -170,7 +169,7 @@ class Kernel:
     shared: int
     spills: int
     loops: list
-    shape: tuple = ()  # of a convolution: Cin, Cout, taps, whether it has a prologue
+    shape: tuple = ()  # of a convolution: Cin, Cout, taps
 
     @property
     def programs(self):
@@ -196,13 +195,16 @@ def kernels(launch, size):
             yield Kernel(name, size, warps, usage["registers"], kernel.metadata.shared, usage["spills"], found)
 
 
-def launch_conv(cin, cout, taps, prologue=True, *, backward=False):
-    x = torch.zeros(2, 50, cin, dtype=torch.bfloat16)
-    weight, bias = torch.zeros(cout, cin, taps), torch.zeros(cout)
-    parameters = (torch.ones(cin), torch.zeros(cin), None, None) if prologue else (None,) * 4
-    at = {"groups": 32 if prologue else 0, "dilation": 2, "silu": prologue}
-    out, stats = conv.forward(x, weight, bias, *parameters, None, **at, eps=1e-5)
-    if backward:
+def launch_conv(cin, cout, taps):
+    """K = 3 and its gradients, or K = 1 with all that the launchers leave around it."""
+    x, residual = (torch.zeros(2, 2000, c, dtype=torch.bfloat16) for c in (cin, cout))
+    weight, bias = torch.zeros(cout, taps, cin, dtype=torch.bfloat16).transpose(1, 2), torch.zeros(cout)
+    if taps == 1:
+        at = {"groups": 32, "dilation": 1, "silu": True, "eps": 1e-5}
+        conv.forward(x, weight, bias, torch.ones(cin), torch.zeros(cin), None, None, residual, **at)
+    else:
+        parameters, at = (None,) * 4, {"groups": 0, "dilation": 2, "silu": False}
+        out, stats = conv.forward(x, weight, bias, *parameters, None, **at, eps=1e-5)
         conv.backward(out, x, weight, *parameters, stats, **at, need_x=True, need_weight=True, need_bias=False)
 
 
@@ -213,17 +215,11 @@ def all_kernels(ops):
         for c in (128, 256, 512):
             yield from kernels(lambda c=c: triton_aot.launch_norm(c, torch.bfloat16), f"C{c}")
     if "conv" in ops:
-        seen = set()  # the convolution of backward has no prologue and is that of `plain`
         for cin, cout in CONV:
-            for taps in (3, 1) if cout < 2 * cin else (1,):
-                for prologue in (True, False):
-                    size = f"{cin}>{cout} K{taps}{'' if prologue else ', plain'}"
-                    launch = functools.partial(launch_conv, cin, cout, taps, prologue, backward=prologue and taps == 3)
-                    for kernel in kernels(launch, size):
-                        is_ours = kernel.name in ("convolve", "backward_weight") and (kernel.name, size) not in seen
-                        seen.add((kernel.name, size))
-                        if is_ours:
-                            yield dataclasses.replace(kernel, shape=(cin, cout, taps, prologue))
+            for taps in (3, 1):
+                for kernel in kernels(functools.partial(launch_conv, cin, cout, taps), f"{cin}>{cout} K{taps}"):
+                    if kernel.name in ("convolve", "backward_weight"):
+                        yield dataclasses.replace(kernel, shape=(cin, cout, taps))
 
 
 def tile(i, length, len_k, frames, window, block):
@@ -285,8 +281,8 @@ def attention_times(kernel, batch, heads, pixels, audio, window, frames=16):
 
 
 def conv_times(kernel, batch, length):
-    cin, cout, taps, prologue = kernel.shape
-    config = conv._config("prologue" if prologue else "plain", cout, torch.bfloat16, "NVIDIA H200")
+    cin, cout, taps = kernel.shape
+    config = conv._config("taps" if taps > 1 else "pointwise", cout, torch.bfloat16, "NVIDIA H200")
     config = conv._fit(config, BLOCK_N=cout, BLOCK_K=cin)
     count = batch * -(-length // config["BLOCK_M"]) * -(-cout // config["BLOCK_N"])
     return makespan(kernel, [[(kernel.loops[0], taps * -(-cin // config["BLOCK_K"]))]] * count)
@@ -301,7 +297,7 @@ def times(found, batches=(1, 4, 16)):
                     gflop = ATTENTION_PRODUCTS[kernel.name] * 2e-9 * 64 * b * h * s * (p * t + t * p)
                     yield kernel.name, f"H{h} P{p} T{t} S{s}", b, gflop, attention_times(kernel, b, h, p, t, s)
         elif kernel.name == "convolve":
-            cin, cout, taps, _ = kernel.shape
+            cin, cout, taps = kernel.shape
             for length in CONV_LENGTHS[cin, cout]:
                 for b in batches:
                     gflop = 2e-9 * cin * cout * taps * length * b

@@ -8,11 +8,13 @@ rounded to the dtype of x. Layout [B, L, C] with C contiguous. A weight [Cout, C
 with Cin contiguous, as it is where K = 1 or its memory is [Cout, K, Cin]; any other is copied in each call.
 
 `_convolve_kernel` is an implicit matrix product over taps and input channels: a program owns BLOCK_M positions of
-BLOCK_N output channels, and applies the prologue to each tile of x as it loads it. No y, no columns. The gradient of y
-is the same product of d_out, with the taps reversed and the weight's channels exchanged; norm.py turns it into that of
-x. `_backward_weight_kernel` owns BLOCK_M x BLOCK_N output and input channels of one tap over a range of positions, and
-`_merge_weight_kernel` adds up the ranges in their order. Every element has one writer: no atomics, the same bits each
-time. Sums are fp32.
+BLOCK_N output channels, no columns. Where K = 1 and there are no more channels out than in, it applies the prologue to
+each tile of x as it loads it; elsewhere each tap and block of output channels would compute it again, which takes
+longer than writing y. The gradient of y is the same product of d_out, with the taps reversed and the weight's channels
+exchanged; norm.py turns it into that of x. `_backward_weight_kernel` owns BLOCK_M x BLOCK_N output and input channels
+of one tap over a range of positions, and `_merge_weight_kernel` adds up the ranges in their order. Every element has
+one writer: no atomics, the same bits each time. Sums are fp32. Where K = 1 and there is nothing around it, the product
+is torch's.
 """
 
 import functools
@@ -31,8 +33,8 @@ _RUNTIME = ("length", "dilation", "tiles", "blocks", "chunk", "splits")
 
 
 @triton.jit
-def _load(p_x, m_l, coefficients, i_b, o_c, channels, SILU: tl.constexpr, PADDED: tl.constexpr):
-    """Rows of y, [len(m_l), len(o_c)], in the dtype of x. Masked ones are 0 if PADDED, else what y is where x is 0."""
+def _load(p_x, m_l, coefficients, i_b, o_c, channels, SILU: tl.constexpr):
+    """Rows of y, [len(m_l), len(o_c)], in the dtype of x; what y is where x is 0, where masked."""
     m_c = o_c < channels
     b_x = tl.load(p_x, mask=m_l[:, None] & m_c[None, :], other=0.0)
     if coefficients is None and not SILU:
@@ -43,9 +45,6 @@ def _load(p_x, m_l, coefficients, i_b, o_c, channels, SILU: tl.constexpr, PADDED
             # Past the last channel all three are 0, and so is y.
             b_mean, b_factor, b_offset = load_coefficients(coefficients, i_b, channels, o_c, m_c)
             b_y = (b_y - b_mean[None, :]) * b_factor[None, :] + b_offset[None, :]
-            if PADDED:
-                # One multiplication; a choice between rounded values takes two instructions an element.
-                b_y *= m_l.to(tl.float32)[:, None]
         if SILU:
             b_y *= sigmoid(b_y, b_x.dtype)
         return b_y.to(b_x.dtype)
@@ -58,6 +57,8 @@ def _convolve_kernel(
     TAPS: tl.constexpr, REVERSED: tl.constexpr, SILU: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    # The zeros outside follow the prologue, so with one there is no outside.
+    tl.static_assert(TAPS == 1 or (coefficients is None and not SILU))
     # Neighbours read the same positions.
     blocks_n = tl.cdiv(out_channels, BLOCK_N)
     i_n = tl.program_id(0) % blocks_n
@@ -79,14 +80,21 @@ def _convolve_kernel(
     else:
         p_w = weight + o_n[:, None] * weight_sn + o_k[None, :] * weight_sk  # [BN, BK]
 
+    # What is added begins the sum: behind it, it would need registers of its own.
+    m_out = (o_m < length)[:, None] & m_n[None, :]
     b_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if residual is not None:
+        p_residual = residual + i_b.to(tl.int64) * residual_sb
+        b_acc += tl.load(pointers(p_residual, o_m, residual_sl, o_n), mask=m_out, other=0.0).to(tl.float32)
+    if bias is not None:
+        b_acc += tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
     i_tap = tap
     i_k = 0
     for _ in range(0, taps * tl.cdiv(in_channels, BLOCK_K)):
         offset = (i_tap - TAPS // 2) * dilation
         m_l = (o_m + offset >= 0) & (o_m + offset < length)
         p_y = p_x + (offset.to(tl.int64) * x_sl + i_k)
-        b_y = _load(p_y, m_l, coefficients, i_b, i_k + o_k, in_channels, SILU, True)  # [BM, BK]
+        b_y = _load(p_y, m_l, coefficients, i_b, i_k + o_k, in_channels, SILU)  # [BM, BK]
         m_k = i_k + o_k < in_channels
         p_tap = p_w + i_k * weight_sk
         if TAPS > 1:  # else its stride is 1, which would hide that rows are aligned
@@ -99,22 +107,15 @@ def _convolve_kernel(
         is_last = i_tap == tap + taps - 1
         i_tap = tl.where(is_last, tap, i_tap + 1)
         i_k += tl.where(is_last, BLOCK_K, 0)
-    m_out = (o_m < length)[:, None] & m_n[None, :]
-    if bias is not None:
-        b_acc += tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
-    if residual is not None:
-        p_residual = residual + i_b.to(tl.int64) * residual_sb
-        b_acc += tl.load(pointers(p_residual, o_m, residual_sl, o_n), mask=m_out, other=0.0).to(tl.float32)
     p_out = out + i_b.to(tl.int64) * length * out_channels
     tl.store(pointers(p_out, o_m, out_channels, o_n), b_acc.to(out.dtype.element_ty), mask=m_out)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _backward_weight_kernel(
-    d_out, x, coefficients, partials, d_out_sb, d_out_sl, x_sb, x_sl,
+    d_out, y, partials, d_out_sb, d_out_sl, y_sb, y_sl,
     length, in_channels, out_channels, dilation, tiles, blocks, chunk,
-    TAPS: tl.constexpr, SILU: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TAPS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """partials [splits, TAPS, Cout, Cin]: each over `chunk` of the blocks of BLOCK_K positions of all batches."""
     blocks_n = tl.cdiv(in_channels, BLOCK_N)
@@ -134,9 +135,8 @@ def _backward_weight_kernel(
         m_k = (o_k < length) & (o_l >= 0) & (o_l < length)
         p_d_out = pointers(d_out + i_b * d_out_sb, o_k, d_out_sl, o_m)
         b_d_out = tl.load(p_d_out, mask=m_k[:, None] & m_m[None, :], other=0.0)  # [BK, BM]
-        p_y = pointers(x + i_b * x_sb, o_l, x_sl, o_n)
-        # Where that is masked, d_out is 0.
-        b_y = _load(p_y, m_k, coefficients, i_b, o_n, in_channels, SILU, False)  # [BK, BN]
+        m_y = m_k[:, None] & (o_n < in_channels)[None, :]
+        b_y = tl.load(pointers(y + i_b * y_sb, o_l, y_sl, o_n), mask=m_y, other=0.0)  # [BK, BN]
         b_acc = tl.dot(tl.trans(b_d_out), b_y, b_acc, input_precision=PRECISION)
     o_w = (i_split * TAPS + i_tap).to(tl.int64) * out_channels + o_m
     tl.store(pointers(partials, o_w, in_channels, o_n), b_acc, mask=m_m[:, None] & (o_n < in_channels)[None, :])
@@ -166,8 +166,9 @@ def _tables():
 
 
 def _config(kernel, channels, dtype, device_name):
-    """Blocks, warps and stages by the number of output channels: of "backward_weight", or of the convolution, which
-    with a "prologue" holds more in registers than the "plain" one.
+    """Blocks, warps and stages by the number of output channels.
+
+    Of "backward_weight", or of the convolution: "taps", or "pointwise" where K = 1, which has more around the product.
     """
     bucket = str(min(max(triton.next_power_of_2(channels), 64), 512))
     return dict(_host.lookup(_tables(), kernel, dtype, device_name, bucket))
@@ -187,11 +188,11 @@ def _dense(weight, dtype):
 
 
 @_host.planned
-def _plan(shape, strides, weight_shape, weight_strides, dtype, device, dilation, silu, name, is_reversed, precision):
+def _plan(shape, strides, weight_shape, weight_strides, dtype, device, dilation, silu, is_reversed, precision):
     """The launch of the convolution of x [B, L, Cin], by a weight [Cout, Cin, K] with all strides."""
     batch, length, in_channels = shape
     out_channels, _, taps = weight_shape
-    config = _config(name, out_channels, dtype, _host.device_name(device))
+    config = _config("taps" if taps > 1 else "pointwise", out_channels, dtype, _host.device_name(device))
     config = _fit(config, BLOCK_N=out_channels, BLOCK_K=in_channels)
     tiles = triton.cdiv(length, config["BLOCK_M"])
     # Taps farther than L read zeros, however far.
@@ -203,18 +204,28 @@ def _plan(shape, strides, weight_shape, weight_strides, dtype, device, dilation,
 
 def _convolve(x, weight, bias, residual, affine, out, *, dilation, silu, is_reversed=False):
     """out = bias + residual + convolution, by a dense weight."""
-    name = "plain" if affine is None and not silu else "prologue"
     strides = *x.stride()[:2], *((0, 0) if residual is None else residual.stride()[:2])
     launch = _plan(
-        x.shape, strides, weight.shape, weight.stride(), x.dtype, x.device, dilation, silu, name, is_reversed,
+        x.shape, strides, weight.shape, weight.stride(), x.dtype, x.device, dilation, silu, is_reversed,
         _host.precision(x.dtype),
     )  # fmt: skip
     with _host.on_device(x):
         launch(x, weight, None if bias is None else bias.contiguous(), residual, affine, out)
 
 
+def _multiply(y, weight, out, bias=None):
+    """out [B, L, N] = bias + y @ weight, of [K, N] and in any dtype, by torch."""
+    weight = weight.to(y.dtype)
+    if bias is None:
+        torch.matmul(y, weight, out=out)
+    elif y.is_contiguous():
+        torch.addmm(bias.to(y.dtype), y.flatten(0, 1), weight, out=out.flatten(0, 1))
+    else:
+        torch.matmul(y, weight, out=out).add_(bias)
+
+
 @_host.planned
-def _weight_plan(shape, weight_shape, strides, dtype, device, dilation, silu, precision):
+def _weight_plan(shape, weight_shape, strides, dtype, device, dilation, precision):
     """The launches of the partial sums and of their merge, and the number of parts."""
     batch, length, in_channels = shape
     out_channels, _, taps = weight_shape
@@ -226,23 +237,24 @@ def _weight_plan(shape, weight_shape, strides, dtype, device, dilation, silu, pr
     chunk = triton.cdiv(batch * tiles, max(programs // owners, 1))
     splits = triton.cdiv(batch * tiles, chunk)
     fixed = *strides, length, in_channels, out_channels, min(dilation, length), tiles, batch * tiles, chunk
-    constants = {"TAPS": taps, "SILU": silu, "PRECISION": precision} | config
-    partial = _host.Launch(_backward_weight_kernel, owners * splits, fixed, constants)
+    partial = _host.Launch(
+        _backward_weight_kernel, owners * splits, fixed, {"TAPS": taps, "PRECISION": precision} | config
+    )
     block_c = 128
     merges = triton.cdiv(out_channels * in_channels * taps, block_c)
     constants = {"TAPS": taps, "BLOCK_N": 16, "BLOCK_C": block_c}
     return partial, _host.Launch(_merge_weight_kernel, merges, (in_channels, out_channels, splits), constants), splits
 
 
-def _weight_gradient(d_out, x, affine, d_weight, *, dilation, silu):
-    strides = *d_out.stride()[:2], *x.stride()[:2]
+def _weight_gradient(d_out, y, d_weight, *, dilation):
+    strides = *d_out.stride()[:2], *y.stride()[:2]
     partial, merge, splits = _weight_plan(
-        x.shape, d_weight.shape, strides, x.dtype, x.device, dilation, silu, _host.precision(x.dtype)
+        y.shape, d_weight.shape, strides, y.dtype, y.device, dilation, _host.precision(y.dtype)
     )
     out_channels, in_channels, taps = d_weight.shape
-    partials = x.new_empty((splits, taps, out_channels, in_channels), dtype=torch.float32)
-    with _host.on_device(x):
-        partial(d_out, x, affine, partials)
+    partials = y.new_empty((splits, taps, out_channels, in_channels), dtype=torch.float32)
+    with _host.on_device(y):
+        partial(d_out, y, partials)
         merge(partials, d_weight)
 
 
@@ -253,17 +265,27 @@ def forward(x, weight, bias, norm_weight, norm_bias, scale, shift, residual, *, 
     [Cout, Cin, K], K odd; bias [Cout] or None. norm_weight, norm_bias [Cin], None without groups; scale, shift [B, Cin]
     or None. Each parameter is in the dtype of x or float32.
     """
-    batch, length, _ = x.shape
-    out = x.new_empty((batch, length, weight.shape[0]))
+    batch, length, in_channels = x.shape
+    out_channels, _, taps = weight.shape
+    out = x.new_empty((batch, length, out_channels))
     stats = x.new_empty((batch, groups, 2), dtype=torch.float32)
     if not x.numel():
         return out, stats
-    affine = None
-    if groups:
-        stats, affine = norm.statistics(x, norm_weight, norm_bias, scale, shift, groups=groups, eps=eps)
-    elif scale is not None or shift is not None:
-        affine = norm.coefficients(x, None, None, scale, shift, None, groups=0)
-    _convolve(x, _dense(weight, x.dtype), bias, residual, affine, out, dilation=dilation, silu=silu)
+    affine, film = None, (scale, shift)
+    is_apart = taps > 1 or out_channels > in_channels
+    if groups and is_apart:
+        x, stats = norm.forward(x, norm_weight, norm_bias, *film, groups=groups, silu=silu, eps=eps)
+    elif groups:
+        stats, affine = norm.statistics(x, norm_weight, norm_bias, *film, groups=groups, eps=eps)
+    elif silu or scale is not None or shift is not None:
+        affine = norm.coefficients(x, None, None, *film, None, groups=0)
+        if is_apart:
+            x, affine = norm.apply(x, affine, silu=silu), None
+    if taps == 1 and affine is None and residual is None:
+        _multiply(x, weight[:, :, 0].mT, out, bias)
+    else:
+        silu = silu and affine is not None
+        _convolve(x, _dense(weight, x.dtype), bias, residual, affine, out, dilation=dilation, silu=silu)
     return out, stats
 
 
@@ -275,8 +297,7 @@ def backward(
 
     What is not needed is empty, of shape (0,). stats are forward's.
     """
-    has_affine = bool(groups) or scale is not None or shift is not None
-    has_prologue = has_affine or silu
+    has_prologue = bool(groups) or scale is not None or shift is not None or silu
     d_x = x.new_empty(x.shape if need_x else (0,))
     d_weight = x.new_empty(weight.shape if need_weight else (0,), dtype=torch.float32)
     d_bias = x.new_empty(weight.shape[:1] if need_bias else (0,), dtype=torch.float32)
@@ -284,15 +305,19 @@ def backward(
     if not x.numel():
         return d_x, d_weight.zero_(), d_bias.zero_(), sums
     affine = None
-    if has_affine or (need_x and has_prologue):
+    if has_prologue and (need_x or need_weight):
         affine = norm.coefficients(x, norm_weight, norm_bias, scale, shift, stats, groups=groups)
     if need_weight:
-        _weight_gradient(d_out, x, affine if has_affine else None, d_weight, dilation=dilation, silu=silu)
+        y = norm.apply(x, affine, silu=silu) if has_prologue else x
+        _weight_gradient(d_out, y, d_weight, dilation=dilation)
     if need_bias:
         torch.sum(d_out, (0, 1), dtype=torch.float32, out=d_bias)
     if need_x:
-        flipped = _dense(weight, x.dtype).transpose(0, 1)
-        _convolve(d_out, flipped, None, None, None, d_x, dilation=dilation, silu=False, is_reversed=True)
+        if weight.shape[2] == 1:
+            _multiply(d_out, weight[:, :, 0], d_x)
+        else:
+            flipped = _dense(weight, x.dtype).transpose(0, 1)
+            _convolve(d_out, flipped, None, None, None, d_x, dilation=dilation, silu=False, is_reversed=True)
         if has_prologue:
             sums = norm.gradient(d_x, x, norm_weight, scale, stats, affine, groups=groups, silu=silu, d_x=d_x)
     return d_x, d_weight, d_bias, sums

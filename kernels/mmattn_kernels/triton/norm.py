@@ -17,7 +17,7 @@ Short sequences are launches more than anything else: for them the kernels calle
 whole groups, and do all steps in one launch, the second reading of the tokens out of the cache.
 
 Per batch and channel (mean, factor, offset) are `coefficients` [B, 3, C]. The convolution, whose prologue this is,
-uses them, `statistics` and `gradient` too.
+uses them, `statistics`, `apply` and `gradient` too.
 """
 
 import functools
@@ -594,6 +594,15 @@ def coefficients(x, weight, bias, scale, shift, stats, *, groups):
     return affine
 
 
+def apply(x, affine, *, silu):
+    """The output [B, L, C], contiguous, by coefficients."""
+    out = x.new_empty(x.shape)
+    launch, _, _ = _plan("forward", x.shape, x.stride()[:2], x.dtype, x.device, SILU=silu)
+    with _host.on_device(x):
+        launch(x, affine, out)
+    return out
+
+
 def gradient(d_out, x, weight, scale, stats, affine, *, groups, silu, d_x):
     """Writes d_x [B, L, C], contiguous, which may be d_out, and returns sums [B, C, 2]; `affine` are coefficients."""
     batch, _, channels = x.shape
@@ -624,20 +633,17 @@ def forward(x, weight, bias, scale, shift, *, groups, silu, eps):
     x [B, L, C] in any batch and position strides with C contiguous; weight, bias [C]; scale, shift [B, C] or None.
     Each parameter is in the dtype of x or float32.
     """
-    out = x.new_empty(x.shape)
+    stats = x.new_empty((x.shape[0], groups, 2), dtype=torch.float32)
     if not x.numel():
-        return out, x.new_empty((x.shape[0], groups, 2), dtype=torch.float32)
+        return x.new_empty(x.shape), stats
     film, strides = _film(scale, shift)
     whole = _whole_plan(x.shape, (*x.stride()[:2], *strides), groups, x.dtype, x.device, silu, float(eps))
-    if whole is not None:
-        stats = x.new_empty((x.shape[0], groups, 2), dtype=torch.float32)
-        with _host.on_device(x):
-            whole(x, out, stats, None, _dense(weight), _dense(bias), *film)
-        return out, stats
-    stats, affine = statistics(x, weight, bias, *film, groups=groups, eps=eps)
-    launch, _, _ = _plan("forward", x.shape, x.stride()[:2], x.dtype, x.device, SILU=silu)
+    if whole is None:
+        stats, affine = statistics(x, weight, bias, *film, groups=groups, eps=eps)
+        return apply(x, affine, silu=silu), stats
+    out = x.new_empty(x.shape)
     with _host.on_device(x):
-        launch(x, affine, out)
+        whole(x, out, stats, None, _dense(weight), _dense(bias), *film)
     return out, stats
 
 
