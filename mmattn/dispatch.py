@@ -39,9 +39,7 @@ def unavailable(op: str, impl: str, device: str, dtype: torch.dtype, head_dim: i
         return f"the dtype is {dtype}, and it computes torch.float16, torch.bfloat16 and torch.float32"
     if op in ("attention", "self_attention") and head_dim is not None and not 16 <= head_dim <= 128:
         return f"the head dimension is {head_dim}, and it takes 16 to 128"
-    if device == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
-        return f"{torch.cuda.get_device_name()} has compute capability under 8.0, and it needs 8.0"
-    return _triton_missing()
+    return (_too_old() if device == "cuda" else None) or _triton_missing()
 
 
 def choose(op: str, impl: str, like: Tensor) -> str:
@@ -94,6 +92,14 @@ def _extension_missing() -> str | None:
     import mmattn_kernels.cpu
 
     return mmattn_kernels.cpu.missing()
+
+
+@functools.lru_cache(maxsize=1)
+def _too_old() -> str | None:
+    for i in range(0 if torch.version.hip else torch.cuda.device_count()):
+        if torch.cuda.get_device_capability(i) < (8, 0):
+            return f"{torch.cuda.get_device_name(i)} has compute capability under 8.0, and it needs 8.0"
+    return None
 
 
 @functools.lru_cache(maxsize=1)

@@ -312,15 +312,18 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         statics = [None if x is None else x.clone() for x in (video, audio, timesteps)]
         ranges = self.shift_ranges(0 if video is None else video.shape[1])
         static_shifts = torch.zeros(len(ranges), dtype=torch.int32, device=device)
+        # Autocast keeps casts of the parameters, which a graph must not find there: they live in nobody's pool.
+        dtype, enabled = torch.get_autocast_dtype("cuda"), is_autocast("cuda")
         stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.no_grad(), torch.cuda.stream(stream):
-            for _ in range(3):  # what compiles, tunes and allocates at first use does so before the recording
-                self(*statics, shifts=static_shifts)
-        torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(graph):
-            outputs = self(*statics, shifts=static_shifts)
+        with torch.no_grad(), torch.cuda.device(device), torch.autocast("cuda", dtype, enabled, cache_enabled=False):
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # what compiles, tunes and allocates at first use does so before the recording
+                    self(*statics, shifts=static_shifts)
+            torch.cuda.current_stream(device).wait_stream(stream)
+            with torch.cuda.graph(graph):
+                outputs = self(*statics, shifts=static_shifts)
 
         @torch.no_grad()
         def replay(

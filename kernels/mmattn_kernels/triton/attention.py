@@ -79,7 +79,7 @@ def _wrap(x, length):
 
 @triton.jit
 def _mod(x, length):
-    """x mod length for any x: a shift read from the device is checked by nobody, and must stay inside the tensors."""
+    """x mod length for any x: a shift read from the device is checked by nobody, and must be a shift all the same."""
     return (x % length + length) % length
 
 
@@ -230,7 +230,7 @@ def _forward_kernel(
     p_out, out_sl = _result(is_audio, audio_out, video_out, len_q, heads, i_b, i_h, HEAD_DIM)
     p_lse = tl.where(is_audio, audio_lse, video_lse) + i_bh.to(tl.int64) * len_q
     if SHIFT_IS_TENSOR:
-        shift = tl.load(shift).to(tl.int32)
+        shift = _mod(tl.load(shift).to(tl.int32), frames)
     o_m, m_m, start, n_keys, head, n_full, n_masked, low, high, wrapped = _key_walk(
         i_m, len_q, len_k, frames, window, shift, BLOCK_M, BLOCK_N
     )
@@ -295,7 +295,7 @@ def _backward_dq_kernel(
     p_lse = tl.where(is_audio, audio_lse, video_lse) + i_bh.to(tl.int64) * len_q
     p_delta = tl.where(is_audio, audio_delta, video_delta) + i_bh.to(tl.int64) * len_q
     if SHIFT_IS_TENSOR:
-        shift = tl.load(shift).to(tl.int32)
+        shift = _mod(tl.load(shift).to(tl.int32), frames)
     o_m, m_m, start, n_keys, head, n_full, n_masked, low, high, wrapped = _key_walk(
         i_m, len_q, len_k, frames, window, shift, BLOCK_M, BLOCK_N
     )
@@ -354,7 +354,7 @@ def _backward_dkdv_kernel(
     p_lse = tl.where(is_audio, video_lse, audio_lse) + i_bh.to(tl.int64) * len_q
     p_delta = tl.where(is_audio, video_delta, audio_delta) + i_bh.to(tl.int64) * len_q
     if SHIFT_IS_TENSOR:
-        shift = tl.load(shift).to(tl.int32)
+        shift = _mod(tl.load(shift).to(tl.int32), frames)
     o_n, m_n, start, n_rows, head, n_full, n_masked, low, high, wrapped = _query_walk(
         i_n, len_q, len_k, frames, window, shift, BLOCK_M, BLOCK_N
     )
