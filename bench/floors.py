@@ -33,6 +33,7 @@ import mmattn
 import mmattn.modules
 
 DTYPE = torch.bfloat16
+WHOLE = 1024  # positions up to which a norm is one launch: those of norm.json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,35 +75,42 @@ def _convolution(x: Tensor, weight: Tensor, *others: Tensor | None) -> tuple[Ten
     return out, gflop, gbytes(x, weight, *others, out)
 
 
+def _norm(x: Tensor) -> tuple[int, float]:
+    """Launches, and GB moved: a short sequence is read once, a long one for its statistics first."""
+    return (1, 2 * gbytes(x)) if x.shape[1] <= WHOLE else (3, 3 * gbytes(x))
+
+
 def dilated_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, norm: Any = None, residual: Tensor | None = None, **_: Any
 ) -> tuple[Tensor, Work]:
-    """One convolution; in front of it two kernels for the statistics, and one that packs a weight of several taps."""
+    """One product; in front of it the norm where it would be computed again, else its statistics."""
     out, gflop, least = _convolution(x, weight, bias, residual)
-    is_packed = weight.shape[2] > 1
-    moved = least + (gbytes(x) if norm else 0) + (2 * gbytes(weight) if is_packed else 0)
-    return out, Work(gflop, least, moved, 1 + 2 * bool(norm) + is_packed)
+    launches, moved = 1, least
+    if norm is not None and (weight.shape[2] > 1 or weight.shape[0] > weight.shape[1]):
+        more = _norm(x)
+        launches, moved = launches + more[0], moved + more[1]
+    elif norm is not None:
+        launches, moved = launches + (1 if x.shape[1] <= WHOLE else 2), moved + gbytes(x)
+    return out, Work(gflop, least, moved, launches)
 
 
 def spatial_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, norm: Any = None, residual: Tensor | None = None, **_: Any
 ) -> tuple[Tensor, Work]:
-    """The three kernels of the norm, torch's convolution, which brings its weight into channels last, and a sum."""
+    """The norm, torch's convolution by a weight that is channels last, and a sum for each of bias and residual."""
     out, gflop, least = _convolution(x, weight, bias, residual)
-    moved = least + 2 * gbytes(weight) + (3 * gbytes(x) if norm else 0)
-    launches = 2 + 3 * bool(norm)
-    if residual is not None:
-        moved, launches = moved + 2 * gbytes(out), launches + 1
-    return out, Work(gflop, least, moved, launches)
+    launches, moved = _norm(x) if norm is not None else (0, 0.0)
+    sums = (bias is not None) + (residual is not None)
+    return out, Work(gflop, least, least + moved + 2 * sums * gbytes(out), launches + 1 + sums)
 
 
 def group_norm(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Work]:
-    """Statistics, their merge, and the norm: x is read twice."""
-    return x.new_empty(x.shape), Work(0.0, 2 * gbytes(x), 3 * gbytes(x), 3)
+    launches, moved = _norm(x)
+    return x.new_empty(x.shape), Work(0.0, 2 * gbytes(x), moved, launches)
 
 
 def self_attention(q: Tensor, k: Tensor, v: Tensor, *, segments: int, **_: Any) -> tuple[Tensor, Work]:
-    """Torch's scaled_dot_product_attention."""
+    """One kernel, torch's or ours."""
     out = q.new_empty(q.shape)
     moved = gbytes(q, k, v, out)
     return out, Work(4e-9 * q.numel() * q.shape[1] / segments, moved, moved, 1)
