@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from mmattn import dispatch
 
 _library = torch.library.Library("mmattn", "IMPL")
+_functions: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Callable[..., Any]]] = {}
 
 
 def kernels(op: str, impl: str, like: Tensor) -> Any:
@@ -25,7 +26,7 @@ def kernels(op: str, impl: str, like: Tensor) -> Any:
 
 
 def unwatched(*tensors: Tensor | None) -> bool:
-    """Whether nobody looks at a call on these tensors: no gradient, trace, mode, transform or profiler.
+    """Whether nobody looks at a call on these tensors: no trace, mode, transform or profiler.
 
     Its kernels may then be called without the dispatcher, in which a small call spends half its time.
     """
@@ -35,24 +36,36 @@ def unwatched(*tensors: Tensor | None) -> bool:
         return False
     if forward_ad._current_level >= 0 or torch.autograd.profiler._is_profiler_enabled:
         return False
-    grad = torch.is_grad_enabled()
-    return all(
-        t is None or (type(t) in (Tensor, torch.nn.Parameter) and not (grad and t.requires_grad)) for t in tensors
-    )
+    return all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+
+
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """Whether a graph is to be recorded for a call on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def below_autograd(name: str, keyset: Any, *args: Any) -> tuple[Tensor, ...]:
-    """Call the op `name` without recording a graph."""
+    """Call the op `name` without recording a graph; without a keyset, its function, which nobody watches."""
+    if keyset is None:
+        return _functions[name][0](*args)
     with torch._C._AutoDispatchBelowAutograd():
         op = getattr(torch.ops.mmattn, name).default
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
-def register_autograd(name: str, function: type[torch.autograd.Function]) -> None:
-    """Make the op `name` differentiable by `function`, whose first argument is the dispatcher's keyset.
+def register_autograd(
+    name: str,
+    function: type[torch.autograd.Function],
+    forward: Callable[..., tuple[Tensor, ...]],
+    backward: Callable[..., Any],
+) -> None:
+    """Make the op `name` differentiable by `function`, whose first argument is the dispatcher's keyset, or None.
 
-    Registered under the op, not around it, so that torch.ops.mmattn's own entry is differentiable.
+    Registered under the op, not around it, so that torch.ops.mmattn's own entry is differentiable. `forward` and
+    `backward` compute what the two ops do, on arguments that have been checked: without a keyset, `function` calls them
+    past the dispatcher.
     """
+    _functions[name] = forward, backward
 
     def autograd(keyset: Any, *args: Any) -> tuple[Tensor, ...]:
         # A tangent carries no requires_grad; the Function, having no forward-mode rule, refuses it.
@@ -80,9 +93,11 @@ def gradients_of(name: str) -> Callable[..., tuple[Tensor, ...]]:
         def backward(ctx: Any, *_: Any) -> Any:
             raise RuntimeError(f"{name} is differentiable once; impl='reference' as often as wanted")
 
-    def compute(*args: Any) -> tuple[Tensor, ...]:
+    def compute(*args: Any) -> Any:
         if torch.is_grad_enabled():
             return Gradients.apply(*args)
+        if unwatched(*(x for x in args if isinstance(x, Tensor))):
+            return _functions[name][1](*args)
         return getattr(torch.ops.mmattn, f"{name}_backward")(*args)
 
     return compute

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from mmattn import dispatch
-from mmattn._library import below_autograd, gradients_of, is_autocast, kernels, register_autograd, to_autocast
+from mmattn._library import (
+    below_autograd,
+    gradients_of,
+    is_autocast,
+    kernels,
+    register_autograd,
+    to_autocast,
+    unwatched,
+    wants_gradients,
+)
 
 _OP = "mmattn::random_shift_attention"
 _BACKWARD_OP = "mmattn::random_shift_attention_backward"
@@ -93,7 +102,13 @@ def random_shift_attention(
     if chosen == "reference":
         return reference(*tensors, frames=frames, window=window, shift=shift, scale=scale)
     number, tensor = (0, shift) if isinstance(shift, Tensor) else (shift, None)
-    out = torch.ops.mmattn.random_shift_attention(*tensors, frames, window, number, tensor, float(scale), chosen)
+    arguments = *tensors, frames, window, number, tensor, float(scale), chosen
+    if not unwatched(*tensors, tensor):
+        out = torch.ops.mmattn.random_shift_attention(*arguments)
+    elif wants_gradients(*tensors):
+        out = _RandomShiftAttention.apply(None, *arguments)
+    else:
+        out = _compute(*arguments)
     return out[0], out[1]
 
 
@@ -235,14 +250,16 @@ torch.library.define(
 )
 
 
-@torch.library.impl(_OP, "CompositeExplicitAutograd")
-def _forward(*args: Any) -> tuple[Tensor, ...]:
+def _compute(*args: Any) -> tuple[Tensor, ...]:
     return kernels("attention", args[-1], args[0]).forward(*args[:6], **_geometry(*args[6:-1]))
 
 
-@torch.library.impl(_BACKWARD_OP, "CompositeExplicitAutograd")
-def _backward(*args: Any) -> tuple[Tensor, ...]:
+def _compute_gradients(*args: Any) -> tuple[Tensor, ...]:
     return kernels("attention", args[-1], args[2]).backward(*args[:12], **_geometry(*args[12:-1]))
+
+
+torch.library.impl(_OP, "CompositeExplicitAutograd", _compute)
+torch.library.impl(_BACKWARD_OP, "CompositeExplicitAutograd", _compute_gradients)
 
 
 @torch.library.register_fake(_OP)
@@ -285,4 +302,4 @@ class _RandomShiftAttention(torch.autograd.Function):
         return None, *grads, None, None, None, None, None, None
 
 
-register_autograd("random_shift_attention", _RandomShiftAttention)
+register_autograd("random_shift_attention", _RandomShiftAttention, _compute, _compute_gradients)

@@ -24,6 +24,7 @@ from mmattn._library import (
     register_autograd,
     to_autocast,
     unwatched,
+    wants_gradients,
 )
 
 _OP = "mmattn::conv"
@@ -195,12 +196,14 @@ def _convolve(
         return reference(x, weight, bias, dilation=dilation, height=height, width=width, eps=eps, **options)
     tensors = (x, weight, bias, norm_weight, norm_bias, scale, shift, residual)
     silu, eps = activation == "silu", float(eps)
-    if unwatched(*tensors):
+    is_unwatched = unwatched(*tensors)
+    if is_unwatched and not wants_gradients(*tensors):
         options = {"groups": groups, "dilation": dilation, "silu": silu, "eps": eps, **_frames_of(height, width)}
         if overwrite_x and chosen == "cpu" and weight.shape[::2] == (x.shape[2], 1) and x.is_contiguous():
             options["out"] = x
         return kernels("conv", chosen, x).forward(*tensors, **options)[0]
-    return torch.ops.mmattn.conv(*tensors, groups, dilation, height, width, silu, eps, chosen)[0]
+    arguments = *tensors, groups, dilation, height, width, silu, eps, chosen
+    return _Conv.apply(None, *arguments)[0] if is_unwatched else torch.ops.mmattn.conv(*arguments)[0]
 
 
 def _prologue(x: Tensor, norm: Any, film: Any, activation: str | None, eps: float) -> Tensor:
@@ -315,12 +318,8 @@ torch.library.define(
 )
 
 
-@torch.library.impl(_OP, "CompositeExplicitAutograd")
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+def _compute(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
     norm_weight, norm_bias, scale, shift, residual, groups, dilation, height, width, silu, eps, impl = args
-    # Again: the op can be called directly, and kernels trust these.
-    _check(x, weight, bias, dilation, height, width, residual)
-    _check_prologue(x, _norm_of(norm_weight, norm_bias, groups), scale, shift, None, eps)
     return kernels("conv", impl, x).forward(
         x,
         weight,
@@ -338,14 +337,9 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tupl
     )
 
 
-@torch.library.impl(_BACKWARD_OP, "CompositeExplicitAutograd")
-def _backward(d_out: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _compute_gradients(d_out: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
     norm_weight, norm_bias, scale, shift, stats, groups, dilation, height, width, silu, *need, impl = args
     need_x, need_weight, need_bias = need
-    _check(x, weight, None, dilation, height, width, None)
-    _check_prologue(x, _norm_of(norm_weight, norm_bias, groups), scale, shift, None, 0.0)
-    norm_op.check_like("d_out", d_out, (*x.shape[:2], weight.shape[0]), x.dtype, x)
-    norm_op.check_like("stats", stats, (x.shape[0], groups, 2), torch.float32, x)
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     d_x, d_weight, d_bias, sums = kernels("conv", impl, x).backward(
         d_out,
@@ -365,6 +359,25 @@ def _backward(d_out: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Ten
         **_frames_of(height, width),
     )
     return d_x, d_weight.to(weight.dtype), d_bias, sums
+
+
+# Arguments are checked again where the ops are called: that can be done directly, and kernels trust them.
+@torch.library.impl(_OP, "CompositeExplicitAutograd")
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    norm_weight, norm_bias, scale, shift, residual, groups, dilation, height, width, *_ = args
+    _check(x, weight, bias, dilation, height, width, residual)
+    _check_prologue(x, _norm_of(norm_weight, norm_bias, groups), scale, shift, None, 0.0)
+    return _compute(x, weight, bias, *args)
+
+
+@torch.library.impl(_BACKWARD_OP, "CompositeExplicitAutograd")
+def _backward(d_out: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    norm_weight, norm_bias, scale, shift, stats, groups, dilation, height, width, *_ = args
+    _check(x, weight, None, dilation, height, width, None)
+    _check_prologue(x, _norm_of(norm_weight, norm_bias, groups), scale, shift, None, 0.0)
+    norm_op.check_like("d_out", d_out, (*x.shape[:2], weight.shape[0]), x.dtype, x)
+    norm_op.check_like("stats", stats, (x.shape[0], groups, 2), torch.float32, x)
+    return _compute_gradients(d_out, x, weight, *args)
 
 
 @torch.library.register_fake(_OP)
@@ -421,4 +434,4 @@ class _Conv(torch.autograd.Function):
         )
 
 
-register_autograd("conv", _Conv)
+register_autograd("conv", _Conv, _compute, _compute_gradients)

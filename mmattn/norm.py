@@ -14,7 +14,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmattn import dispatch
-from mmattn._library import below_autograd, gradients_of, kernels, register_autograd, unwatched
+from mmattn._library import (
+    below_autograd,
+    gradients_of,
+    kernels,
+    register_autograd,
+    unwatched,
+    wants_gradients,
+)
 
 _OP = "mmattn::group_norm"
 _BACKWARD_OP = "mmattn::group_norm_backward"
@@ -62,9 +69,10 @@ def group_norm(
     if chosen == "reference":
         return reference(x, weight, bias, groups, scale=scale, shift=shift, activation=activation, eps=eps)
     tensors, silu, eps = (x, weight, bias, scale, shift), activation == "silu", float(eps)
-    if unwatched(*tensors):
-        return kernels("norm", chosen, x).forward(*tensors, groups=groups, silu=silu, eps=eps)[0]
-    return torch.ops.mmattn.group_norm(*tensors, groups, silu, eps, chosen)[0]
+    arguments = *tensors, groups, silu, eps, chosen
+    if not unwatched(*tensors):
+        return torch.ops.mmattn.group_norm(*arguments)[0]
+    return _GroupNorm.apply(None, *arguments)[0] if wants_gradients(*tensors) else _compute(*arguments)[0]
 
 
 def reference(
@@ -110,9 +118,11 @@ def parameter_gradients(
     z = (h * weight + bias) * (1 + scale) + shift.
     """
     d_z, d_z_h = sums.unbind(-1)  # [B, C]
-    factor = 1 if scale is None else 1 + scale.float()
-    d_weight = None if weight is None else (d_z_h * factor).sum(0).to(weight.dtype)
-    d_bias = None if bias is None else (d_z * factor).sum(0).to(bias.dtype)
+    d_weight = d_bias = None
+    if weight is not None and bias is not None:
+        # Both at once: of tensors this small, the launches are the time.
+        total = (sums if scale is None else sums * (1 + scale.float()).unsqueeze(-1)).sum(0)
+        d_weight, d_bias = total[:, 1].to(weight.dtype).contiguous(), total[:, 0].to(bias.dtype).contiguous()
     if scale is None:
         d_scale = None
     elif weight is None or bias is None:
@@ -207,21 +217,32 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, scale: Tensor |
     check_film(x, scale, shift)
 
 
+def _compute(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *parameters, groups, silu, eps, impl = args
+    return kernels("norm", impl, x).forward(x, *parameters, groups=groups, silu=silu, eps=eps)
+
+
+def _compute_gradients(d_out: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *parameters, stats, groups, silu, impl = args
+    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
+    return kernels("norm", impl, x).backward(d_out, x, *parameters, stats, groups=groups, silu=silu)
+
+
+# Arguments are checked again where the ops are called: that can be done directly, and kernels trust them.
 @torch.library.impl(_OP, "CompositeExplicitAutograd")
 def _forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    weight, bias, scale, shift, groups, silu, eps, impl = args
-    _check(x, weight, bias, groups, scale, shift)  # again: the op can be called directly, and kernels trust these
-    return kernels("norm", impl, x).forward(x, weight, bias, scale, shift, groups=groups, silu=silu, eps=eps)
+    weight, bias, scale, shift, groups, *_ = args
+    _check(x, weight, bias, groups, scale, shift)
+    return _compute(x, *args)
 
 
 @torch.library.impl(_BACKWARD_OP, "CompositeExplicitAutograd")
 def _backward(d_out: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    weight, bias, scale, shift, stats, groups, silu, impl = args
+    weight, bias, scale, shift, stats, groups, *_ = args
     _check(x, weight, bias, groups, scale, shift)
     check_like("d_out", d_out, tuple(x.shape), x.dtype, x)
     check_like("stats", stats, (x.shape[0], groups, 2), torch.float32, x)
-    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
-    return kernels("norm", impl, x).backward(d_out, x, weight, bias, scale, shift, stats, groups=groups, silu=silu)
+    return _compute_gradients(d_out, x, *args)
 
 
 @torch.library.register_fake(_OP)
@@ -253,4 +274,4 @@ class _GroupNorm(torch.autograd.Function):
         return None, d_x, *parameter_gradients(sums, *saved[1:5]), None, None, None, None
 
 
-register_autograd("group_norm", _GroupNorm)
+register_autograd("group_norm", _GroupNorm, _compute, _compute_gradients)

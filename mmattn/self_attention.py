@@ -22,6 +22,7 @@ from mmattn._library import (
     register_autograd,
     to_autocast,
     unwatched,
+    wants_gradients,
 )
 from mmattn.norm import check_int
 
@@ -66,9 +67,10 @@ def self_attention(
         chosen = "reference"
     if chosen == "reference":
         return reference(q, k, v, segments=segments, scale=scale)
-    if unwatched(q, k, v):
-        return kernels("attention", chosen, q).self_forward(q, k, v, segments=segments, scale=scale)[0]
-    return torch.ops.mmattn.self_attention(q, k, v, segments, scale, chosen)[0]
+    arguments = q, k, v, segments, scale, chosen
+    if not unwatched(q, k, v):
+        return torch.ops.mmattn.self_attention(*arguments)[0]
+    return _SelfAttention.apply(None, *arguments)[0] if wants_gradients(q, k, v) else _compute(*arguments)[0]
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, *, segments: int, scale: float | None = None) -> Tensor:
@@ -113,17 +115,27 @@ torch.library.define(
 )
 
 
+def _compute(q: Tensor, k: Tensor, v: Tensor, segments: int, scale: float, impl: str) -> tuple[Tensor, Tensor]:
+    return kernels("attention", impl, q).self_forward(q, k, v, segments=segments, scale=scale)
+
+
+def _compute_gradients(d_out: Tensor, q: Tensor, *args: Any) -> Tensor:
+    k, v, out, lse, segments, scale, impl = args
+    return kernels("attention", impl, q).self_backward(d_out, q, k, v, out, lse, segments=segments, scale=scale)
+
+
+# Arguments are checked again where the ops are called: that can be done directly, and kernels trust them.
 @torch.library.impl(_OP, "CompositeExplicitAutograd")
 def _forward(q: Tensor, k: Tensor, v: Tensor, segments: int, scale: float, impl: str) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, segments)  # again: the op can be called directly, and kernels trust these
-    return kernels("attention", impl, q).self_forward(q, k, v, segments=segments, scale=scale)
+    _check(q, k, v, segments)
+    return _compute(q, k, v, segments, scale, impl)
 
 
 @torch.library.impl(_BACKWARD_OP, "CompositeExplicitAutograd")
 def _backward(d_out: Tensor, q: Tensor, *args: Any) -> Tensor:
-    k, v, out, lse, segments, scale, impl = args
+    k, v, _out, _lse, segments, *_ = args
     _check(q, k, v, segments)
-    return kernels("attention", impl, q).self_backward(d_out, q, k, v, out, lse, segments=segments, scale=scale)
+    return _compute_gradients(d_out, q, *args)
 
 
 @torch.library.register_fake(_OP)
@@ -156,4 +168,4 @@ class _SelfAttention(torch.autograd.Function):
         return None, *d_qkv.unbind(2), None, None, None
 
 
-register_autograd("self_attention", _SelfAttention)
+register_autograd("self_attention", _SelfAttention, _compute, _compute_gradients)
