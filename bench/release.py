@@ -223,7 +223,7 @@ class ResidualBlock(nn.Module):
         video_h, audio_h = self.video_in_layers(video), self.audio_in_layers(audio)
         if self.resample is not None:
             video_h, audio_h, video, audio = map(self.resample, (video_h, audio_h, video, audio))
-        emb = self.emb_layers(emb)
+        emb = self.emb_layers(emb).type(video_h.dtype)
         video_h = self.conditioned(self.video_out_layers, video_h, emb[:, None, :, None, None])
         audio_h = self.conditioned(self.audio_out_layers, audio_h, emb[:, :, None])
         video, audio = self.video_skip_connection(video) + video_h, self.audio_skip_connection(audio) + audio_h
@@ -350,3 +350,11 @@ class ReleaseUNet(nn.Module):
             video_skip, audio_skip = skips.pop()
             video, audio = run(layers, torch.cat([video, video_skip], 2), torch.cat([audio, audio_skip], 1))
         return self.video_out(video), self.audio_out(audio)
+
+
+def to_half(network: ReleaseUNet, dtype: torch.dtype) -> ReleaseUNet:
+    """In place, as the release computes in fp16: convolutions in the dtype, norms, embeddings and softmax in fp32."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            module.to(dtype)
+    return network

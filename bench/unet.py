@@ -44,15 +44,16 @@ import mmattn
 
 BASELINE = "release"
 AUTOCAST = "release, autocast"
+HALF = "release, half"
 OWN = "mmdiffusion"
 GRAPH = "mmdiffusion, CUDA graph"
-PROVIDERS = (BASELINE, OWN, AUTOCAST, GRAPH, cli.COMPILE)
+PROVIDERS = (BASELINE, OWN, AUTOCAST, HALF, GRAPH, cli.COMPILE)
 HEADER = {
     "op": "unet",
     "own": OWN,
     "baseline": BASELINE,
     "bound": "matmul",
-    "versus": [BASELINE, AUTOCAST],
+    "versus": [BASELINE, AUTOCAST, HALF],
     "other_result": {},
     # The peer under autocast is off by 1 to 2% in bfloat16, its gradients by 3%; rounding adds up over sixty layers.
     "disagreement": {"float32": 2e-3, "bfloat16": 8e-2, "float16": 2e-2},
@@ -143,10 +144,11 @@ def fill(state: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
     return filled
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=3)
 def network(own: bool, shape: Shape, dtype: torch.dtype, device: str) -> nn.Module:
     """Ours or the release's, with the filled parameters; `shape` is a short one, as longer clips have the same."""
-    parameters = {key: value.to(device, dtype) for key, value in fill(skeleton(shape).state_dict()).items()}
+    stored = dtype if own else torch.float32
+    parameters = {key: value.to(device, stored) for key, value in fill(skeleton(shape).state_dict()).items()}
     if own:
         try:
             from mmdiffusion import CoupledUNet
@@ -155,7 +157,7 @@ def network(own: bool, shape: Shape, dtype: torch.dtype, device: str) -> nn.Modu
         return CoupledUNet.from_published(parameters, **shape.config(), dropout=0.0)
     unet = release.ReleaseUNet(**shape.config())
     unet.load_state_dict(parameters)
-    return unet.to(device, dtype)
+    return release.to_half(unet.to(device), dtype)
 
 
 def is_own(name: str) -> bool:
@@ -163,24 +165,25 @@ def is_own(name: str) -> bool:
 
 
 def network_of(name: str, shape: Shape, dtype: str, device: str) -> nn.Module:
-    """A provider's network: that of the release is in fp32, whatever the row."""
-    own = is_own(name)
-    return network(own, shape.short(), getattr(torch, dtype) if own else torch.float32, device)
+    """A provider's network: that of the release is in fp32, whatever the row, unless it is to be in half precision."""
+    is_low = is_own(name) or name == HALF
+    return network(is_own(name), shape.short(), getattr(torch, dtype) if is_low else torch.float32, device)
 
 
 def make_call(name: str, shape: Shape, dtype: str, mode: str, device: str) -> harness.Call:
     """What is timed: it returns both outputs, or the loss and the gradients of all parameters."""
-    if name == GRAPH and (device != "cuda" or mode != "forward"):
-        raise NotApplicable("CUDA graphs are of the forward pass on CUDA")
+    if name == GRAPH and device != "cuda":
+        raise NotApplicable("CUDA graphs need CUDA")
     low = getattr(torch, dtype)
-    if name == AUTOCAST and low == torch.float32:
-        raise NotApplicable("fp32 needs no autocast")
+    if name in (AUTOCAST, HALF) and low == torch.float32:
+        raise NotApplicable("fp32 needs no autocast" if name == AUTOCAST else "fp32 is no half precision")
     unet = network_of(name, shape, dtype, device).train(mode == "both")
-    inputs, shifts = shape.inputs(low if is_own(name) else torch.float32, device), shape.shifts()
+    is_low = is_own(name) or name == HALF
+    inputs, shifts = shape.inputs(low if is_low else torch.float32, device), shape.shifts()
     function: Any = unet
     if name == cli.COMPILE:
         function = peers.compiled(unet, mode)
-    if name == GRAPH:
+    if name == GRAPH and mode == "forward":
         function = unet.capture(*inputs)
     autocast = functools.partial(torch.autocast, device, low, enabled=name == AUTOCAST)
 
@@ -201,7 +204,7 @@ def make_call(name: str, shape: Shape, dtype: str, mode: str, device: str) -> ha
         loss = sum(F.mse_loss(out.float(), noise) for out, noise in zip(outputs, noises, strict=True))
         return [loss, *torch.autograd.grad(scale * loss, parameters)]
 
-    return step
+    return harness.captured(step) if name == GRAPH else step
 
 
 def comparable(unet: nn.Module, result: list[Tensor]) -> list[Tensor]:
@@ -330,8 +333,10 @@ def divide(name: str, shape: Shape, device: str, call: harness.Call) -> dict[str
 def providers_of(args: argparse.Namespace, shape: Shape, dtype: str, mode: str) -> list[Provider]:
     def provider(name: str) -> Provider:
         # In the rows of another dtype the release in fp32 is the same once more.
-        has_parts = mode == "forward" and name in (BASELINE, AUTOCAST, OWN) and (name != BASELINE or dtype == "float32")
-        stored = dtype if name in (OWN, GRAPH, AUTOCAST) else "float32"
+        has_parts = (
+            mode == "forward" and name in (BASELINE, AUTOCAST, HALF, OWN) and (name != BASELINE or dtype == "float32")
+        )
+        stored = dtype if name in (OWN, GRAPH, AUTOCAST, HALF) else "float32"
         computes = "" if stored == dtype else "in float32"
         return Provider(
             name,
@@ -387,7 +392,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         quick_shapes="small",
     )
     parser.add_argument("--breakdown", action="store_true", help="print how the time of a forward pass is divided")
-    args = cli.parse(parser, argv, on_request=[cli.COMPILE, GRAPH])
+    args = cli.parse(parser, argv, on_request=[cli.COMPILE, GRAPH, HALF])
     if "backward" in args.modes:
         parser.error("--modes: forward or both")
     return args
@@ -418,7 +423,8 @@ def shapes_of(args: argparse.Namespace) -> list[Shape]:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     # A step of the release takes a minute on a few cores, and warming up is one more.
-    status = cli.run(args, HEADER, shapes_of(args), providers_of, minimum={"both": 2})
+    header = HEADER | {"versus": [peer for peer in HEADER["versus"] if peer in args.providers]}
+    status = cli.run(args, header, shapes_of(args), providers_of, minimum={"both": 2})
     if args.breakdown:
         print(breakdown(*report.read_json(args.json)))
     return status
