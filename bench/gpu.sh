@@ -251,7 +251,7 @@ else
         run_tests tests 230 -m gpu tests
         [ "$has_diffusers" -eq 1 ] || summary+=("SKIPPED  tests of the U-Net and the pipeline: $no_diffusers")
     fi
-    [ $tune -eq 0 ] || step tune 240 "$python" bench/tune.py --out-tables "$results" --json "$results/tune.json"
+    [ $tune -eq 0 ] || step tune 240 "$python" bench/tune.py --budget-s 200 --out-tables "$results" --json "$results/tune.json"
     if [ $bench -eq 1 ]; then
         rest=(--modes forward both)
         if [ $quick -eq 1 ]; then
@@ -265,9 +265,9 @@ else
             bench unet-cuda 110 "${rest[@]}" --dtype float16 --batch 1 4 --budget 1 --breakdown \
                 --providers release mmdiffusion "release, half" "mmdiffusion, CUDA graph"
             # torch.compile takes longer than all the rest.
-            bench conv-cuda 90 "${rest[@]}" --dtype bfloat16 --batch 4 --budget 0.3 \
+            bench conv-cuda 110 "${rest[@]}" --dtype bfloat16 --batch 4 16 --budget 0.3 \
                 --providers eager mmattn "eager, channels last"
-            bench norm-cuda 50 "${rest[@]}" --dtype bfloat16 --batch 1 16 --budget 0.3 \
+            bench norm-cuda 60 "${rest[@]}" --dtype bfloat16 --batch 1 4 16 --budget 0.3 \
                 --providers eager mmattn "eager, channels last"
             # What is left of the time; --ops attn gives these the whole of it.
             bench attn-cuda-half-single 60 "${rest[@]}" --dtype float16 float32 --batch 4 --budget 0.4 \

@@ -19,6 +19,7 @@ is torch's.
 
 import functools
 import json
+import math
 import pathlib
 
 import torch
@@ -192,6 +193,8 @@ def _plan(shape, strides, weight_shape, weight_strides, dtype, device, dilation,
     """The launch of the convolution of x [B, L, Cin], by a weight [Cout, Cin, K] with all strides."""
     batch, length, in_channels = shape
     out_channels, _, taps = weight_shape
+    if math.prod(weight_shape) >= 2**31:
+        raise ValueError(f"weight has shape {list(weight_shape)}; expected fewer than 2^31 elements")
     config = _config("taps" if taps > 1 else "pointwise", out_channels, dtype, _host.device_name(device))
     config = _fit(config, BLOCK_N=out_channels, BLOCK_K=in_channels)
     tiles = triton.cdiv(length, config["BLOCK_M"])
@@ -308,8 +311,8 @@ def backward(
     if has_prologue and (need_x or need_weight):
         affine = norm.coefficients(x, norm_weight, norm_bias, scale, shift, stats, groups=groups)
     if need_weight:
-        y = norm.apply(x, affine, silu=silu) if has_prologue else x
-        _weight_gradient(d_out, y, d_weight, dilation=dilation)
+        # y lives no longer than this call.
+        _weight_gradient(d_out, norm.apply(x, affine, silu=silu) if has_prologue else x, d_weight, dilation=dilation)
     if need_bias:
         torch.sum(d_out, (0, 1), dtype=torch.float32, out=d_bias)
     if need_x:
