@@ -249,12 +249,12 @@ def _forward_kernel(
 
 
 @triton.jit
-def _groups(channels, own, BLOCK_C: tl.constexpr):
-    """Batch and channels of a program that owns `own` channels, whole groups, of a block of BLOCK_C."""
-    blocks = tl.cdiv(channels, own)
+def _groups(channels, OWN: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Batch and channels of a program that owns OWN channels, whole groups, of a block of BLOCK_C."""
+    blocks = tl.cdiv(channels, OWN)
     o_own = tl.arange(0, BLOCK_C)
-    o_c = tl.program_id(0) % blocks * own + o_own
-    return tl.program_id(0) // blocks, o_c, (o_own < own) & (o_c < channels)
+    o_c = tl.program_id(0) % blocks * OWN + o_own
+    return tl.program_id(0) // blocks, o_c, (o_own < OWN) & (o_c < channels)
 
 
 @triton.jit
@@ -267,10 +267,11 @@ def _over_group(b_x, o_c, size):
 @triton.jit(do_not_specialize=_RUNTIME)
 def _whole_kernel(
     x, out, stats, coefficients, weight, bias, scale, shift, x_sb, x_sl, scale_sb, shift_sb,
-    length, channels, size, own, eps, SILU: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
+    length, channels, size, eps,
+    SILU: tl.constexpr, OWN: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Statistics of groups of `size` channels, their coefficients if given a place, and the output if given one."""
-    i_b, o_c, m_c = _groups(channels, own, BLOCK_C)
+    i_b, o_c, m_c = _groups(channels, OWN, BLOCK_C)
     p_x = x + i_b.to(tl.int64) * x_sb
     b_first = tl.load(p_x + o_c, mask=m_c, other=0.0).to(tl.float32)  # [BC]
     b_mean, b_squares = _moments(p_x, x_sl, b_first, 0, length, o_c, m_c, BLOCK_L, BLOCK_C)
@@ -442,10 +443,10 @@ def _backward_kernel(
 @triton.jit(do_not_specialize=_RUNTIME)
 def _backward_whole_kernel(
     d_out, x, coefficients, stats, weight, scale, sums, d_x, d_out_sb, d_out_sl, x_sb, x_sl, scale_sb,
-    length, channels, size, own, SILU: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
+    length, channels, size, SILU: tl.constexpr, OWN: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """sums and d_x, which may be d_out, of groups of `size` channels."""
-    i_b, o_c, m_c = _groups(channels, own, BLOCK_C)
+    i_b, o_c, m_c = _groups(channels, OWN, BLOCK_C)
     p_d_out = d_out + i_b.to(tl.int64) * d_out_sb
     p_x = x + i_b.to(tl.int64) * x_sb
     b_mean, b_factor, b_offset = load_coefficients(coefficients, i_b, channels, o_c, m_c)
@@ -555,8 +556,8 @@ def _whole_plan(shape, strides, groups, dtype, device, silu, eps=None):
     # Blocks that begin at a multiple of 8 channels are read 16 bytes at a time.
     unit = math.lcm(size, 8)
     own = block_c // unit * unit or block_c // size * size
-    fixed = *strides, length, channels, size, own, *(() if eps is None else (eps,))
-    constants = {"SILU": silu, "BLOCK_L": config.pop("TILE") // block_c, "BLOCK_C": block_c} | config
+    fixed = *strides, length, channels, size, *(() if eps is None else (eps,))
+    constants = {"SILU": silu, "OWN": own, "BLOCK_L": config.pop("TILE") // block_c, "BLOCK_C": block_c} | config
     kernel = _backward_whole_kernel if eps is None else _whole_kernel
     return _host.Launch(kernel, batch * triton.cdiv(channels, own), fixed, constants)
 
