@@ -105,7 +105,12 @@ def gradients_of(name: str) -> Callable[..., tuple[Tensor, ...]]:
 
 def is_autocast(device_type: str) -> bool:
     """Whether autocast is on for a device type; False for those that have none, such as meta."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+
+
+@torch.compiler.assume_constant_result  # torch before 2.13 cannot trace the question
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def to_autocast(t: Any, dtype: torch.dtype) -> Any:
