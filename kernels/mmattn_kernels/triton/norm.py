@@ -60,7 +60,7 @@ def _chunk(length, channels, chunk, chunks, BLOCK_C: tl.constexpr, REVERSED: tl.
 @triton.jit
 def sigmoid(x, DTYPE: tl.constexpr):
     """Of x in fp32, for a result that is rounded to DTYPE."""
-    if DTYPE == tl.float32:
+    if DTYPE == tl.float32:  # noqa: SIM300 (a dtype is equal to no constexpr)
         return tl.sigmoid(x)
     else:
         # One instruction each, to 2e-7: the exponential and the division above have eight more around them.
