@@ -517,6 +517,20 @@ def test_triton_kernels_interpreted(monkeypatch):
     assert error(found["triton"], found["reference"]) < 5e-6
 
 
+@pytest.mark.ahead_of_time
+def test_every_kernel_of_a_training_step_compiles():
+    """Not only those of the shapes that the tests of the kernels have: strides and what is absent decide as well."""
+    common = pytest.importorskip("triton_common")  # imports Triton
+    rows = common.ahead_of_time("--op", "unet", "sm_90")
+    kernels = {"convolve", "backward_weight", "forward", "backward_dq", "backward_dkdv", "whole", "statistics"}
+    assert {row["kernel"] for row in rows} > kernels
+    for row in rows:
+        assert row["spills"] <= common.SPILLS + 6 and row["shared"] <= common.SHARED_LIMIT["sm_90"], row
+        assert row["kernel"] != "convolve" or row["mma"] == "wgmma", row
+    # But for those of one or three channels, which have nothing to copy 16 bytes of.
+    assert sum(row["wide_copies"] > 10 for row in rows if row["kernel"] == "convolve") >= 9
+
+
 def test_weights_as_a_capture_lays_them_out(tmp_path):
     unet, inputs = small(), clip()
     expected = gradients(unet, *inputs, shifts=[0, 1, 2])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Compiles the Triton kernels for GPUs that are not there, and prints what came out as JSON lines.
 
-    PYTHONPATH=kernels python tests/triton_aot.py [--op attention|norm|conv] [sm_80 sm_90 sm_100 gfx942]
+    PYTHONPATH=kernels python tests/triton_aot.py [--op attention|norm|conv|unet] [sm_80 sm_90 sm_100 gfx942]
         [--recompiles | --relaunches]
 
 The launchers run as they would on the GPU, on CPU tensors, with a driver that only names the target: so the signature,
@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from unittest import mock
 
 import torch
 import triton
@@ -39,6 +40,7 @@ SHAPES["attention"]["sm_90"] += [(d, "bfloat16") for d in (16, 32, 48, 128)]
 SHAPES["attention"]["sm_90"] += [(64, "float32"), (128, "float32"), (64, "tf32")]
 SHAPES["norm"]["sm_90"] += [(256, "float32"), (384, "bfloat16")]
 SHAPES["conv"]["sm_90"] += [(256, "float32"), (256, "tf32")]
+SHAPES["unet"] = {"sm_90": [(128, "bfloat16")]}
 original_run, original_compile = JITFunction.run, JITFunction._do_compile
 TOOLS = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -132,7 +134,22 @@ def launch_conv(size, dtype, *, length=2000, batch=2, dilation=2):
         conv.backward(out, x, weight, *prologue, stats, **at, need_x=True, need_weight=True, need_bias=True)
 
 
-LAUNCH = {"attention": launch_attention, "norm": launch_norm, "conv": launch_conv}
+def launch_unet(size, dtype):
+    """A training step of the published network on a short clip of small frames: all kernels it consists of."""
+    from mmattn import dispatch
+    from mmdiffusion import CoupledUNet
+
+    unet = CoupledUNet(video_size=(16, 3, 16, 16), audio_size=(1, 6400), model_channels=size).to(dtype)
+    inputs = torch.zeros(1, 16, 3, 16, 16, dtype=dtype), torch.zeros(1, 1, 6400, dtype=dtype), torch.zeros(1)
+    chosen = {"unavailable": lambda *_: None, "explain": lambda *_: ("triton", [])}
+    with mock.patch.multiple(dispatch, **chosen):
+        count = len(unet.shift_ranges())
+        for shifts in ([0] * count, torch.zeros(count, dtype=torch.int32)):
+            video, audio = unet(*inputs, shifts=shifts)
+            (video.sum() + audio.sum()).backward()
+
+
+LAUNCH = {"attention": launch_attention, "norm": launch_norm, "conv": launch_conv, "unet": launch_unet}
 # What may change without a kernel compiling anew.
 CHANGES = {
     "attention": (
@@ -239,7 +256,7 @@ def main():
     if not isinstance(attention._forward_kernel, JITFunction):
         sys.exit("triton_aot.py compiles: unset TRITON_INTERPRET")
     driver.set_active(_Driver())
-    for op in [args.op] if args.op else LAUNCH:
+    for op in [args.op] if args.op else CHANGES if args.recompiles or args.relaunches else LAUNCH:
         if args.recompiles:
             print(json.dumps(recompiles(op)))
             continue
@@ -247,7 +264,7 @@ def main():
             print(json.dumps(relaunches(op)))
             continue
         for target in args.targets or TARGETS:
-            for size, dtype in SHAPES[op][target]:
+            for size, dtype in SHAPES[op].get(target, ()):
                 for row in figures(op, target, size, dtype):
                     print(json.dumps(row), flush=True)
 
