@@ -108,7 +108,7 @@ def is_autocast(device_type: str) -> bool:
     return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
-@torch.compiler.assume_constant_result  # torch before 2.13 cannot trace the question
+@torch.compiler.assume_constant_result  # torch 2.11, for one, cannot trace the question
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
