@@ -15,6 +15,7 @@ from mmattn import dispatch
 
 _library = torch.library.Library("mmattn", "IMPL")
 _functions: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Callable[..., Any]]] = {}
+_differentiable: dict[str, type[torch.autograd.Function]] = {}
 
 
 def kernels(op: str, impl: str, like: Tensor) -> Any:
@@ -44,6 +45,13 @@ def wants_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def call(name: str, tensors: tuple[Tensor | None, ...], *args: Any) -> tuple[Tensor, ...]:
+    """The op `name` on checked arguments, `tensors` among them: past the dispatcher where nobody watches."""
+    if not unwatched(*tensors):
+        return getattr(torch.ops.mmattn, name)(*args)
+    return _differentiable[name].apply(None, *args) if wants_gradients(*tensors) else _functions[name][0](*args)
+
+
 def below_autograd(name: str, keyset: Any, *args: Any) -> tuple[Tensor, ...]:
     """Call the op `name` without recording a graph; without a keyset, its function, which nobody watches."""
     if keyset is None:
@@ -65,7 +73,7 @@ def register_autograd(
     `backward` compute what the two ops do, on arguments that have been checked: without a keyset, `function` calls them
     past the dispatcher.
     """
-    _functions[name] = forward, backward
+    _functions[name], _differentiable[name] = (forward, backward), function
 
     def autograd(keyset: Any, *args: Any) -> tuple[Tensor, ...]:
         # A tangent carries no requires_grad; the Function, having no forward-mode rule, refuses it.

@@ -15,13 +15,12 @@ from torch import Tensor
 from mmattn import dispatch
 from mmattn._library import (
     below_autograd,
+    call,
     gradients_of,
     is_autocast,
     kernels,
     register_autograd,
     to_autocast,
-    unwatched,
-    wants_gradients,
 )
 
 _OP = "mmattn::random_shift_attention"
@@ -103,12 +102,7 @@ def random_shift_attention(
         return reference(*tensors, frames=frames, window=window, shift=shift, scale=scale)
     number, tensor = (0, shift) if isinstance(shift, Tensor) else (shift, None)
     arguments = *tensors, frames, window, number, tensor, float(scale), chosen
-    if not unwatched(*tensors, tensor):
-        out = torch.ops.mmattn.random_shift_attention(*arguments)
-    elif wants_gradients(*tensors):
-        out = _RandomShiftAttention.apply(None, *arguments)
-    else:
-        out = _compute(*arguments)
+    out = call("random_shift_attention", (*tensors, tensor), *arguments)
     return out[0], out[1]
 
 

@@ -18,6 +18,7 @@ from mmattn import dispatch
 from mmattn import norm as norm_op
 from mmattn._library import (
     below_autograd,
+    call,
     gradients_of,
     is_autocast,
     kernels,
@@ -195,15 +196,11 @@ def _convolve(
         options: dict[str, Any] = {"norm": norm, "film": film, "activation": activation, "residual": residual}
         return reference(x, weight, bias, dilation=dilation, height=height, width=width, eps=eps, **options)
     tensors = (x, weight, bias, norm_weight, norm_bias, scale, shift, residual)
-    silu, eps = activation == "silu", float(eps)
-    is_unwatched = unwatched(*tensors)
-    if is_unwatched and not wants_gradients(*tensors):
-        options = {"groups": groups, "dilation": dilation, "silu": silu, "eps": eps, **_frames_of(height, width)}
-        if overwrite_x and chosen == "cpu" and weight.shape[::2] == (x.shape[2], 1) and x.is_contiguous():
-            options["out"] = x
-        return kernels("conv", chosen, x).forward(*tensors, **options)[0]
-    arguments = *tensors, groups, dilation, height, width, silu, eps, chosen
-    return _Conv.apply(None, *arguments)[0] if is_unwatched else torch.ops.mmattn.conv(*arguments)[0]
+    arguments = *tensors, groups, dilation, height, width, activation == "silu", float(eps), chosen
+    is_overwritten = overwrite_x and chosen == "cpu" and weight.shape[::2] == (x.shape[2], 1) and x.is_contiguous()
+    if is_overwritten and unwatched(*tensors) and not wants_gradients(*tensors):
+        return _compute(*arguments, out=x)[0]
+    return call("conv", tensors, *arguments)[0]
 
 
 def _prologue(x: Tensor, norm: Any, film: Any, activation: str | None, eps: float) -> Tensor:
@@ -318,7 +315,7 @@ torch.library.define(
 )
 
 
-def _compute(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+def _compute(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **out: Tensor) -> tuple[Tensor, Tensor]:
     norm_weight, norm_bias, scale, shift, residual, groups, dilation, height, width, silu, eps, impl = args
     return kernels("conv", impl, x).forward(
         x,
@@ -334,6 +331,7 @@ def _compute(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tupl
         silu=silu,
         eps=eps,
         **_frames_of(height, width),
+        **out,
     )
 
 

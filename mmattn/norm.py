@@ -16,11 +16,10 @@ from torch.nn import functional
 from mmattn import dispatch
 from mmattn._library import (
     below_autograd,
+    call,
     gradients_of,
     kernels,
     register_autograd,
-    unwatched,
-    wants_gradients,
 )
 
 _OP = "mmattn::group_norm"
@@ -69,10 +68,7 @@ def group_norm(
     if chosen == "reference":
         return reference(x, weight, bias, groups, scale=scale, shift=shift, activation=activation, eps=eps)
     tensors, silu, eps = (x, weight, bias, scale, shift), activation == "silu", float(eps)
-    arguments = *tensors, groups, silu, eps, chosen
-    if not unwatched(*tensors):
-        return torch.ops.mmattn.group_norm(*arguments)[0]
-    return _GroupNorm.apply(None, *arguments)[0] if wants_gradients(*tensors) else _compute(*arguments)[0]
+    return call("group_norm", tensors, *tensors, groups, silu, eps, chosen)[0]
 
 
 def reference(

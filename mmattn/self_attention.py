@@ -16,13 +16,12 @@ from torch.nn import functional
 from mmattn import dispatch
 from mmattn._library import (
     below_autograd,
+    call,
     gradients_of,
     is_autocast,
     kernels,
     register_autograd,
     to_autocast,
-    unwatched,
-    wants_gradients,
 )
 from mmattn.norm import check_int
 
@@ -67,10 +66,7 @@ def self_attention(
         chosen = "reference"
     if chosen == "reference":
         return reference(q, k, v, segments=segments, scale=scale)
-    arguments = q, k, v, segments, scale, chosen
-    if not unwatched(q, k, v):
-        return torch.ops.mmattn.self_attention(*arguments)[0]
-    return _SelfAttention.apply(None, *arguments)[0] if wants_gradients(q, k, v) else _compute(*arguments)[0]
+    return call("self_attention", (q, k, v), q, k, v, segments, scale, chosen)[0]
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, *, segments: int, scale: float | None = None) -> Tensor:

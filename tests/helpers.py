@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import mmattn_kernels.cpu
+from mmattn.testing import relative_error
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "amx")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -98,6 +99,12 @@ def enough_memory(gigabytes):
     free = torch.cuda.mem_get_info()[0] / 2**30
     if free < gigabytes:
         pytest.skip(f"needs {gigabytes} GiB of the GPU, of which {free:.0f} are free")
+
+
+def largest_error(found, expected):
+    """Of results by name."""
+    assert found.keys() == expected.keys()
+    return max(relative_error(x, expected[name]) for name, x in found.items())
 
 
 def strided(x):

@@ -24,6 +24,7 @@ from helpers import (
     REFERENCE_AND_CPU,
     enough_memory,
     far_apart,
+    largest_error,
     needs_extension,
     on_a_side_stream,
     on_device,
@@ -678,11 +679,6 @@ def outputs_and_gradients(case, tensors, impl=ON_DEVICE, **overrides):
     out = attend(case, leaves, impl, **({"shift": tensors["shift"]} if "shift" in tensors else {}), **overrides)
     grads = torch.autograd.grad(out, leaves, (tensors["d_video_out"], tensors["d_audio_out"]))
     return dict(zip(("video_out", "audio_out", *GRADS), (*(x.detach() for x in out), *grads), strict=True))
-
-
-def largest_error(found, expected):
-    assert found.keys() == expected.keys()
-    return max(relative_error(x, expected[name]) for name, x in found.items())
 
 
 @pytest.mark.gpu

@@ -21,6 +21,7 @@ from helpers import (
     REFERENCE_AND_CPU,
     enough_memory,
     far_apart,
+    largest_error,
     needs_extension,
     on_a_side_stream,
     on_device,
@@ -1055,11 +1056,6 @@ def on_the_device(case, tensors):
     tensors = dict(tensors)
     d_out = tensors.pop("d_out")
     return with_gradients(lambda t: convolve(case, t, ON_DEVICE), tensors, d_out)
-
-
-def largest_error(found, expected):
-    assert found.keys() == expected.keys()
-    return max(relative_error(x, expected[name]) for name, x in found.items())
 
 
 @pytest.mark.device

@@ -18,6 +18,7 @@ from helpers import (
     REFERENCE_AND_CPU,
     enough_memory,
     far_apart,
+    largest_error,
     needs_extension,
     on_a_side_stream,
     on_device,
@@ -568,11 +569,6 @@ def on_the_device(case, tensors):
 def device_tensors(case, dtype=torch.float32, seed=0):
     tensors, d_out = device_inputs(case, dtype, seed)
     return {**tensors, "d_out": d_out}
-
-
-def largest_error(found, expected):
-    assert found.keys() == expected.keys()
-    return max(relative_error(x, expected[name]) for name, x in found.items())
 
 
 @pytest.mark.device
