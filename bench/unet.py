@@ -254,7 +254,7 @@ def places_of_release() -> list[Place]:
 
 
 def places_of_own() -> list[Place]:
-    from mmdiffusion import blocks
+    from mmdiffusion.model import blocks
 
     return [
         (blocks, "convolve_frames", SPATIAL),

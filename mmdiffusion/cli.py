@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError
 
 import mmattn
-from mmdiffusion import CoupledUNet, MMDiffusionPipeline, published
-from mmdiffusion.published import FRAME_RATE
-from mmdiffusion.schedulers import SCHEDULERS, make_scheduler
+from mmdiffusion import CoupledUNet, MMDiffusionPipeline, checkpoints
+from mmdiffusion.clips import FRAME_RATE
+from mmdiffusion.diffusion.schedulers import SCHEDULERS, make_scheduler
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -60,7 +60,8 @@ class _Processes:
 
 def sample(options: argparse.Namespace) -> None:
     """Sample into a folder the clips that it lacks."""
-    from mmdiffusion import folder, media
+    from mmdiffusion import media
+    from mmdiffusion.runs import folder
 
     for name in ("num", "steps", "batch_size"):
         if getattr(options, name) < 1:
@@ -132,11 +133,11 @@ def random(options: argparse.Namespace) -> None:
     """A checkpoint of random weights."""
     _refuse_to_overwrite(options.target, options.force)
     torch.manual_seed(options.seed)
-    unet = CoupledUNet(**{**published.PRESETS[options.preset or "landscape"], **_read_config(options.config)})
+    unet = CoupledUNet(**{**checkpoints.PRESETS[options.preset or "landscape"], **_read_config(options.config)})
     for parameter in unet.parameters():
         if parameter.dim() > 1 and not parameter.any():  # born as zero, and all that follows it too
             torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-    published.write(unet.to_published(), options.target)
+    checkpoints.write(unet.to_published(), options.target)
     print(f"{options.target}: random weights, of no use but to try things")
 
 
@@ -153,7 +154,7 @@ def convert(options: argparse.Namespace) -> None:
     if options.dtype:
         torch.nn.Module.to(unet, _DTYPES[options.dtype])  # that of diffusers warns of modules that are not here
     if is_back:
-        published.write(unet.to_published(), target)
+        checkpoints.write(unet.to_published(), target)
     else:
         _save(unet, target)
     print(f"{source} -> {target}")
@@ -211,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
 
     checkpoint = argparse.ArgumentParser(add_help=False)
     configuration = checkpoint.add_mutually_exclusive_group()
-    configuration.add_argument("--preset", choices=list(published.PRESETS), help="configuration of a released model")
+    configuration.add_argument("--preset", choices=list(checkpoints.PRESETS), help="configuration of a released model")
     configuration.add_argument(
         "--config", type=pathlib.Path, metavar="FILE", help="JSON with arguments of CoupledUNet, over what is inferred"
     )

@@ -18,12 +18,13 @@ av = pytest.importorskip("av")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from mmdiffusion import CoupledUNet, MMDiffusionPipeline, cli, folder, media, published  # noqa: E402
-from mmdiffusion.schedulers import make_scheduler  # noqa: E402
+from mmdiffusion import CoupledUNet, MMDiffusionPipeline, checkpoints, cli, media  # noqa: E402
+from mmdiffusion.diffusion.schedulers import make_scheduler  # noqa: E402
+from mmdiffusion.runs import folder  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = {
-    **published.PRESETS["landscape"],
+    **checkpoints.PRESETS["landscape"],
     **SMALL_UNET,
     "video_size": (4, 3, 16, 16),
     "audio_size": (1, 6400),
@@ -35,8 +36,8 @@ TINY = {
 def small_and_here(monkeypatch, tmp_path, threads):
     """In an empty folder, with a released model that is small, and no process's memory changed for good."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(published, "_LANDSCAPE", TINY)
-    monkeypatch.setitem(published.PRESETS, "landscape", TINY)
+    monkeypatch.setattr(checkpoints, "_LANDSCAPE", TINY)
+    monkeypatch.setitem(checkpoints.PRESETS, "landscape", TINY)
     monkeypatch.setattr(cli.mmattn, "keep_freed_memory", lambda: True)
     threads(1)
 
@@ -296,8 +297,8 @@ def test_help_has_examples(capsys):
 def test_walk_through(monkeypatch, capsys):
     """README's, word for word, with a small released model."""
     sizes = {"video_size": (16, 3, 8, 8), "audio_size": (1, 12800), "channel_mult": (1, 1, 1)}
-    monkeypatch.setattr(published, "_LANDSCAPE", {**TINY, **sizes})
-    monkeypatch.setitem(published.PRESETS, "landscape", {**TINY, **sizes})
+    monkeypatch.setattr(checkpoints, "_LANDSCAPE", {**TINY, **sizes})
+    monkeypatch.setitem(checkpoints.PRESETS, "landscape", {**TINY, **sizes})
     text = (ROOT / "README.md").read_text()
     lines = re.search(r"<!-- walk-through.*?```\n(.*?)```", text, re.DOTALL)[1].splitlines()
     for line in lines:

@@ -12,7 +12,8 @@ import torch
 av = pytest.importorskip("av")
 pytest.importorskip("matplotlib")
 
-from mmdiffusion.media import Clip, contact_sheet, read_clip, write_audio, write_image, write_video  # noqa: E402
+from mmdiffusion.clips import Clip  # noqa: E402
+from mmdiffusion.media import contact_sheet, read_clip, write_audio, write_image, write_video  # noqa: E402
 
 STEP = 5  # of brightness from frame to frame, in 255ths: a picture tells its number
 

@@ -17,8 +17,8 @@ from diffusers.schedulers import scheduling_ddpm  # noqa: E402
 
 from mmattn.testing import relative_error  # noqa: E402
 from mmdiffusion import CoupledUNet, MMDiffusionPipeline  # noqa: E402
-from mmdiffusion.sampling import sample  # noqa: E402
-from mmdiffusion.schedulers import SCHEDULERS, for_streams, make_scheduler  # noqa: E402
+from mmdiffusion.diffusion.sampling import sample  # noqa: E402
+from mmdiffusion.diffusion.schedulers import SCHEDULERS, for_streams, make_scheduler  # noqa: E402
 
 REFERENCE = safetensors.load_file(pathlib.Path(__file__).parent / "data" / "diffusion.safetensors")
 STREAMS = ("video", "audio")

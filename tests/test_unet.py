@@ -15,8 +15,9 @@ pytest.importorskip("diffusers")
 safetensors = pytest.importorskip("safetensors")
 
 from mmattn.testing import assert_close_to_fp64, relative_error  # noqa: E402
-from mmdiffusion import CoupledUNet, blocks, cli, published  # noqa: E402
-from mmdiffusion.unet import _lay_out_weights  # noqa: E402
+from mmdiffusion import CoupledUNet, checkpoints, cli  # noqa: E402
+from mmdiffusion.model import blocks  # noqa: E402
+from mmdiffusion.model.unet import _lay_out_weights  # noqa: E402
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "bench"))
 
@@ -538,7 +539,7 @@ def test_weights_as_a_capture_lays_them_out(tmp_path):
     assert unet.encoder[0].block.video.spatial.weight.is_contiguous(memory_format=torch.channels_last)
     found = gradients(unet, *inputs, shifts=[0, 1, 2])
     assert all(relative_error(found[name], x) < 1e-6 for name, x in expected.items())
-    published.write(unet.to_published(), tmp_path / "model.safetensors")
+    checkpoints.write(unet.to_published(), tmp_path / "model.safetensors")
     unet.save_pretrained(tmp_path / "model")
     for loaded in (
         CoupledUNet.from_published(tmp_path / "model.safetensors", **SMALL_UNET),

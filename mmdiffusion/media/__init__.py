@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmdiffusion._files import whole_file
-from mmdiffusion.published import FRAME_RATE, SAMPLE_RATE
+from mmdiffusion.clips import FRAME_RATE, SAMPLE_RATE, Clip
 
 Path = str | os.PathLike[str]
 Rate = float | Fraction
@@ -31,18 +31,6 @@ _AAC_BITS = 6  # for each sample, the most that AAC allows
 _JITTER = Fraction(1, 200)  # seconds that a timestamp may be off; Matroska rounds them to 1 ms, others do worse
 _PREROLL = 1  # seconds for a decoder to settle after a jump
 _SHEET_WIDTH, _SHEET_FRAMES = 16.0, 16  # inches, and pictures in them
-
-
-class Clip(NamedTuple):
-    """A video and its sound in [-1, 1].
-
-    Attributes:
-        video: [F, 3, H, W] float32, or None.
-        audio: [C, T] float32, or None.
-    """
-
-    video: Tensor | None
-    audio: Tensor | None
 
 
 def write_video(

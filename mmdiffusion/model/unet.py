@@ -15,8 +15,8 @@ from torch.nn import functional
 
 import mmattn
 from mmattn._library import is_autocast
-from mmdiffusion import published
-from mmdiffusion.blocks import (
+from mmdiffusion.clips import STREAMS
+from mmdiffusion.model.blocks import (
     AUDIO_RATE,
     NORM_GROUPS,
     VIDEO_RATE,
@@ -29,7 +29,6 @@ from mmdiffusion.blocks import (
     timestep_embedding,
 )
 
-STREAMS = ("video", "audio")
 _DILATIONS = 10  # the audio dilation goes through 2^0..2^9
 
 
@@ -279,11 +278,15 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 as a checkpoint; nothing is loaded then.
             TypeError: if the file holds no state dict.
         """
-        return published.load(cls, source, preset, config)
+        from mmdiffusion import checkpoints
+
+        return checkpoints.load(cls, source, preset, config)
 
     def to_published(self) -> dict[str, Tensor]:
         """The state dict under the published keys and in their shapes; the tensors share the parameters' memory."""
-        return published.state_dict(self)
+        from mmdiffusion import checkpoints
+
+        return checkpoints.state_dict(self)
 
     def capture(
         self, video: Tensor | None, audio: Tensor | None, timesteps: Tensor

@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 import mmattn
 from mmdiffusion._files import whole_file
-from mmdiffusion.media import Clip, contact_sheet, write_audio, write_image, write_video
-from mmdiffusion.pipeline import MMDiffusionPipeline
-from mmdiffusion.published import FRAME_RATE
-from mmdiffusion.schedulers import Scheduler, for_streams
+from mmdiffusion.clips import FRAME_RATE, Clip
+from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
+from mmdiffusion.diffusion.schedulers import Scheduler, for_streams
+from mmdiffusion.media import contact_sheet, write_audio, write_image, write_video
 
 FORMATS = ("mp4", "wav", "png")
 """What a clip is written as: film, sound, and contact sheet."""

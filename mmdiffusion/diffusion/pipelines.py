@@ -20,10 +20,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 import mmattn
-from mmdiffusion.published import FRAME_RATE
-from mmdiffusion.sampling import TIME_AXES, sample
-from mmdiffusion.schedulers import Scheduler, for_streams, make_scheduler
-from mmdiffusion.unet import STREAMS, CoupledUNet
+from mmdiffusion.clips import FRAME_RATE, STREAMS, TIME_AXES
+from mmdiffusion.diffusion.sampling import sample
+from mmdiffusion.diffusion.schedulers import Scheduler, for_streams, make_scheduler
+from mmdiffusion.model.unet import CoupledUNet
 
 
 @dataclasses.dataclass

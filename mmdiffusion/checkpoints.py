@@ -14,15 +14,10 @@ from torch import Tensor, nn
 
 from mmattn import RandomShiftAttention
 from mmdiffusion._files import whole_file
-from mmdiffusion.blocks import AudioHead, FirstLayer, ResidualBlock, VideoHead
+from mmdiffusion.model.blocks import AudioHead, FirstLayer, ResidualBlock, VideoHead
 
 if TYPE_CHECKING:
-    from mmdiffusion.unet import CoupledUNet
-
-FRAME_RATE = 10
-"""Frames a second of the released models."""
-SAMPLE_RATE = 16000
-"""Positions of audio a second of the released models."""
+    from mmdiffusion.model.unet import CoupledUNet
 
 _LANDSCAPE: dict[str, Any] = {
     "video_size": (16, 3, 64, 64),

@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmdiffusion.schedulers import Scheduler
-
-TIME_AXES = (1, 2)
-"""The axis of time in video [B, F, C, H, W] and in audio [B, C, T]."""
+from mmdiffusion.clips import TIME_AXES
+from mmdiffusion.diffusion.schedulers import Scheduler
 
 
 @torch.no_grad()

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""The networks: configuration, blocks, the coupled U-Net."""
