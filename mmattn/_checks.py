@@ -110,12 +110,12 @@ def attention_gradients(
 
 def self_attention(q: Tensor, k: Tensor, v: Tensor, segments: int) -> None:
     """The arguments of self-attention in segments."""
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        _sequence(name, t, "[B, L, H, D]", 4)
-        _like(name, t, q.shape, "[B, L, H, D]", q, "q")
-        _contiguous_channels(name, t)
+    _sequence("q", q, "[B, L, H, D]", 4)
     if min(q.shape[1:]) < 1:
         raise ValueError(f"q has shape {list(q.shape)}; expected [B, L, H, D], none of L, H, D zero")
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        _like(name, t, q.shape, "[B, L, H, D]", q, "q")
+        _contiguous_channels(name, t)
     integer("segments", segments)
     if segments < 1 or q.shape[1] % segments:
         raise ValueError(f"segments is {segments}; expected a divisor of the number of tokens, {q.shape[1]}")
