@@ -24,10 +24,10 @@ $(VENV)/.installed: $(VENV)/.packages setup.py pyproject.toml $(SOURCES)
 
 demo: install ## the ops against their peers on this machine, in three minutes; each ends with a picture
 	$(RUN) -m mmattn.info
-	$(RUN) bench/attn.py --quick
-	$(RUN) bench/norm.py --quick
-	$(RUN) bench/conv.py --quick --what block frames
-	$(RUN) bench/unet.py --quick --breakdown
+	$(RUN) bench/attn.py --quick --no-gate
+	$(RUN) bench/norm.py --quick --no-gate
+	$(RUN) bench/conv.py --quick --no-gate --what block frames
+	$(RUN) bench/unet.py --quick --no-gate --breakdown
 
 test: install ## all tests
 	$(RUN) -m pytest

@@ -15,7 +15,7 @@ except ImportError:  # building without isolation on a machine that lacks it: in
     Pybind11Extension = None
 
 CPU = Path("kernels/mmattn_kernels/cpu")
-KERNELS = ("attention", "norm", "conv")
+KERNELS = ("attention", "norm", "conv", "hash")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 INSTRUCTION_SETS = {"portable": []}

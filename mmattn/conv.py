@@ -57,9 +57,10 @@ def dilated_conv1d(
     Args:
         x: [B, L, Cin], any strides as long as Cin is contiguous.
         weight: [Cout, Cin, K] as in torch.nn.Conv1d, K odd, in the dtype of x or float32, and rounded to that of x.
-            Kernels on the CPU keep a packed copy of it for as long as it lives unchanged; those on a GPU read it in
-            place where it has the dtype of x and Cin contiguous in memory, [Cout, K, Cin], and copy it in each call
-            where not.
+            On the CPU the result is that of the values it has at the call, however they were written: kernels keep a
+            packed copy, and each call hashes all of the weight to see that it is the one that was packed (two contents
+            have one hash with a probability below 2^-56). Those on a GPU read it in place where it has the dtype of x
+            and Cin contiguous in memory, [Cout, K, Cin], and copy it in each call where not.
         bias: [Cout], in the dtype of x or float32, or None.
         dilation: distance between the taps in positions, at least 1; taps farther than L read zeros.
         norm: (weight [Cin], bias [Cin], groups) of a group normalisation of x, or None.

@@ -4,13 +4,15 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <cstring>
+#include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "attention.h"
 #include "conv.h"
+#include "hash.h"
 #include "norm.h"
 #if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
@@ -35,6 +37,7 @@ struct InstructionSet {
   void (*conv_forward)(const Conv&);
   void (*conv_weight_gradient)(const Conv&);
   void (*column_sums)(const Tokens&, int64_t, int64_t, int64_t, bool, float*, int);
+  ContentHash (*content_hash)(const void*, int64_t, const HashKey&, int);
 };
 
 bool have_amx() {
@@ -49,10 +52,11 @@ bool have_amx() {
 #endif
 }
 
-#define MMATTN_SET(isa)                                                                                        \
-  InstructionSet {                                                                                             \
-    #isa, isa::attention_forward, isa::attention_backward, isa::group_norm_forward, isa::group_norm_backward,  \
-        isa::conv_packed_bytes, isa::conv_pack, isa::conv_forward, isa::conv_weight_gradient, isa::column_sums \
+#define MMATTN_SET(isa)                                                                                         \
+  InstructionSet {                                                                                              \
+    #isa, isa::attention_forward, isa::attention_backward, isa::group_norm_forward, isa::group_norm_backward,   \
+        isa::conv_packed_bytes, isa::conv_pack, isa::conv_forward, isa::conv_weight_gradient, isa::column_sums, \
+        isa::content_hash                                                                                       \
   }
 
 // What this CPU runs, slowest first.
@@ -231,19 +235,24 @@ void column_sums(const TokensArgs& t, int64_t batch, int64_t length, int64_t cha
   active().column_sums(tokens(t), batch, length, channels, is_bf16, floats(out), threads);
 }
 
-// A number that changes when the content does: a sum of words times odd multipliers. Up to 64 KB it sees every change;
-// of more it samples a thousand words evenly, which sees whatever changes a percent of them or more.
-uint64_t fingerprint(uintptr_t pointer, int64_t bytes) {
-  const char* data = reinterpret_cast<const char*>(pointer);
-  const int64_t words = bytes / 8, step = words > 8192 ? words / 1024 | 1 : 1;  // odd, or it could meet a single tap
-  uint64_t total = static_cast<uint64_t>(bytes);
-  for (int64_t i = 0; i < words; i += step) {
-    uint64_t word;
-    std::memcpy(&word, data + i * 8, 8);
-    total += word * (2 * static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15 + 1);
-  }
-  for (int64_t i = words * 8; i < bytes; ++i) total += static_cast<uint8_t>(data[i]) * 0x100000001b3ull * (i + 1);
-  return total;
+// Drawn once in each process, so that no content is unlucky twice.
+const HashKey& hash_key() {
+  static const HashKey key = [] {
+    std::random_device device;
+    const auto word = [&] { return static_cast<uint64_t>(device()) << 32 | device(); };
+    HashKey drawn;
+    for (uint64_t& part : drawn.block) part = word();
+    for (uint64_t& point : drawn.chain) point = word() >> 4;
+    return drawn;
+  }();
+  return key;
+}
+
+std::pair<uint64_t, uint64_t> content_hash(uintptr_t pointer, int64_t bytes, int threads) {
+  const HashKey& key = hash_key();
+  py::gil_scoped_release release;
+  const ContentHash hash = active().content_hash(reinterpret_cast<const void*>(pointer), bytes, key, threads);
+  return {hash.words[0], hash.words[1]};
 }
 
 }  // namespace
@@ -267,5 +276,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("conv_input_gradient", &conv_input_gradient);
   m.def("conv_weight_gradient", &conv_weight_gradient);
   m.def("column_sums", &column_sums);
-  m.def("fingerprint", &fingerprint);
+  m.def("content_hash", &content_hash);
 }

@@ -7,6 +7,8 @@ parameters in either; outputs contiguous.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -15,8 +17,11 @@ from mmattn_kernels.cpu import extension
 from mmattn_kernels.cpu import norm as norm_kernels
 from mmattn_kernels.cpu.norm import norm_arguments, parameter, readable, tokens
 
-# Packed copies of weights, dropped with the weights: owner of the memory -> view and packing -> (state, packed).
+# Packed copies of weights, dropped with the weights: owner of the memory -> view and packing -> (hash, packed), the
+# one used last at the end. All those of one owner take at most so many times its bytes, and some for small weights,
+# whose packing is padded: the packing in both dtypes, and views of the weight, need 2 to 4.
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_COPIES, _SPARE_BYTES = 4, 1 << 20
 
 
 def forward(
@@ -117,23 +122,48 @@ def _convolve(x, out, residual, packed, bias, norm, weight_shape, geometry) -> N
 
 
 def _packed_weight(weight: Tensor, is_bf16: bool) -> Tensor:
-    """The packed copy of a weight: made anew whenever the weight is not the one that was packed."""
+    """The packed copy of the weight's values as they are now.
+
+    Version counters, addresses and identities all miss ways to write to a tensor, so each call hashes all content.
+    """
+    if not _is_dense(weight):
+        return _pack(weight, is_bf16)
     owner = weight if weight._base is None else weight._base
-    key = (weight.storage_offset(), weight.shape, weight.stride(), is_bf16, extension().instruction_set())
-    version = None if weight.is_inference() else weight._version
-    # Writing through `.data`, as averages of weights are copied in, raises no version: a sample of the content tells.
-    state = (weight.data_ptr(), weight.dtype, version, _fingerprint(weight))
-    kept = _packed.setdefault(owner, {})
-    if key not in kept or kept[key][0] != state:
-        kept[key] = (state, _pack(weight, is_bf16))
-    return kept[key][1]
+    copies = _packed.setdefault(owner, OrderedDict())
+    key = weight.storage_offset(), weight.shape, weight.stride(), weight.dtype, is_bf16, extension().instruction_set()
+    content = _content_hash(weight)
+    kept = copies.pop(key, None)
+    if kept is not None and kept[0] == content:
+        copies[key] = kept
+        return kept[1]
+    packed = _pack(weight, is_bf16)
+    # Another process or thread may have written in between, and may yet restore what was hashed.
+    if _content_hash(weight) == content:
+        copies[key] = content, packed
+        _drop_oldest(copies, _COPIES * owner.untyped_storage().nbytes() + _SPARE_BYTES)
+    return packed
 
 
-def _fingerprint(weight: Tensor) -> int:
+def _drop_oldest(copies: OrderedDict, most: int) -> None:
+    """Leaves the newest copies, those that together take `most` bytes or fewer, and the newest whatever it takes."""
+    total = sum(packed.numel() for _, packed in list(copies.values()))
+    while total > most and len(copies) > 1:
+        total -= copies.popitem(last=False)[1][1].numel()
+
+
+def _is_dense(weight: Tensor) -> bool:
+    """Whether the elements fill one range of memory, each once, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(weight.stride(), weight.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _content_hash(weight: Tensor) -> tuple[int, int]:
     size = weight.numel() * weight.element_size()
-    if not weight.is_contiguous():
-        weight = weight.contiguous()
-    return extension().fingerprint(weight.data_ptr(), size)
+    return extension().content_hash(weight.data_ptr(), size, torch.get_num_threads())
 
 
 def _pack(weight: Tensor, is_bf16: bool) -> Tensor:
