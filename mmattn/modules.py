@@ -461,12 +461,13 @@ def _not_as_published(layer: Any, kind: type[nn.Module], rows: int, channels: in
         if layer.num_channels != channels or layer.weight is None or layer.bias is None:
             return f"{layer}; expected {channels} channels with a weight and a bias"
         return None
-    is_pointwise = set(layer.kernel_size) == {1} and set(layer.stride) == {1} and layer.groups == 1
-    if not is_pointwise or layer.padding not in ("same", "valid", (0,) * len(layer.kernel_size)):
+    convolution: Any = layer
+    sizes = {*convolution.kernel_size, *convolution.stride, convolution.groups}
+    if sizes != {1} or not (convolution.padding in ("same", "valid") or set(convolution.padding) == {0}):
         return f"{layer}; expected a kernel of 1 without stride, padding or groups"
     if layer.bias is None:
         return f"{layer}; expected a bias"
-    if layer.weight.shape[:2] != (rows, channels):
+    if convolution.weight.shape[:2] != (rows, channels):
         return f"{layer}; expected {rows} channels out of {channels}"
     return None
 

@@ -367,3 +367,22 @@ def test_lora_compiles_in_one_graph(name, fresh_dynamo):
         expected = call(adapted)
         found = call(torch.compile(adapted, fullgraph=True, backend="eager"))
     assert max(errors(found, expected)) < 1e-5
+
+
+def test_autocast_of_the_unet_takes_streams_of_different_dtypes():
+    made, call = unet()
+    exact = call(made)
+    for model in (
+        lambda v, a, *x, **options: made(v.bfloat16(), a, *x, **options),
+        lambda v, a, *x, **options: made(v, a.bfloat16(), *x, **options),
+    ):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert max(errors(call(model), exact)) < 4e-2
+
+
+def test_published_checkpoints_have_no_place_for_adapters():
+    made, _ = unet()
+    adapted = with_lora(made, ["conv1"])
+    with pytest.raises(ValueError, match=r"ResidualBlock has a parameter audio.conv1.base_layer.weight, for which"):
+        adapted.to_published()
+    assert merged(adapted).to_published().keys() == unet()[0].to_published().keys()

@@ -1244,3 +1244,23 @@ def test_audio_block_recorded_and_compiled(fresh_dynamo):
     with torch.no_grad():
         (replayed,) = replays(lambda t: {"out": block(t["audio"], t["emb"])}, tensors, later)
         assert relative_error(replayed["out"], block(*later[0].values())) < 1e-6
+
+
+@pytest.mark.parametrize("dtypes", ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)), ids=str)
+def test_autocast_takes_streams_of_different_dtypes(dtypes):
+    """As the published block does."""
+    made, block = module(), fill(PublishedBlock(64, 2, 2))
+    swapped = copy.deepcopy(block)
+    mmattn.swap(swapped)
+    video, audio = (x.to(dtype) for x, dtype in zip(streams(), dtypes, strict=True))
+    for call, exact in (
+        (lambda *x: made(*x, shift=0), lambda *x: made(*x, shift=0)),
+        (lambda *x: swapped(*x, shift=0), block),
+    ):
+        expected = exact(video.float(), audio.float())
+        with torch.autocast("cpu", torch.bfloat16):
+            found = call(video, audio)
+        for x, y, dtype in zip(found, expected, dtypes, strict=True):
+            assert x.dtype == dtype and relative_error(x, y) < 2e-2
+    with pytest.raises(TypeError, match=r"audio has dtype .*; expected .*, the dtype of video"):
+        made(video, audio)
