@@ -126,4 +126,4 @@ def test_mmattn_needs_torch_alone():
 def test_the_ground_draws_nothing(name):
     """What is under all draws no picture and no bar."""
     pytest.importorskip("diffusers")
-    assert name in loaded_by(f"import {name}", absent={"matplotlib", "tqdm"})
+    assert name in loaded_by(f"import {name}", absent={"matplotlib"})
