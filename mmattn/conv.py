@@ -375,14 +375,14 @@ def _backward(d_out: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Ten
     _check(x, weight, None, dilation, height, width, None)
     _check_prologue(x, _norm_of(norm_weight, norm_bias, groups), scale, shift, None, 0.0)
     norm_op.check_like("d_out", d_out, (*x.shape[:2], weight.shape[0]), x.dtype, x)
-    norm_op.check_like("stats", stats, (x.shape[0], groups, 2), torch.float32, x)
+    norm_op.check_like("stats", stats, (x.shape[0], groups, 3), torch.float32, x)
     return _compute_gradients(d_out, x, weight, *args)
 
 
 @torch.library.register_fake(_OP)
 def _fake_forward(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     batch, length, _ = x.shape
-    stats = x.new_empty((batch, args[6], 2), dtype=torch.float32)
+    stats = x.new_empty((batch, args[6], 3), dtype=torch.float32)
     return x.new_empty((batch, length, weight.shape[0])), stats
 
 

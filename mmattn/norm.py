@@ -237,13 +237,13 @@ def _backward(d_out: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     weight, bias, scale, shift, stats, groups, *_ = args
     _check(x, weight, bias, groups, scale, shift)
     check_like("d_out", d_out, tuple(x.shape), x.dtype, x)
-    check_like("stats", stats, (x.shape[0], groups, 2), torch.float32, x)
+    check_like("stats", stats, (x.shape[0], groups, 3), torch.float32, x)
     return _compute_gradients(d_out, x, *args)
 
 
 @torch.library.register_fake(_OP)
 def _fake_forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty((x.shape[0], args[4], 2), dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], args[4], 3), dtype=torch.float32)
 
 
 @torch.library.register_fake(_BACKWARD_OP)

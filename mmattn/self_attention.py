@@ -137,7 +137,7 @@ def _backward(d_out: Tensor, q: Tensor, *args: Any) -> Tensor:
 @torch.library.register_fake(_OP)
 def _fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     batch, length, heads, _dim = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, length), dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty((batch, heads, length), dtype=torch.float64)
 
 
 @torch.library.register_fake(_BACKWARD_OP)
