@@ -4,33 +4,42 @@ RUN := $(VENV)/bin/python
 SOURCES := $(wildcard kernels/mmattn_kernels/cpu/*.cpp kernels/mmattn_kernels/cpu/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test sanitize lint fix bench tables clean
+.PHONY: help install demo test test-newest sanitize lint fix bench tables wheel clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 install: $(VENV)/.installed ## set up .venv: pinned packages, and this checkout with its CPU extension built
 
 $(VENV)/.packages: constraints.txt
-	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info < (3, 14), f"Python {sys.version.split()[0]}: 3.10 to 3.13 is needed; set PYTHON="'
+	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info < (3, 15), f"Python {sys.version.split()[0]}: 3.10 to 3.14 is needed; set PYTHON="'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -c constraints.txt setuptools wheel pybind11 torch triton pytest diffusers safetensors \
-	  accelerate av ruff mypy clang-format matplotlib tqdm
+	  accelerate av peft ruff mypy clang-format matplotlib tqdm
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.packages setup.py pyproject.toml $(SOURCES)
 	$(RUN) -m pip install -q --no-build-isolation --no-deps -e .
+	@$(RUN) -m mmattn.info | grep "^cpu extension"
 	touch $@
 
 demo: install ## the ops against their peers on this machine, in three minutes; each ends with a picture
 	$(RUN) -m mmattn.info
-	$(RUN) bench/attn.py --quick
-	$(RUN) bench/norm.py --quick
-	$(RUN) bench/conv.py --quick --what block frames
-	$(RUN) bench/unet.py --quick --breakdown
+	$(RUN) bench/attn.py --quick --no-gate
+	$(RUN) bench/norm.py --quick --no-gate
+	$(RUN) bench/conv.py --quick --no-gate --what block frames
+	$(RUN) bench/unet.py --quick --no-gate --breakdown
 
 test: install ## all tests
 	$(RUN) -m pytest
+
+NEWEST := .venv-newest/bin/python
+test-newest: ## all tests on the newest torch, triton and diffusers, in an environment of its own
+	test -x $(NEWEST) || $(PYTHON) -m venv .venv-newest
+	$(NEWEST) -m pip install -q -U setuptools wheel pybind11 torch triton pytest diffusers safetensors accelerate av peft \
+	  matplotlib tqdm
+	$(NEWEST) -m pip install -q --no-build-isolation --no-deps -e .
+	$(NEWEST) -m pytest
 
 SANITIZED := build/sanitized
 sanitize: install ## the extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer (three minutes)
@@ -66,5 +75,8 @@ bench: install ## the full benchmarks of this machine into bench/results and REA
 tables: install ## README's tables from bench/results
 	$(RUN) bench/tables.py
 
+wheel: ## a wheel of PYTHON into dist/, with the kernels built for every CPU of this kind: make wheel PYTHON=python3.12
+	$(PYTHON) -m pip wheel -q --no-deps -w dist .
+
 clean: ## what was built here
-	rm -rf $(VENV) build out *.egg-info kernels/mmattn_kernels/_cpu*.so
+	rm -rf $(VENV) .venv-newest build out *.egg-info kernels/mmattn_kernels/_cpu*

@@ -273,6 +273,12 @@ def make_call(attend: Attend, inputs: Inputs, mode: str) -> harness.Call:
     return harness.timed(attend, (inputs.video, inputs.audio), (inputs.d_video, inputs.d_audio), mode)
 
 
+def own_call(shape: Shape, dtype: str, mode: str, device: str) -> tuple[harness.Call, harness.Compare]:
+    """The call of mmattn alone, for --base, and the tensors of its result that are compared."""
+    inputs = Inputs.make(shape, getattr(torch, dtype), device, grad=mode != "forward")
+    return make_call(fused(shape), inputs, mode), harness.detached
+
+
 def memory_probe(shape: Shape, dtype: str, name: str, mode: str, threads: int) -> tuple[harness.Call, harness.Call]:
     """For a fresh process: the same call at a small size and at the full one."""
     torch.set_num_threads(threads)

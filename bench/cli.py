@@ -11,12 +11,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import base
 import harness
+import registry
 import report
 import torch
 from tqdm import tqdm
-
-from mmattn import dispatch
 
 MODES = ("forward", "backward", "both")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -70,9 +70,15 @@ def make_parser(
     parser.add_argument("--max-gflop", type=float, default=None, metavar="G", help="skip calls of more work than this")
     parser.add_argument("--graphs", action="store_true", help="time replays of CUDA graphs, without Python's overhead")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument(
+        "--base",
+        metavar="REF",
+        help="measure this checkout against that commit alone, a built folder of it under build/",
+    )
+    parser.add_argument("--no-gate", action="store_true", help="measure even where the tests of it fail")
     parser.add_argument("--json", type=Path, default=Path(f"out/{name}.json"), help="default: %(default)s")
     parser.add_argument("--plot", type=Path, default=None, help="default: the JSON's name with .png")
-    parser.set_defaults(all_providers=tuple(providers), all_modes=tuple(modes))
+    parser.set_defaults(program=name, all_providers=tuple(providers), all_modes=tuple(modes))
     parser.set_defaults(cuda_batches=list(batches), quick_shapes=quick_shapes)
     return parser
 
@@ -108,6 +114,8 @@ def parse(
 
 def chosen(op: str, device: str, dtype: str, channels: int) -> str:
     """A note of which implementation "auto" picks."""
+    from mmattn import dispatch
+
     like = torch.empty(1, 1, channels, dtype=getattr(torch, dtype), device=device)
     return f"impl {dispatch.choose(op, 'auto', like)}"
 
@@ -121,9 +129,13 @@ def run(
 ) -> int:
     """Measure providers_of(args, shape, dtype, mode) for all cases; print the table, write the JSON and the picture.
 
+    With --base, this checkout and that one instead. Nothing is measured where the tests of it fail: status 1.
     `header` is the op's part of a results file's; shapes are dataclasses with a batch, whose str is that of the tables.
     `minimum` is the least number of samples by mode, where it is not the harness's.
     """
+    if not args.no_gate and (reason := registry.gate(args.program, args.device)):
+        print(reason, file=sys.stderr)
+        return 1
     if args.threads:
         torch.set_num_threads(args.threads)
     args.threads = torch.get_num_threads()
@@ -136,17 +148,30 @@ def run(
     sample = harness.sampler(args.device)
     header["ceilings"] = harness.measure_ceilings(args.device, args.dtype, sample)
     rows: list[dict[str, Any]] = []
-    cases = [(s, d, m) for d in args.dtype for s in shapes for m in args.modes]
+    op, device = header["op"], args.device
+
+    def settings_of(mode: str) -> harness.Settings:
+        return dataclasses.replace(settings, minimum=minimum.get(mode, settings.minimum))
+
+    cases = [
+        (
+            {"op": op, "shape": str(s), "dims": dataclasses.asdict(s), "dtype": dtype, "mode": mode, "device": device},
+            s,
+        )
+        for dtype in args.dtype
+        for s in shapes
+        for mode in args.modes
+    ]
+    if args.base is not None:
+        return base.run(args, args.program, header, cases, settings_of)
     with tqdm(cases, file=sys.stderr, unit="case") as progress:
-        for shape, dtype, mode in progress:
-            progress.set_description(f"{shape} {dtype} {mode}")
-            case = {"op": header["op"], "shape": str(shape), "dims": dataclasses.asdict(shape), "dtype": dtype}
-            case |= {"mode": mode, "device": args.device}
+        for case, shape in progress:
+            progress.set_description(f"{shape} {case['dtype']} {case['mode']}")
             rows += harness.run_case(
                 case,
-                providers_of(args, shape, dtype, mode),
+                providers_of(args, shape, case["dtype"], case["mode"]),
                 sample=sample,
-                settings=dataclasses.replace(settings, minimum=minimum.get(mode, settings.minimum)),
+                settings=settings_of(case["mode"]),
                 baseline=header["baseline"],
                 ratios_to=args.all_providers,
                 memory=not args.no_memory,

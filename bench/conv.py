@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import cli
+import harness
 import peers
 import report
 import torch
@@ -262,6 +263,10 @@ def make_peer(name: str, shape: Shape, parameters: dict[str, Tensor], mode: str)
 def tokens_of_frames(x: Tensor) -> Tensor:
     """[B, F, C, P] as [B, F*P, C] in memory."""
     return x.transpose(2, 3).flatten(1, 2).contiguous()
+
+
+def own_call(shape: Shape, dtype: str, mode: str, device: str) -> tuple[harness.Call, harness.Compare]:
+    return peers.own_call(make_peer, OWN, shape, dtype, mode, device)
 
 
 def providers_of(args: argparse.Namespace, shape: Shape, dtype: str, mode: str) -> list[Provider]:

@@ -125,7 +125,7 @@ bench() {
         summary+=("SKIPPED  $name: $no_diffusers")
         return
     fi
-    step "$name" "$limit" "$python" "bench/$op.py" --device "$device" --json "$results/$name.json" "$@"
+    step "$name" "$limit" "$python" "bench/$op.py" --no-gate --device "$device" --json "$results/$name.json" "$@"
     if [ -s "$results/$name.json" ] && [ ! -s "$results/$name.png" ]; then
         step "$name picture" 30 "$python" bench/plot.py "$results/$name.json" "$results/$name.png"
     fi
@@ -223,7 +223,7 @@ run_profiler() {
             --section SpeedOfLight --section Occupancy --section LaunchStats --section MemoryWorkloadAnalysis \
             --section WarpStateStats --section ComputeWorkloadAnalysis \
             "$python" "bench/$op.py" --device cuda --dtype bfloat16 --shape "$shape" --providers mmattn --modes both \
-            --rounds 3 --no-memory "${what[@]}" --json "$work/profiled/$op.json" # whose times are of no use
+            --no-gate --rounds 3 --no-memory "${what[@]}" --json "$work/profiled/$op.json" # whose times are of no use
     done
 }
 

@@ -33,6 +33,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 DISAGREEMENT = {"float64": 1e-9, "float32": 2e-3, "bfloat16": 3e-2, "float16": 1e-2}  # float32 may run as tf32
 Call = Callable[[], Any]
+Compare = Callable[[Any], list[Tensor]]  # of a call's result, the tensors that are compared
 
 
 class NotApplicable(Exception):
@@ -62,7 +63,7 @@ class Provider:
     same: bool = True
     probe: tuple[Callable[..., tuple[Call, Call]], tuple] | None = None
     note: str = ""
-    compare: Callable[[Any], list[Tensor]] | None = None
+    compare: Compare | None = None
     divide: Callable[[Call], Any] | None = None
 
 
@@ -246,7 +247,7 @@ def run_case(
                 limit = f"more than --max-gflop {settings.max_gflop:g}"
                 raise NotApplicable(f"skipped: {provider.gflop:.0f} GFLOP a call, {limit}")
             call = provider.build()
-            result = (provider.compare or _detached)(warm_up(call, sample, settings.warmup_s))
+            result = (provider.compare or detached)(warm_up(call, sample, settings.warmup_s))
             if provider.name == baseline:
                 expected = result
             elif provider.same and expected is not None:
@@ -269,7 +270,7 @@ def run_case(
     for provider in providers:
         row = {**case, "provider": provider.name, "note": provider.note, "reason": samples.reasons.get(provider.name)}
         if provider.name in samples.ms:
-            row |= _figures(provider, samples, ratios_to)
+            row |= figures(provider, samples, ratios_to)
             if memory:
                 row |= _memory(provider, calls[provider.name], on_cuda)
             if provider.divide is not None:
@@ -281,7 +282,8 @@ def run_case(
     return rows
 
 
-def _figures(provider: Provider, samples: Samples, ratios_to: Iterable[str]) -> dict[str, Any]:
+def figures(provider: Provider, samples: Samples, ratios_to: Iterable[str]) -> dict[str, Any]:
+    """What a row says of a provider's samples."""
     ms = samples.ms[provider.name]
     p20, p50, p80 = (float(x) for x in numpy.percentile(ms, [20, 50, 80]))
     return {
@@ -315,7 +317,8 @@ def reason_of(error: BaseException) -> str:
     return text if isinstance(error, (NotApplicable, AssertionError)) and text else f"{type(error).__name__}: {text}"
 
 
-def _detached(result: Any) -> list[Tensor]:
+def detached(result: Any) -> list[Tensor]:
+    """The tensors of a result, without its graph."""
     tensors = result if isinstance(result, (tuple, list)) else [result]
     return [t.detach() for t in tensors if isinstance(t, Tensor)]
 

@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass
 
 import cli
+import harness
 import peers
 import report
 import torch
@@ -94,6 +95,10 @@ def make_peer(name: str, shape: Shape, parameters: dict[str, Tensor], mode: str)
         function = peers.compiled(function, mode)
     layout = (peers.tokens, peers.swapped) if name in ("mmattn", LAST) else ()
     return Peer(function, list(parameters.values()), *layout)
+
+
+def own_call(shape: Shape, dtype: str, mode: str, device: str) -> tuple[harness.Call, harness.Compare]:
+    return peers.own_call(make_peer, "mmattn", shape, dtype, mode, device)
 
 
 def providers_of(args: argparse.Namespace, shape: Shape, dtype: str, mode: str) -> list[Provider]:

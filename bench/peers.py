@@ -130,6 +130,15 @@ def providers(
     ]
 
 
+def own_call(
+    make: Make, name: str, shape: Shape, dtype: str, mode: str, device: str
+) -> tuple[harness.Call, harness.Compare]:
+    """The call of the named provider alone, for --base, and the tensors of its result that are compared."""
+    of = getattr(torch, dtype), device
+    peer = make(name, shape, shape.parameters(*of), mode)
+    return peer.call(*shape.inputs(*of), mode), harness.detached
+
+
 def memory_probe(
     make: Make, shape: Shape, dtype: str, name: str, mode: str, threads: int
 ) -> tuple[harness.Call, harness.Call]:

@@ -217,6 +217,12 @@ def comparable(unet: nn.Module, result: list[Tensor]) -> list[Tensor]:
     return [loss.detach(), torch.cat([named[name].flatten() for name in sorted(named)])]
 
 
+def own_call(shape: Shape, dtype: str, mode: str, device: str) -> tuple[harness.Call, harness.Compare]:
+    """The call of mmdiffusion alone, for --base, and the tensors of its result that are compared."""
+    compare = functools.partial(comparable, network_of(OWN, shape, dtype, device))
+    return make_call(OWN, shape, dtype, mode, device), harness.detached if mode == "forward" else compare
+
+
 def memory_probe(name: str, shape: Shape, dtype: str, mode: str, threads: int) -> tuple[harness.Call, harness.Call]:
     """For a fresh process: the call on the smallest clip and on the whole one, with the same network.
 

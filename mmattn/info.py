@@ -98,7 +98,10 @@ def _extension() -> str:
         extension = mmattn_kernels.cpu.extension()
     except Exception as error:
         return f"no: {error}"
-    return f"built; runs {', '.join(extension.instruction_sets())} here; {extension.instruction_set()} is active"
+    left_out = mmattn_kernels.cpu.build_record().get("left_out") or {}
+    notes = [f"{name} is not in it: {reason}" for name, reason in left_out.items()]
+    runs = f"runs {', '.join(extension.instruction_sets())} here"
+    return "; ".join(["built", runs, f"{extension.instruction_set()} is active", *notes])
 
 
 def _cuda_devices() -> str:

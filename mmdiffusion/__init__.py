@@ -1,6 +1,14 @@
 # SPDX-License-Identifier: MIT
 """MM-Diffusion (arXiv 2212.09478): joint diffusion of video and its sound, on mmattn."""
 
+try:
+    import av  # noqa: F401
+    import diffusers  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"mmdiffusion needs {error.name}, which is not installed: pip install 'mmattn[diffusion]'", name=error.name
+    ) from None
+
 from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
 from mmdiffusion.model.unet import CoupledUNet
 

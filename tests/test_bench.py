@@ -18,6 +18,7 @@ pytest.importorskip("tqdm")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "bench"))
 
 import attn
+import base
 import cli
 import conv
 import digest
@@ -26,6 +27,7 @@ import harness
 import norm
 import peers
 import plot
+import registry
 import release
 import report
 import tables
@@ -276,7 +278,16 @@ def results(tmp_path_factory):
     """bench/attn.py from end to end on tiny custom shapes, one of which the peers cannot take."""
     folder = tmp_path_factory.mktemp("bench")
     path = folder / "attn-cpu.json"
-    command = [sys.executable, str(ROOT / "bench/attn.py"), "--device", "cpu", "--json", str(path), "--quick"]
+    command = [
+        sys.executable,
+        str(ROOT / "bench/attn.py"),
+        "--device",
+        "cpu",
+        "--json",
+        str(path),
+        "--quick",
+        "--no-gate",
+    ]
     command += ["--dtype", "float32", "--threads", "1", "--rounds", "3", "--modes", "both"]
     command += ["--shape", "1,1,4,3,20,2,16", "--shape", "1,1,4,3,21,2,16"]
     done = subprocess.run(
@@ -284,6 +295,129 @@ def results(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     return path, done.stdout
+
+
+def test_a_checkout_against_itself(tmp_path):
+    """--base from end to end, with a folder in place of a commit; the benchmark itself need not be in it."""
+    path = tmp_path / "results.json"
+    command = [sys.executable, str(ROOT / "bench/norm.py"), "--device", "cpu", "--json", str(path), "--quick"]
+    command += ["--no-gate", "--base", str(ROOT), "--dtype", "float32", "--threads", "1", "--shape", "1,64,9"]
+    command += ["--modes", "forward", "--rounds", "3"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MMATTN_IMPL": "reference"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    header, rows = report.read_json(path)
+    own, base_name = (row["provider"] for row in rows)
+    assert own == report.OWN and base_name == f"{report.OWN}, {header['base']}" == header["baseline"]
+    assert all(row["samples"] == 3 and row["reason"] is None for row in rows)
+    line = next(line for line in done.stdout.splitlines() if line[:7].strip().replace(".", "").isdigit())
+    assert float(line.split()[0]) == pytest.approx(1 / rows[0]["speed"][base_name], abs=6e-4)
+
+
+class FakeWorker:
+    """Answers as a checkout would whose call takes `ms` and returns `result`."""
+
+    def __init__(self, result, ms):
+        self.result, self.ms, self.requests = result, ms, []
+
+    def ask(self, **request):
+        self.requests.append(request)
+        if isinstance(self.result, str):
+            raise RuntimeError(self.result)
+        return [torch.tensor(self.result)] if request else self.ms
+
+
+@pytest.mark.parametrize(
+    ("own", "reason"),
+    [
+        ([1.0, 2.0], None),
+        ([1.0, 2.1], "disagrees with the base: relative difference"),
+        ("ValueError: no", "ValueError"),
+    ],
+    ids=["same", "other values", "error"],
+)
+def test_base_measures_in_turn_what_agrees(own, reason):
+    workers = {"mmattn": FakeWorker(own, 3.0), "mmattn, abc": FakeWorker([1.0, 2.0], 2.0)}
+    shape = norm.Shape(1, 64, 9)
+    case = {"shape": str(shape), "dims": {"batch": 1}, "dtype": "float32", "mode": "forward", "device": "cpu"}
+    rows = base.measure(workers, "norm", case, shape, harness.Settings(rounds=4), threads=1)
+    assert workers["mmattn"].requests[0] == workers["mmattn, abc"].requests[0]
+    assert workers["mmattn, abc"].requests[0]["program"] == "norm"
+    assert rows[1]["ms_p50"] == 2.0 and rows[1]["samples"] == 4
+    text = base.ratios(rows, "mmattn", "mmattn, abc").splitlines()[1]
+    if reason is None:
+        assert rows[0]["speed"] == {"mmattn": 1.0, "mmattn, abc": pytest.approx(2 / 3)}
+        assert text == "  1.500  B1 C64 L9 float32 forward  SLOWER"
+    else:
+        assert rows[0]["reason"].startswith(reason) and "ms_p50" not in rows[0]
+        assert text == "      -  B1 C64 L9 float32 forward"
+
+
+def test_base_is_a_worktree_that_is_built_once(tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = ["-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    extension = "kernels/mmattn_kernels/_cpu.so"
+    (tmp_path / "setup.py").write_text(
+        "import pathlib, sys\n"
+        "assert sys.argv[1:] == ['-q', 'build_ext', '--inplace']\n"
+        f"path = pathlib.Path({extension!r})\n"
+        "path.parent.mkdir(parents=True)\n"
+        "path.touch()\n"
+    )
+    git("init", "-q")
+    git("add", "setup.py")
+    git("commit", "-q", "-m", "one")
+    git("commit", "-q", "--allow-empty", "-m", "two")
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    tree, name = base.checkout_of("HEAD~1", "cpu")
+    assert tree == tmp_path / "build" / "base" / name and (tree / extension).exists()
+    assert base.checkout_of(name, "cpu") == (tree, name)  # a second build would fail: the folder is there
+    assert base.checkout_of("HEAD", "cuda")[1] != name
+    with pytest.raises(ValueError, match="--base is 'nowhere'; expected a commit of this repository, or a folder"):
+        base.checkout_of("nowhere", "cpu")
+
+
+def test_base_refuses_packages_of_another_checkout(tmp_path):
+    with pytest.raises(ImportError, match=r"mmattn is .*; expected it in"):
+        base.check_origin(tmp_path)
+    worker = base.Worker(ROOT)
+    try:
+        with pytest.raises(RuntimeError, match="ModuleNotFoundError"):
+            worker.ask(program="absent", dims={}, dtype="float32", mode="forward", device="cpu", threads=1, warmup_s=0)
+    finally:
+        worker.close()
+
+
+def test_base_compares_some_values_and_the_norm():
+    x = torch.randn(300, 100)
+    changed = x.clone()
+    changed[7, 3] += 100.0
+    assert base.some(x).numel() < 2 * base.COMPARED
+    assert harness.relative_difference([base.some(changed)], [base.some(x)]) > 1e-3
+    assert harness.relative_difference([base.some(x.bfloat16())], [base.some(x)]) < 1e-2
+
+
+def test_nothing_is_measured_whose_tests_fail(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "test_it.py"
+    entry = registry.Entry("norm", (), (str(file),), {"cpu": "quick"})
+    monkeypatch.setattr(registry, "ENTRIES", {"norm": entry})
+    monkeypatch.setattr(registry, "ROOT", tmp_path)
+    file.write_text("def test_quick(): pass\ndef test_slow(): assert False\n")
+    assert registry.gate("norm", "cpu") is None
+    file.write_text("def test_quick(): assert 1 + 1 == 3\n")
+    json_path = tmp_path / "results.json"
+    assert norm.main(["--device", "cpu", "--quick", "--json", str(json_path)]) == 1
+    printed = capsys.readouterr().err
+    assert "1 + 1" in printed and "nothing measured" in printed and not json_path.exists()
+
+
+def test_every_benchmark_has_tests_that_go_before_it():
+    programs = {path.stem for path in (ROOT / "bench").glob("*.py") if "cli.make_parser(" in path.read_text()}
+    assert set(registry.ENTRIES) == programs
+    for entry in registry.ENTRIES.values():
+        assert all((ROOT / path).exists() for path in entry.tests), entry
 
 
 def test_attn_end_to_end(results):
@@ -356,7 +490,7 @@ def quick_run(tmp_path, monkeypatch):
     def run(module, *arguments):
         path = tmp_path / "results.json"
         common = ["--device", "cpu", "--json", str(path), "--dtype", "float32", "--rounds", "1", "--quick"]
-        assert module.main([*common, "--no-memory", *arguments]) == 0
+        assert module.main([*common, "--no-gate", "--no-memory", *arguments]) == 0
         assert path.with_suffix(".png").stat().st_size > 10_000
         rows = report.read_json(path)[1]
         assert len({(row["shape"], row["mode"], row["provider"]) for row in rows}) == len(rows)

@@ -16,14 +16,11 @@ from torch.nn import functional
 
 import mmattn
 from mmattn._streams import side_by_side
+from mmdiffusion.model.config import AUDIO_RATE, NORM_GROUPS, VIDEO_RATE
 
 Streams: TypeAlias = tuple[Tensor | None, Tensor | None]
 Resampling: TypeAlias = Literal["down", "up"] | None
 Layer = TypeVar("Layer", bound=nn.Module)
-
-NORM_GROUPS = 32
-# By which a level is coarser than the one above it: video in height and width, audio in time.
-VIDEO_RATE, AUDIO_RATE = 2, 4
 
 
 def convolve(

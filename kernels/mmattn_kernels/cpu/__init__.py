@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import os
+import pathlib
 from types import ModuleType
+from typing import Any
 
 BUILD_HINT = "install a C++17 compiler and pybind11, then `pip install -e .` from a checkout of the repository"
 
@@ -20,7 +23,8 @@ def _load() -> tuple[ModuleType | None, str | None]:
     except ModuleNotFoundError as error:
         if error.name != "mmattn_kernels._cpu":
             raise
-        return None, f"the extension mmattn_kernels._cpu is not built; {BUILD_HINT}"
+        why = build_record().get("reason")
+        return None, f"the extension mmattn_kernels._cpu is not built{f' ({why})' if why else ''}; {BUILD_HINT}"
     except ImportError as error:
         return None, f"the extension mmattn_kernels._cpu does not load ({error}); {BUILD_HINT}"
     if name := os.environ.get("MMATTN_CPU_ISA"):
@@ -29,6 +33,15 @@ def _load() -> tuple[ModuleType | None, str | None]:
         except ValueError as error:
             raise ValueError(f"MMATTN_CPU_ISA in the environment: {error}") from None
     return extension, None
+
+
+def build_record() -> dict[str, Any]:
+    """What setup.py noted of the build: "reason" it failed for, or None, and instruction sets "left_out" with reasons."""
+    try:
+        record = json.loads((pathlib.Path(__file__).parent.parent / "_cpu.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def missing() -> str | None:

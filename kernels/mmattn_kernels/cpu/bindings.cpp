@@ -41,8 +41,9 @@ struct InstructionSet {
   ContentHash (*content_hash)(const void*, int64_t, const HashKey&, int);
 };
 
+#if defined(MMATTN_HAS_AMX)
 bool have_amx() {
-#if defined(MMATTN_X86) && defined(__linux__)
+#if defined(__linux__)
   unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;
   __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
   const bool cpu = (edx >> 22 & 1) && (edx >> 24 & 1);  // AMX-BF16, AMX-TILE
@@ -52,6 +53,7 @@ bool have_amx() {
   return false;
 #endif
 }
+#endif
 
 #define MMATTN_SET(isa)                                                                                         \
   InstructionSet {                                                                                              \
@@ -63,14 +65,18 @@ bool have_amx() {
 // What this CPU runs, slowest first.
 std::vector<InstructionSet> detect() {
   std::vector<InstructionSet> sets{MMATTN_SET(portable)};
-#if defined(MMATTN_X86)
+#if defined(MMATTN_HAS_AVX2)
   __builtin_cpu_init();
   if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) return sets;
   sets.push_back(MMATTN_SET(avx2));
+#endif
+#if defined(MMATTN_HAS_AVX512)
   if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")))
     return sets;
   sets.push_back(MMATTN_SET(avx512));
+#endif
+#if defined(MMATTN_HAS_AMX)
   if (__builtin_cpu_supports("avx512bf16") && have_amx()) sets.push_back(MMATTN_SET(amx));
 #endif
   return sets;
