@@ -420,7 +420,7 @@ BAD_OPS = {
     "groups": (lambda t: (*t, 7, True, "cpu"), ValueError, "groups is 7"),
     "shape of the gradient": (lambda t: (t[0][:, 1:], *t[1:7], 32, True, "cpu"), ValueError, r"d_out is .*1, 36, 64"),
     "dtype of the gradient": (lambda t: (t[0].double(), *t[1:7], 32, True, "cpu"), ValueError, "d_out is torch.fl.*64"),
-    "statistics": (lambda t: (*t[:6], t[6][:, 1:], 32, True, "cpu"), ValueError, r"stats .* expected .*1, 32, 2"),
+    "statistics": (lambda t: (*t[:6], t[6][:, 1:], 32, True, "cpu"), ValueError, r"stats .* expected .*1, 32, 3"),
     "scale": (lambda t: (*t[:4], t[1][:, 0, 1:], *t[5:7], 32, True, "cpu"), ValueError, r"scale has shape \[1, 63\]"),
     "implementation": (lambda t: (*t[:7], 32, True, "reference"), RuntimeError, "plain torch"),
 }  # fmt: skip
