@@ -19,17 +19,9 @@ def build(tmp_path, compiler: str, **environment: str) -> tuple[subprocess.Compl
     """The build of setup.py by a compiler: what it printed, its record, and the folder of what it built."""
     pytest.importorskip("pybind11")
     built = tmp_path / "lib" / "mmattn_kernels"
+    folders = ["--build-temp", tmp_path / "temp", "--build-lib", tmp_path / "lib"]
     done = subprocess.run(
-        [
-            sys.executable,
-            "setup.py",
-            "-q",
-            "build_ext",
-            "--build-temp",
-            tmp_path / "temp",
-            "--build-lib",
-            tmp_path / "lib",
-        ],
+        [sys.executable, "setup.py", "-q", "build_ext", *folders],
         cwd=ROOT,
         env={**os.environ, "CC": compiler, "CXX": compiler, "MMATTN_CXXFLAGS": "-O0 -DMMATTN_NO_OP", **environment},
         capture_output=True,
