@@ -4,7 +4,7 @@
     <!-- bench:attn-cpu -->          the name is that of a file, bench/results/attn-cpu.json; "summary" is of all
     <!-- /bench -->
 
-`python bench/tables.py` rewrites README.md and docs/benchmarks.md; with --check it compares, and exits 1 if one differs.
+`python bench/tables.py` rewrites README.md and docs/benchmarks.md; --check compares, and exits 1 if one differs.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _best(row: dict[str, Any], peers: list[str]) -> str:
 
 
 def summary(results: Path) -> str:
-    """A few rows of all CPU results: the geometric mean of the ratios to each shape's strongest peer, and their range."""
+    """Six rows of all CPU results: the geometric mean of the ratios to each shape's strongest peer, and their range."""
 
     def shapes(prefix: str) -> Callable[[dict[str, Any]], bool]:
         return lambda row: row["shape"].startswith(prefix)
@@ -101,10 +101,10 @@ def summary(results: Path) -> str:
                 min(
                     x
                     for peer, x in row["speed"].items()
-                    if x is not None and peer != row["provider"] and peer not in header["other_result"]
+                    if x is not None and not report.is_own(header, peer) and peer not in header["other_result"]
                 )
                 for row in rows
-                if report.is_own(header, row["provider"]) and row["mode"] == mode and row["dtype"] == dtype
+                if row["provider"] == report.own_of(header) and row["mode"] == mode and row["dtype"] == dtype
                 if wanted(row) and row.get("speed")
             ]
             cells.append(_mean_and_range(speeds))
