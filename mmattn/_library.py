@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
-from mmattn import dispatch
+from mmattn import _checks, dispatch
 
 _library = torch.library.Library("mmattn", "IMPL")
 _functions: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Callable[..., Any]]] = {}
@@ -20,16 +22,19 @@ _differentiable: dict[str, type[torch.autograd.Function]] = {}
 
 def kernels(op: str, impl: str, like: Tensor) -> Any:
     """The module of kernels of `op`; RuntimeError where it cannot run on tensors like `like`."""
+    if impl not in dispatch.IMPLS:
+        raise ValueError(f"impl is {impl!r}; expected one of {', '.join(map(repr, dispatch.IMPLS))}")
     reason = dispatch.unavailable(op, impl, like.device.type, like.dtype, like.shape[-1])
     if impl == "reference" or reason is not None:
         raise RuntimeError(f"impl {impl!r} has no kernel here: {reason or 'it is plain torch'}")
     return importlib.import_module(f"mmattn_kernels.{impl}.{op}")
 
 
-def unwatched(*tensors: Tensor | None) -> bool:
-    """Whether nobody looks at a call on these tensors: no trace, mode, transform or profiler.
+def can_skip_dispatcher(*tensors: Tensor | None) -> bool:
+    """Whether kernels may be called directly: no trace, mode, transform or profiler, and tensors that are memory.
 
-    Its kernels may then be called without the dispatcher, in which a small call spends half its time.
+    A small call spends half its time in the dispatcher. What only looks like memory (`_checks.is_plain`) torch
+    materialises there.
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
@@ -37,7 +42,7 @@ def unwatched(*tensors: Tensor | None) -> bool:
         return False
     if forward_ad._current_level >= 0 or torch.autograd.profiler._is_profiler_enabled:
         return False
-    return all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    return all(t is None or (type(t) in (Tensor, torch.nn.Parameter) and _checks.is_plain(t)) for t in tensors)
 
 
 def wants_gradients(*tensors: Tensor | None) -> bool:
@@ -46,67 +51,133 @@ def wants_gradients(*tensors: Tensor | None) -> bool:
 
 
 def call(name: str, tensors: tuple[Tensor | None, ...], *args: Any) -> tuple[Tensor, ...]:
-    """The op `name` on checked arguments, `tensors` among them: past the dispatcher where nobody watches."""
-    if not unwatched(*tensors):
+    """The op `name` on checked arguments, `tensors` among them: past the dispatcher where that may be."""
+    if not can_skip_dispatcher(*tensors):
         return getattr(torch.ops.mmattn, name)(*args)
-    return _differentiable[name].apply(None, *args) if wants_gradients(*tensors) else _functions[name][0](*args)
+    return _apply(name, None, *args) if wants_gradients(*tensors) else _functions[name][0](*args)
 
 
-def below_autograd(name: str, keyset: Any, *args: Any) -> tuple[Tensor, ...]:
-    """Call the op `name` without recording a graph; without a keyset, its function, which nobody watches."""
+def _apply(name: str, keyset: Any, *args: Any) -> tuple[Tensor, ...]:
+    """Record the op in the graph, as the autograd kernels of torch's own ops do."""
+    return apply(_differentiable[name], keyset, *args)
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply`, also inside a transform of torch.func.
+
+    Of a Function that is called from outside, those want to make levels of their own. Here the dispatcher has come to
+    one level already, where it is recorded as anywhere.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return function.apply(*args)
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def below_autograd(name: str, keyset: Any, *args: Any) -> Any:
+    """From a Function's forward: the op `name` unrecorded; without a keyset, its function, past the dispatcher."""
     if keyset is None:
         return _functions[name][0](*args)
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return redispatch(name, keyset, *args)
+    with torch.enable_grad():  # forward runs without, and the outer transforms of torch.func would record nothing
+        return redispatch(name, keyset, *args)
+
+
+def redispatch(op: str, keyset: Any, *args: Any) -> Any:
+    """Call an op from its autograd kernel, for what is below it."""
     with torch._C._AutoDispatchBelowAutograd():
-        op = getattr(torch.ops.mmattn, name).default
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        overload = getattr(torch.ops.mmattn, op).default
+        return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
-def register_autograd(
+def register(
     name: str,
-    function: type[torch.autograd.Function],
-    forward: Callable[..., tuple[Tensor, ...]],
-    backward: Callable[..., Any],
+    check: Callable[..., Any],
+    compute: Callable[..., tuple[Tensor, ...]],
+    check_gradients: Callable[..., Any],
+    compute_gradients: Callable[..., Any],
 ) -> None:
+    """What the ops `name` and `{name}_backward` do on every device, behind their checks.
+
+    `call` has its arguments from public functions, which have checked them, and calls `compute` alone. Backward is
+    checked whoever calls it.
+    """
+
+    def checked_gradients(*args: Any) -> Any:
+        check_gradients(*args)
+        return compute_gradients(*args)
+
+    for op, refuse, function in (
+        (name, check, compute),
+        (f"{name}_backward", check_gradients, compute_gradients),
+    ):
+        packet = getattr(torch.ops.mmattn, op).default
+
+        def implementation(*args: Any, packet: Any = packet, refuse: Any = refuse, function: Any = function) -> Any:
+            _checks.plain(packet, args)
+            refuse(*args)
+            return function(*args)
+
+        _library.impl(op, implementation, "CompositeExplicitAutograd")
+    _functions[name] = compute, checked_gradients
+
+
+def register_autograd(name: str, function: type[torch.autograd.Function]) -> None:
     """Make the op `name` differentiable by `function`, whose first argument is the dispatcher's keyset, or None.
 
-    Registered under the op, not around it, so that torch.ops.mmattn's own entry is differentiable. `forward` and
-    `backward` compute what the two ops do, on arguments that have been checked: without a keyset, `function` calls them
-    past the dispatcher.
+    Registered under the op, not around it, so that torch.ops.mmattn's own entry is differentiable. Without a keyset,
+    `function` calls what `register` was given past the dispatcher.
     """
-    _functions[name], _differentiable[name] = (forward, backward), function
+    _differentiable[name] = function
 
     def autograd(keyset: Any, *args: Any) -> tuple[Tensor, ...]:
         # A tangent carries no requires_grad; the Function, having no forward-mode rule, refuses it.
         in_forward_mode = forward_ad._current_level >= 0
         wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
         if in_forward_mode or wanted:
-            return function.apply(keyset, *args)
+            return _apply(name, keyset, *args)
         return below_autograd(name, keyset, *args)
 
     _library.impl(name, autograd, "Autograd", with_keyset=True)
 
 
-def gradients_of(name: str) -> Callable[..., tuple[Tensor, ...]]:
+def count_flops(name: str, forward: Callable[..., int], backward: Callable[..., int]) -> None:
+    """What torch.utils.flop_counter.FlopCounterMode counts for the op `name` and its backward, as functions of shapes.
+
+    As of torch's own ops: two for a multiplication and an addition, of matrix products and convolutions alone.
+    """
+    register_flop_formula(getattr(torch.ops.mmattn, name))(forward)
+    register_flop_formula(getattr(torch.ops.mmattn, f"{name}_backward"))(backward)
+
+
+def gradients_of(name: str) -> Callable[..., Any]:
     """The op `{name}_backward`, which refuses to be differentiated in its turn where a graph of gradients is wanted.
 
     torch's `once_differentiable` looks at the output gradients alone, and would silently leave out terms.
     """
+    op = f"{name}_backward"
 
     class Gradients(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-            return getattr(torch.ops.mmattn, f"{name}_backward")(*args)
+        def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
+            return below_autograd(op, keyset, *args)
 
         @staticmethod
         def backward(ctx: Any, *_: Any) -> Any:
             raise RuntimeError(f"{name} is differentiable once; impl='reference' as often as wanted")
 
+    def autograd(keyset: Any, *args: Any) -> Any:
+        if wants_gradients(*(t for t in args if isinstance(t, Tensor))):
+            return apply(Gradients, keyset, *args)
+        return redispatch(op, keyset, *args)
+
+    _library.impl(op, autograd, "Autograd", with_keyset=True)
+
     def compute(*args: Any) -> Any:
-        if torch.is_grad_enabled():
-            return Gradients.apply(*args)
-        if unwatched(*(x for x in args if isinstance(x, Tensor))):
+        if not torch.is_grad_enabled() and can_skip_dispatcher(*(t for t in args if isinstance(t, Tensor))):
             return _functions[name][1](*args)
-        return getattr(torch.ops.mmattn, f"{name}_backward")(*args)
+        return getattr(torch.ops.mmattn, op)(*args)
 
     return compute
 

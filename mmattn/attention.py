@@ -7,25 +7,26 @@ kernels of the same name live in `mmattn_kernels`; both are registered here behi
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmattn import dispatch
+from mmattn import _checks, dispatch
 from mmattn._library import (
     below_autograd,
     call,
+    count_flops,
     gradients_of,
     is_autocast,
     kernels,
+    register,
     register_autograd,
     to_autocast,
 )
 
 _OP = "mmattn::random_shift_attention"
 _BACKWARD_OP = "mmattn::random_shift_attention_backward"
-_NAMES = ("video_q", "video_k", "video_v", "audio_q", "audio_k", "audio_v")
 
 
 def draw_shift(frames: int, window: int, *, generator: torch.Generator | None = None) -> int:
@@ -39,7 +40,7 @@ def draw_shift(frames: int, window: int, *, generator: torch.Generator | None = 
     Raises:
         ValueError: if `frames` < 1 or `window` is outside 1..frames.
     """
-    _check_window(frames, window)
+    _checks.window(frames, window)
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(frames - window + 1, (), generator=generator, device=device))
 
@@ -94,7 +95,7 @@ def random_shift_attention(
     if is_autocast(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         tensors = tuple(to_autocast(t, dtype) for t in tensors)
-    _check(tensors, frames, window, shift)
+    _checks.attention(tensors, frames, window, shift)
     if scale is None:
         scale = tensors[0].shape[-1] ** -0.5
     chosen = dispatch.choose("attention", impl, tensors[0])
@@ -154,87 +155,8 @@ def _attend_windows(
     return out
 
 
-def _check_window(frames: int, window: int) -> None:
-    for name, value in (("frames", frames), ("window", window)):
-        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-            raise TypeError(f"{name} is {value!r}; expected an int")
-    if frames < 1:
-        raise ValueError(f"frames is {frames}; expected at least 1")
-    if not 1 <= window <= frames:
-        raise ValueError(f"window is {window}; expected 1..frames = 1..{frames}")
-
-
-def _check(tensors: tuple[Tensor, ...], frames: int, window: int, shift: int | Tensor) -> None:
-    for name, tensor in zip(_NAMES, tensors, strict=True):
-        stream = "F*P" if name.startswith("video") else "T"
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor [B, {stream}, H, D]")
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; expected four dimensions [B, {stream}, H, D]")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} has dtype {tensor.dtype}; expected a floating-point dtype")
-        if tensor.dtype != tensors[0].dtype:
-            raise TypeError(f"{name} has dtype {tensor.dtype}; expected {tensors[0].dtype}, the dtype of video_q")
-        if tensor.device != tensors[0].device:
-            raise ValueError(f"{name} is on {tensor.device}; expected {tensors[0].device}, the device of video_q")
-        first_name, first = (_NAMES[0], tensors[0]) if name.startswith("video") else (_NAMES[3], tensors[3])
-        if tensor.shape != first.shape:
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}; expected {list(first.shape)}, the shape of {first_name}"
-            )
-        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            raise ValueError(
-                f"{name} has stride {tensor.stride(-1)} in its last dimension; expected 1, as after .contiguous()"
-            )
-    (batch, video_len, heads, dim), audio_len = tensors[0].shape, tensors[3].shape[1]
-    if tensors[3].shape != (batch, audio_len, heads, dim):
-        raise ValueError(
-            f"audio_q has shape {list(tensors[3].shape)}; expected [{batch}, T, {heads}, {dim}] to match video_q"
-        )
-    if heads < 1 or dim < 1:
-        raise ValueError(f"video_q has shape {list(tensors[0].shape)}; expected at least one head and one channel")
-    _check_window(frames, window)
-    if video_len < frames or video_len % frames:
-        raise ValueError(f"frames is {frames}; expected a divisor of the number of video tokens, {video_len}")
-    if audio_len < frames:
-        raise ValueError(f"audio_q has {audio_len} positions; expected at least one for each of the {frames} frames")
-    if isinstance(shift, Tensor):
-        if shift.numel() != 1 or shift.dtype not in (torch.int32, torch.int64):
-            raise TypeError(
-                f"shift is a {shift.dtype} tensor of shape {list(shift.shape)}; expected one int32 or int64 element"
-            )
-        if shift.device != tensors[0].device:
-            raise ValueError(f"shift is on {shift.device}; expected {tensors[0].device}, the device of video_q")
-        if shift.device.type != "cpu" or torch.compiler.is_compiling():
-            return
-        shift = int(shift)
-    elif isinstance(shift, bool) or not isinstance(shift, (int, torch.SymInt)):
-        raise TypeError(f"shift is {shift!r}; expected an int or an integer tensor of one element")
-    _check_shift(shift, frames, window)
-
-
-def _check_shift(shift: int, frames: int, window: int) -> None:
-    if not 0 <= shift <= frames - window:
-        raise ValueError(f"shift is {shift}; expected 0..frames-window = 0..{frames - window}")
-
-
-def _geometry(frames: int, window: int, shift: int, shift_tensor: Tensor | None, scale: float) -> dict[str, Any]:
-    # Again: the op can be called directly, `_check` cannot read a tensor while compiling, and kernels trust these.
-    _check_window(frames, window)
-    if shift_tensor is not None and shift_tensor.device.type == "cpu":
-        shift, shift_tensor = int(shift_tensor), None
-    if shift_tensor is None:
-        _check_shift(shift, frames, window)
-    return {
-        "frames": frames,
-        "window": window,
-        "shift": shift if shift_tensor is None else shift_tensor,
-        "scale": scale,
-    }
-
-
 _ARGUMENTS = "SymInt frames, SymInt window, SymInt shift, Tensor? shift_tensor, float scale, str impl"
-_INPUTS = ", ".join(f"Tensor {name}" for name in _NAMES)
+_INPUTS = ", ".join(f"Tensor {name}" for name in _checks.ATTENTION_TENSORS)
 
 torch.library.define(_OP, f"({_INPUTS}, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
 torch.library.define(
@@ -244,20 +166,77 @@ torch.library.define(
 )
 
 
+class _Arguments(NamedTuple):
+    """Of the op."""
+
+    video_q: Tensor
+    video_k: Tensor
+    video_v: Tensor
+    audio_q: Tensor
+    audio_k: Tensor
+    audio_v: Tensor
+    frames: int
+    window: int
+    shift: int
+    shift_tensor: Tensor | None
+    scale: float
+    impl: str
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self[:6]
+
+
+class _Gradients(NamedTuple):
+    """What the backward op has before the arguments of the op: in front of its tensors, and behind them."""
+
+    d_out: tuple[Tensor, ...]
+    out: tuple[Tensor, ...]
+    lse: tuple[Tensor, ...]
+
+    @staticmethod
+    def split(args: tuple[Any, ...]) -> tuple[_Gradients, _Arguments]:
+        return _Gradients(args[:2], args[8:10], args[10:12]), _Arguments(*args[2:8], *args[12:])
+
+
+def _check(*args: Any) -> None:
+    a = _Arguments(*args)
+    _checks.attention(a.tensors, a.frames, a.window, a.shift if a.shift_tensor is None else a.shift_tensor)
+
+
+def _check_gradients(*args: Any) -> None:
+    given, a = _Gradients.split(args)
+    _check(*a)
+    _checks.attention_gradients(given.d_out, a.tensors, given.out, given.lse)
+
+
+def _geometry(a: _Arguments) -> dict[str, Any]:
+    shift: int | Tensor = a.shift if a.shift_tensor is None else a.shift_tensor
+    if isinstance(shift, Tensor) and shift.device.type == "cpu":
+        # What is read here is what the kernel gets, whatever has been checked before: the tensor may have changed.
+        shift = _checks.shift_in_range(shift, a.frames - a.window, a.video_q)
+    return {"frames": a.frames, "window": a.window, "shift": shift, "scale": a.scale}
+
+
 def _compute(*args: Any) -> tuple[Tensor, ...]:
-    return kernels("attention", args[-1], args[0]).forward(*args[:6], **_geometry(*args[6:-1]))
+    a = _Arguments(*args)
+    return kernels("attention", a.impl, a.video_q).forward(*a.tensors, **_geometry(a))
 
 
 def _compute_gradients(*args: Any) -> tuple[Tensor, ...]:
-    return kernels("attention", args[-1], args[2]).backward(*args[:12], **_geometry(*args[12:-1]))
+    given, a = _Gradients.split(args)
+    d_video_out, d_audio_out = given.d_out
+    backward = kernels("attention", a.impl, a.video_q).backward
+    return backward(d_video_out, d_audio_out, *a.tensors, *given.out, *given.lse, **_geometry(a))
 
 
-torch.library.impl(_OP, "CompositeExplicitAutograd", _compute)
-torch.library.impl(_BACKWARD_OP, "CompositeExplicitAutograd", _compute_gradients)
+register("random_shift_attention", _check, _compute, _check_gradients, _compute_gradients)
 
 
 @torch.library.register_fake(_OP)
-def _fake_forward(video_q: Tensor, video_k: Tensor, video_v: Tensor, audio_q: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _fake_forward(*args: Any) -> tuple[Tensor, ...]:
+    _check(*args)
+    video_q, audio_q = args[0], args[3]
     batch, video_len, heads, _dim = video_q.shape
     return (
         video_q.new_empty(video_q.shape),
@@ -269,6 +248,7 @@ def _fake_forward(video_q: Tensor, video_k: Tensor, video_v: Tensor, audio_q: Te
 
 @torch.library.register_fake(_BACKWARD_OP)
 def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
+    _check_gradients(*args)
     return tuple(t.new_empty(t.shape) for t in args[2:8])
 
 
@@ -279,9 +259,9 @@ class _RandomShiftAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, ...]:
         out = below_autograd("random_shift_attention", keyset, *args)
-        shift_tensor = args[9]
-        ctx.geometry = (*args[6:9], args[10], args[11])
-        ctx.save_for_backward(*args[:6], *out, shift_tensor)
+        a = _Arguments(*args)
+        ctx.save_for_backward(*a.tensors, *out, a.shift_tensor)
+        ctx.numbers = a.frames, a.window, a.shift, a.scale, a.impl
         ctx.mark_non_differentiable(*out[2:])
         ctx.set_materialize_grads(False)
         return out
@@ -289,11 +269,31 @@ class _RandomShiftAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_video_out: Tensor | None, d_audio_out: Tensor | None, *_: None) -> tuple[Any, ...]:
         *saved, shift_tensor = ctx.saved_tensors
-        frames, window, shift, scale, impl = ctx.geometry
-        d_video_out = torch.zeros_like(saved[6]) if d_video_out is None else d_video_out
-        d_audio_out = torch.zeros_like(saved[7]) if d_audio_out is None else d_audio_out
+        frames, window, shift, scale, impl = ctx.numbers
+        video_out, audio_out = saved[6:8]
+        d_video_out = torch.zeros_like(video_out) if d_video_out is None else d_video_out
+        d_audio_out = torch.zeros_like(audio_out) if d_audio_out is None else d_audio_out
         grads = _gradients(d_video_out, d_audio_out, *saved, frames, window, shift, shift_tensor, scale, impl)
-        return None, *grads, None, None, None, None, None, None
+        return None, *grads, *[None] * (len(_Arguments._fields) - len(grads))
 
 
-register_autograd("random_shift_attention", _RandomShiftAttention, _compute, _compute_gradients)
+register_autograd("random_shift_attention", _RandomShiftAttention)
+
+
+def direction_flops(q: Any, k: Any, segments: int, window: int, products: int) -> int:
+    """Of one direction of attention and so many products of [queries, keys, D]; q, k are shapes [B, L, H, D]."""
+    batch, queries, heads, dim = q
+    return products * 2 * batch * heads * queries * window * (k[1] // segments) * dim
+
+
+def _flops(*args: Any, products: int = 2, **_: Any) -> int:
+    a = _Arguments(*args)
+    directions: Any = (a.video_q, a.audio_k), (a.audio_q, a.video_k)
+    return sum(direction_flops(q, k, a.frames, a.window, products) for q, k in directions)
+
+
+def _gradient_flops(*args: Any, **_: Any) -> int:
+    return _flops(*_Gradients.split(args)[1], products=5)  # scores again, then dV, dP, dQ, dK
+
+
+count_flops("random_shift_attention", _flops, _gradient_flops)

@@ -14,17 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmattn import dispatch
+from mmattn import _checks, dispatch
 from mmattn import norm as norm_op
 from mmattn._library import (
     below_autograd,
     call,
+    can_skip_dispatcher,
+    count_flops,
     gradients_of,
     is_autocast,
     kernels,
+    register,
     register_autograd,
     to_autocast,
-    unwatched,
     wants_gradients,
 )
 
@@ -150,10 +152,12 @@ def reference(
     y = _prologue(x, norm, film, activation, eps)
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if width:
-        frames = y.reshape(-1, height, width, y.shape[2]).permute(0, 3, 1, 2)  # channels last in memory
+        count = x.shape[0] * x.shape[1] // (height * width)
+        frames = y.reshape(count, height, width, y.shape[2]).permute(0, 3, 1, 2)  # channels last in memory
         out = functional.conv2d(frames, weight.unflatten(2, (3, 3)), bias, padding=1)
-        out = out.permute(0, 2, 3, 1).reshape(*x.shape[:2], -1)
+        out = out.permute(0, 2, 3, 1).reshape(*x.shape[:2], weight.shape[0])
     else:
+        dilation = min(dilation, x.shape[1])  # taps farther than L read zeros, however far
         padding = dilation * (weight.shape[2] // 2)
         out = functional.conv1d(y.transpose(1, 2), weight, bias, padding=padding, dilation=dilation).transpose(1, 2)
     return (out if residual is None else out + residual).contiguous()
@@ -179,8 +183,9 @@ def _convolve(
     x, weight, bias, norm, film, residual = _autocast(x, weight, bias, norm, film, residual)
     norm_weight, norm_bias, groups = (None, None, 0) if norm is None else _unpack("norm", norm, "weight, bias, groups")
     scale, shift = (None, None) if film is None else _unpack("film", film, "scale, shift")
-    _check(x, weight, bias, dilation, height, width, residual)
-    _check_prologue(x, norm, scale, shift, activation, eps)
+    prologue = norm_weight, norm_bias, scale, shift
+    _checks.conv(x, weight, bias, prologue, residual, None if norm is None else groups, dilation, height, width, eps)
+    _checks.activation(activation)
     chosen = dispatch.choose("conv", impl, x)
     if chosen == "triton" and width:
         if norm is not None:
@@ -196,12 +201,31 @@ def _convolve(
     if chosen == "reference":
         options: dict[str, Any] = {"norm": norm, "film": film, "activation": activation, "residual": residual}
         return reference(x, weight, bias, dilation=dilation, height=height, width=width, eps=eps, **options)
-    tensors = (x, weight, bias, norm_weight, norm_bias, scale, shift, residual)
+    tensors = (x, weight, bias, *prologue, residual)
     arguments = *tensors, groups, dilation, height, width, activation == "silu", float(eps), chosen
-    is_overwritten = overwrite_x and chosen == "cpu" and weight.shape[::2] == (x.shape[2], 1) and x.is_contiguous()
-    if is_overwritten and unwatched(*tensors) and not wants_gradients(*tensors):
-        return _compute(*arguments, out=x)[0]
+    if overwrite_x and chosen == "cpu" and _may_overwrite(x, weight, tensors[1:]):
+        out = _compute(*arguments, out=x)[0]
+        torch.autograd.graph.increment_version([x])  # whoever saved x for a backward is told, as by torch's own ops
+        return out
     return call("conv", tensors, *arguments)[0]
+
+
+def _may_overwrite(x: Tensor, weight: Tensor, others: tuple[Tensor | None, ...]) -> bool:
+    """Whether the result may take the memory of x: it has the same shape, and nothing else reads or watches it."""
+    if weight.shape[::2] != (x.shape[2], 1) or not x.is_contiguous():
+        return False
+    if not can_skip_dispatcher(x, *others) or wants_gradients(x, *others) or x.is_inference():
+        return False
+    return not any(_shares_memory(x, t) for t in others if t is not None)
+
+
+def _shares_memory(x: Tensor, other: Tensor) -> bool:
+    """Whether anything of `other` may lie within a contiguous x."""
+    if other.untyped_storage()._cdata != x.untyped_storage()._cdata or not other.numel():
+        return False
+    begin, first = x.storage_offset(), other.storage_offset()
+    last = first + sum((size - 1) * stride for size, stride in zip(other.shape, other.stride(), strict=True))
+    return x.dtype != other.dtype or (first < begin + x.numel() and begin <= last)
 
 
 def _prologue(x: Tensor, norm: Any, film: Any, activation: str | None, eps: float) -> Tensor:
@@ -234,65 +258,6 @@ def _unpack(name: str, value: Any, letters: str) -> Any:
         what = f"{len(value)} values" if isinstance(value, tuple) else f"a {type(value).__name__}"
         raise TypeError(f"{name} is {what}; expected a tuple ({letters}) or None")
     return value
-
-
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, height: int, width: int, residual: Tensor | None
-) -> None:
-    norm_op.check_tokens("x", x)
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight is a {type(weight).__name__}; expected a tensor [Cout, Cin, K]")
-    if weight.dim() != 3 or weight.shape[1] != x.shape[2] or weight.shape[2] % 2 == 0 or weight.shape[0] < 1:
-        raise ValueError(
-            f"weight has shape {list(weight.shape)}; expected [Cout, Cin, K] with Cin = {x.shape[2]}, as in x, K odd"
-        )
-    out_channels = weight.shape[0]
-    norm_op.check_parameter("weight", weight, tuple(weight.shape), "[Cout, Cin, K]", x)
-    if bias is not None:
-        norm_op.check_parameter("bias", bias, (out_channels,), "[Cout]", x)
-    norm_op.check_int("dilation", dilation)
-    if dilation < 1:
-        raise ValueError(f"dilation is {dilation}; expected at least 1")
-    if weight.shape[2] == 9 and not (height == 0 and width == 0):
-        _check_frames(x, height, width)
-    elif height or width:
-        raise ValueError(f"weight has shape {list(weight.shape)}; expected nine taps for a height and a width")
-    if residual is not None:
-        norm_op.check_tokens("residual", residual)
-        expected = (x.shape[0], x.shape[1], out_channels)
-        if tuple(residual.shape) != expected:
-            raise ValueError(f"residual has shape {list(residual.shape)}; expected [B, L, Cout] = {list(expected)}")
-        if residual.dtype != x.dtype:
-            raise TypeError(f"residual has dtype {residual.dtype}; expected {x.dtype}, the dtype of x")
-        if residual.device != x.device:
-            raise ValueError(f"residual is on {residual.device}; expected {x.device}, the device of x")
-
-
-def _check_frames(x: Tensor, height: int, width: int) -> None:
-    for name, value in (("height", height), ("width", width)):
-        norm_op.check_int(name, value)
-        if value < 1:
-            raise ValueError(f"{name} is {value}; expected at least 1")
-    if x.shape[1] % (height * width):
-        raise ValueError(
-            f"x has {x.shape[1]} positions; expected a multiple of height * width = {height} * {width}, whole frames"
-        )
-
-
-def _check_prologue(
-    x: Tensor, norm: Any, scale: Tensor | None, shift: Tensor | None, activation: str | None, eps: float
-) -> None:
-    if norm is not None:
-        norm_weight, norm_bias, groups = norm
-        norm_op.check_norm(x, norm_weight, norm_bias, groups, "norm's ")
-    norm_op.check_film(x, scale, shift, "film's ")
-    norm_op.check_activation(activation)
-    norm_op.check_eps(eps)
-
-
-def _norm_of(weight: Tensor | None, bias: Tensor | None, groups: int) -> Any:
-    """The op's way of saying None is three arguments."""
-    return None if weight is None and bias is None and groups == 0 else (weight, bias, groups)
 
 
 def _frames_of(height: int, width: int) -> dict[str, int]:
@@ -360,27 +325,32 @@ def _compute_gradients(d_out: Tensor, x: Tensor, weight: Tensor, *args: Any) -> 
     return d_x, d_weight.to(weight.dtype), d_bias, sums
 
 
-# Arguments are checked again where the ops are called: that can be done directly, and kernels trust them.
-@torch.library.impl(_OP, "CompositeExplicitAutograd")
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
-    norm_weight, norm_bias, scale, shift, residual, groups, dilation, height, width, *_ = args
-    _check(x, weight, bias, dilation, height, width, residual)
-    _check_prologue(x, _norm_of(norm_weight, norm_bias, groups), scale, shift, None, 0.0)
-    return _compute(x, weight, bias, *args)
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> None:
+    *prologue, residual, groups, dilation, height, width, _silu, eps, _impl = args
+    _check_given(x, weight, bias, tuple(prologue), residual, groups, dilation, height, width, eps)
 
 
-@torch.library.impl(_BACKWARD_OP, "CompositeExplicitAutograd")
-def _backward(d_out: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _check_gradients(d_out: Tensor, x: Tensor, weight: Tensor, *args: Any) -> None:
     norm_weight, norm_bias, scale, shift, stats, groups, dilation, height, width, *_ = args
-    _check(x, weight, None, dilation, height, width, None)
-    _check_prologue(x, _norm_of(norm_weight, norm_bias, groups), scale, shift, None, 0.0)
-    norm_op.check_like("d_out", d_out, (*x.shape[:2], weight.shape[0]), x.dtype, x)
-    norm_op.check_like("stats", stats, (x.shape[0], groups, 2), torch.float32, x)
-    return _compute_gradients(d_out, x, weight, *args)
+    prologue = norm_weight, norm_bias, scale, shift
+    _check_given(x, weight, None, prologue, None, groups, dilation, height, width, 0.0)
+    _checks.conv_gradients(d_out, x, weight, stats, groups)
+
+
+def _check_given(
+    x: Tensor, weight: Tensor, bias: Tensor | None, prologue: Any, residual: Tensor | None, groups: int, *numbers: Any
+) -> None:
+    """The op's way of saying that there is no norm is three arguments."""
+    has_norm = groups != 0 or prologue[0] is not None or prologue[1] is not None
+    _checks.conv(x, weight, bias, prologue, residual, groups if has_norm else None, *numbers)
+
+
+register("conv", _check, _compute, _check_gradients, _compute_gradients)
 
 
 @torch.library.register_fake(_OP)
 def _fake_forward(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    _check(x, weight, *args)
     batch, length, _ = x.shape
     stats = x.new_empty((batch, args[6], 2), dtype=torch.float32)
     return x.new_empty((batch, length, weight.shape[0])), stats
@@ -388,6 +358,7 @@ def _fake_forward(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor
 
 @torch.library.register_fake(_BACKWARD_OP)
 def _fake_backward(d_out: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    _check_gradients(d_out, x, weight, *args)
     groups, silu, need_x, need_weight, need_bias = args[5], *args[9:13]
     has_prologue = groups or silu or args[2] is not None or args[3] is not None
     sums = (x.shape[0], x.shape[2], 2) if need_x and has_prologue else (0,)
@@ -433,4 +404,17 @@ class _Conv(torch.autograd.Function):
         )
 
 
-register_autograd("conv", _Conv, _compute, _compute_gradients)
+register_autograd("conv", _Conv)
+
+
+def _flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    out_channels, in_channels, taps = weight
+    return 2 * x[0] * x[1] * out_channels * in_channels * taps
+
+
+def _gradient_flops(d_out: Any, x: Any, weight: Any, *args: Any, **_: Any) -> int:
+    *_rest, need_x, need_weight, _need_bias, _impl = args
+    return (need_x + need_weight) * _flops(x, weight)
+
+
+count_flops("conv", _flops, _gradient_flops)

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmattn import dispatch
+from mmattn import _checks, dispatch
 from mmattn._library import (
     below_autograd,
     call,
     gradients_of,
+    is_autocast,
     kernels,
+    register,
     register_autograd,
 )
 
@@ -54,21 +56,29 @@ def group_norm(
             (see `python -m mmattn.info`), and MMATTN_IMPL in the environment sets what it means.
 
     Returns:
-        [B, L, C], contiguous, in the dtype of x, which autocast does not change. Differentiable once in all tensors.
+        [B, L, C], contiguous, in the dtype of x, which autocast does not change; parameters may be in any of its dtypes
+        then. Differentiable once in all tensors.
 
     Raises:
         TypeError: on a dtype other than those above.
         ValueError: on any other argument outside the ranges above, naming it, its value and what was expected.
         RuntimeError: if the named `impl` cannot run here, with the reason.
     """
-    _check(x, weight, bias, groups, scale, shift)
-    check_activation(activation)
-    check_eps(eps)
+    if isinstance(x, Tensor) and is_autocast(x.device.type):
+        weight, bias, scale, shift = (_readable_beside(x, p) for p in (weight, bias, scale, shift))
+    _checks.group_norm(x, weight, bias, scale, shift, groups, eps)
+    _checks.activation(activation)
     chosen = dispatch.choose("norm", impl, x)
     if chosen == "reference":
         return reference(x, weight, bias, groups, scale=scale, shift=shift, activation=activation, eps=eps)
     tensors, silu, eps = (x, weight, bias, scale, shift), activation == "silu", float(eps)
     return call("group_norm", tensors, *tensors, groups, silu, eps, chosen)[0]
+
+
+def _readable_beside(x: Tensor, p: Any) -> Any:
+    """Autocast's FiLM beside an x that it left alone: in float32, exactly, where it has another dtype than x."""
+    is_narrow = isinstance(p, Tensor) and p.dtype in (torch.float16, torch.bfloat16)
+    return p.float() if is_narrow and p.dtype != x.dtype else p
 
 
 def reference(
@@ -129,75 +139,6 @@ def parameter_gradients(
     return d_weight, d_bias, d_scale, d_shift
 
 
-def check_tokens(name: str, x: Tensor) -> None:
-    """Refuse what is not a floating-point tensor [B, L, C] with C contiguous."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is a {type(x).__name__}; expected a tensor [B, L, C]")
-    if x.dim() != 3:
-        raise ValueError(f"{name} has shape {list(x.shape)}; expected three dimensions [B, L, C]")
-    if x.shape[1] < 1 or x.shape[2] < 1:
-        raise ValueError(f"{name} has shape {list(x.shape)}; expected at least one position and one channel")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} has dtype {x.dtype}; expected a floating-point dtype")
-    if x.stride(-1) != 1 and x.shape[-1] > 1 and x.shape[0]:  # .contiguous() leaves the strides of an empty tensor
-        raise ValueError(f"{name} has stride {x.stride(-1)} in its last dimension; expected 1, as after .contiguous()")
-
-
-def check_parameter(name: str, value: Tensor, shape: tuple[int, ...], letters: str, x: Tensor) -> None:
-    """Refuse what is not a tensor of this shape on the device of x, in its dtype or float32."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor {letters}")
-    if tuple(value.shape) != shape:
-        raise ValueError(f"{name} has shape {list(value.shape)}; expected {letters} = {list(shape)}")
-    if value.dtype not in (x.dtype, torch.float32):
-        raise TypeError(f"{name} has dtype {value.dtype}; expected {x.dtype}, the dtype of x, or torch.float32")
-    if value.device != x.device:
-        raise ValueError(f"{name} is on {value.device}; expected {x.device}, the device of x")
-
-
-def check_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, prefix: str = "") -> None:
-    """Refuse an affine map or a number of groups that does not fit the channels of x."""
-    channels = x.shape[-1]
-    check_int(f"{prefix}groups", groups)
-    if groups < 1 or channels % groups:
-        raise ValueError(f"{prefix}groups is {groups}; expected a divisor of the number of channels, {channels}")
-    check_parameter(f"{prefix}weight", weight, (channels,), "[C]", x)
-    check_parameter(f"{prefix}bias", bias, (channels,), "[C]", x)
-
-
-def check_film(x: Tensor, scale: Tensor | None, shift: Tensor | None, prefix: str = "") -> None:
-    """Refuse a scale or a shift that is not [B, C]."""
-    shape = (x.shape[0], x.shape[2])
-    for name, value in (("scale", scale), ("shift", shift)):
-        if value is not None:
-            check_parameter(prefix + name, value, shape, "[B, C]", x)
-
-
-def check_like(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, x: Tensor) -> None:
-    """Refuse what is not of this shape and dtype on the device of x."""
-    found, expected = (value.dtype, list(value.shape), value.device), (dtype, list(shape), x.device)
-    if found != expected:
-        raise ValueError("{} is {} {} on {}; expected {} {} on {}".format(name, *found, *expected))
-
-
-def check_activation(activation: str | None) -> None:
-    """Refuse an activation that the kernels do not have."""
-    if activation not in (None, "silu"):
-        raise ValueError(f"activation is {activation!r}; expected None or 'silu'")
-
-
-def check_eps(eps: float) -> None:
-    """Refuse an eps below zero."""
-    if not eps >= 0:
-        raise ValueError(f"eps is {eps}; expected at least 0")
-
-
-def check_int(name: str, value: Any) -> None:
-    """Refuse what is not an int."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} is {value!r}; expected an int")
-
-
 _PARAMETERS = "Tensor weight, Tensor bias, Tensor? scale, Tensor? shift"
 
 torch.library.define(_OP, f"(Tensor x, {_PARAMETERS}, int groups, bool silu, float eps, str impl) -> (Tensor, Tensor)")
@@ -207,10 +148,15 @@ torch.library.define(
 )
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, scale: Tensor | None, shift: Tensor | None) -> None:
-    check_tokens("x", x)
-    check_norm(x, weight, bias, groups)
-    check_film(x, scale, shift)
+def _check(x: Tensor, *args: Any) -> None:
+    weight, bias, scale, shift, groups, _silu, eps, _impl = args
+    _checks.group_norm(x, weight, bias, scale, shift, groups, eps)
+
+
+def _check_gradients(d_out: Tensor, x: Tensor, *args: Any) -> None:
+    weight, bias, scale, shift, stats, groups, _silu, _impl = args
+    _checks.group_norm(x, weight, bias, scale, shift, groups, 0.0)
+    _checks.group_norm_gradients(d_out, x, stats, groups)
 
 
 def _compute(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -224,30 +170,19 @@ def _compute_gradients(d_out: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Te
     return kernels("norm", impl, x).backward(d_out, x, *parameters, stats, groups=groups, silu=silu)
 
 
-# Arguments are checked again where the ops are called: that can be done directly, and kernels trust them.
-@torch.library.impl(_OP, "CompositeExplicitAutograd")
-def _forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    weight, bias, scale, shift, groups, *_ = args
-    _check(x, weight, bias, groups, scale, shift)
-    return _compute(x, *args)
-
-
-@torch.library.impl(_BACKWARD_OP, "CompositeExplicitAutograd")
-def _backward(d_out: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    weight, bias, scale, shift, stats, groups, *_ = args
-    _check(x, weight, bias, groups, scale, shift)
-    check_like("d_out", d_out, tuple(x.shape), x.dtype, x)
-    check_like("stats", stats, (x.shape[0], groups, 2), torch.float32, x)
-    return _compute_gradients(d_out, x, *args)
+register("group_norm", _check, _compute, _check_gradients, _compute_gradients)
 
 
 @torch.library.register_fake(_OP)
 def _fake_forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty((x.shape[0], args[4], 2), dtype=torch.float32)
+    _check(x, *args)
+    groups = args[4]
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], groups, 2), dtype=torch.float32)
 
 
 @torch.library.register_fake(_BACKWARD_OP)
-def _fake_backward(d_out: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_backward(d_out: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    _check_gradients(d_out, x, *args)
     return x.new_empty(x.shape), x.new_empty((x.shape[0], x.shape[2], 2), dtype=torch.float32)
 
 
@@ -270,4 +205,4 @@ class _GroupNorm(torch.autograd.Function):
         return None, d_x, *parameter_gradients(sums, *saved[1:5]), None, None, None, None
 
 
-register_autograd("group_norm", _GroupNorm, _compute, _compute_gradients)
+register_autograd("group_norm", _GroupNorm)

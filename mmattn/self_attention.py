@@ -13,17 +13,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmattn import dispatch
+from mmattn import _checks, dispatch
 from mmattn._library import (
     below_autograd,
     call,
+    count_flops,
     gradients_of,
     is_autocast,
     kernels,
+    register,
     register_autograd,
     to_autocast,
 )
-from mmattn.norm import check_int
+from mmattn.attention import direction_flops
 
 _OP = "mmattn::self_attention"
 _BACKWARD_OP = "mmattn::self_attention_backward"
@@ -59,7 +61,7 @@ def self_attention(
     device_type = q.device.type if isinstance(q, Tensor) else "cpu"
     if is_autocast(device_type):
         q, k, v = (to_autocast(t, torch.get_autocast_dtype(device_type)) for t in (q, k, v))
-    _check(q, k, v, segments)
+    _checks.self_attention(q, k, v, segments)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     chosen = dispatch.choose("self_attention", impl, q)
     if chosen == "triton" and q.shape[1] // segments > _SHORT and dispatch.requested(impl) == "auto":
@@ -80,29 +82,6 @@ def reference(q: Tensor, k: Tensor, v: Tensor, *, segments: int, scale: float | 
     return out.transpose(1, 2).reshape(batch, length, heads, dim)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, segments: int) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor [B, L, H, D]")
-        if tensor.dim() != 4 or min(tensor.shape[1:]) < 1:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; expected [B, L, H, D], none of L, H, D zero")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} has dtype {tensor.dtype}; expected a floating-point dtype")
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"{name} has dtype {tensor.dtype}; expected {q.dtype}, the dtype of q")
-        if tensor.device != q.device:
-            raise ValueError(f"{name} is on {tensor.device}; expected {q.device}, the device of q")
-        if tensor.shape != q.shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {list(q.shape)}, the shape of q")
-        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            raise ValueError(
-                f"{name} has stride {tensor.stride(-1)} in its last dimension; expected 1, as after .contiguous()"
-            )
-    check_int("segments", segments)
-    if segments < 1 or q.shape[1] % segments:
-        raise ValueError(f"segments is {segments}; expected a divisor of the number of tokens, {q.shape[1]}")
-
-
 torch.library.define(_OP, "(Tensor q, Tensor k, Tensor v, SymInt segments, float scale, str impl) -> (Tensor, Tensor)")
 torch.library.define(
     _BACKWARD_OP,
@@ -111,37 +90,42 @@ torch.library.define(
 )
 
 
+def _check(q: Tensor, k: Tensor, v: Tensor, segments: int, scale: float, impl: str) -> None:
+    _checks.self_attention(q, k, v, segments)
+
+
+def _check_gradients(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: int, scale: float, impl: str
+) -> None:
+    _checks.self_attention(q, k, v, segments)
+    _checks.self_attention_gradients(d_out, q, out, lse)
+
+
 def _compute(q: Tensor, k: Tensor, v: Tensor, segments: int, scale: float, impl: str) -> tuple[Tensor, Tensor]:
     return kernels("attention", impl, q).self_forward(q, k, v, segments=segments, scale=scale)
 
 
-def _compute_gradients(d_out: Tensor, q: Tensor, *args: Any) -> Tensor:
-    k, v, out, lse, segments, scale, impl = args
+def _compute_gradients(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: int, scale: float, impl: str
+) -> Tensor:
     return kernels("attention", impl, q).self_backward(d_out, q, k, v, out, lse, segments=segments, scale=scale)
 
 
-# Arguments are checked again where the ops are called: that can be done directly, and kernels trust them.
-@torch.library.impl(_OP, "CompositeExplicitAutograd")
-def _forward(q: Tensor, k: Tensor, v: Tensor, segments: int, scale: float, impl: str) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, segments)
-    return _compute(q, k, v, segments, scale, impl)
-
-
-@torch.library.impl(_BACKWARD_OP, "CompositeExplicitAutograd")
-def _backward(d_out: Tensor, q: Tensor, *args: Any) -> Tensor:
-    k, v, _out, _lse, segments, *_ = args
-    _check(q, k, v, segments)
-    return _compute_gradients(d_out, q, *args)
+register("self_attention", _check, _compute, _check_gradients, _compute_gradients)
 
 
 @torch.library.register_fake(_OP)
-def _fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    _check(*args)
+    q: Tensor = args[0]
     batch, length, heads, _dim = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, heads, length), dtype=torch.float32)
 
 
 @torch.library.register_fake(_BACKWARD_OP)
-def _fake_backward(d_out: Tensor, q: Tensor, *_: Any) -> Tensor:
+def _fake_backward(*args: Any) -> Tensor:
+    _check_gradients(*args)
+    q: Tensor = args[1]
     batch, length, heads, dim = q.shape
     return q.new_empty((batch, length, 3, heads, dim))
 
@@ -164,4 +148,15 @@ class _SelfAttention(torch.autograd.Function):
         return None, *d_qkv.unbind(2), None, None, None
 
 
-register_autograd("self_attention", _SelfAttention, _compute, _compute_gradients)
+register_autograd("self_attention", _SelfAttention)
+
+
+def _flops(q: Any, k: Any, v: Any, segments: int, *_: Any, **__: Any) -> int:
+    return direction_flops(q, k, segments, 1, products=2)
+
+
+def _gradient_flops(d_out: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, segments: int, *_: Any, **__: Any) -> int:
+    return direction_flops(q, k, segments, 1, products=5)
+
+
+count_flops("self_attention", _flops, _gradient_flops)

@@ -284,7 +284,7 @@ def test_autocast_on_the_device():
 ONES = torch.ones(1, 12, 2, 8)
 BAD = {
     "not a tensor": ({"q": None}, TypeError, "q is a NoneType; expected a tensor"),
-    "rank": ({"q": ONES[0]}, ValueError, r"q has shape \[12, 2, 8\]; expected \[B, L, H, D\]"),
+    "rank": ({"q": ONES[0]}, ValueError, r"q has shape \[12, 2, 8\]; expected four dimensions \[B, L, H, D\]"),
     "no tokens": ({"q": ONES[:, :0]}, ValueError, r"q has shape \[1, 0, 2, 8\]"),
     "integers": ({"q": ONES.int()}, TypeError, "q has dtype torch.int32; expected a floating-point"),
     "dtype": ({"k": ONES.double()}, TypeError, "k has dtype torch.float64; expected torch.float32, the dtype of q"),

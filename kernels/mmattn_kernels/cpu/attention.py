@@ -77,7 +77,7 @@ def self_backward(
 ) -> Tensor:
     """The gradients of q, k and v as one packed [B, L, 3, H, D]."""
     batch, length, heads, dim = q.shape
-    d_qkv = torch.empty((batch, length, 3, heads, dim), dtype=q.dtype)
+    d_qkv = q.new_empty((batch, length, 3, heads, dim))
     tensors = (q, k, v, out, _contiguous_channels(d_out), *d_qkv.unbind(2))
     _run(extension().attention_backward, [(tensors, lse)], (segments, 1, 0, scale))
     return d_qkv
@@ -96,12 +96,12 @@ def _run(kernel, directions, geometry) -> None:
 
 
 def _empty(like: Tensor) -> Tensor:
-    return torch.empty(like.shape, dtype=like.dtype)
+    return like.new_empty(like.shape)
 
 
 def _empty_lse(q: Tensor) -> Tensor:
     batch, length, heads, _ = q.shape
-    return torch.empty((batch, heads, length), dtype=torch.float32)
+    return q.new_empty((batch, heads, length), dtype=torch.float32)
 
 
 def _contiguous_channels(t: Tensor) -> Tensor:

@@ -45,13 +45,15 @@ def forward(
     """Writes to `out`, which may be x itself where K = 1, or to new memory. With a width, nine taps are 3 x 3."""
     batch, length, _ = x.shape
     if out is None:
-        out = torch.empty((batch, length, weight.shape[0]), dtype=x.dtype)
-    stats = torch.empty((batch, groups, 2), dtype=torch.float32)
+        out = x.new_empty((batch, length, weight.shape[0]))
+    stats = x.new_empty((batch, groups, 2), dtype=torch.float32)
     if batch:
         parameters = readable(norm_weight, norm_bias, scale, shift)
         norm = norm_arguments(parameters, stats, groups, silu, eps)
         packed = _packed_weight(weight, x.dtype == torch.bfloat16)
-        _convolve(x, out, residual, packed, bias, norm, weight.shape, (int(dilation), int(height), int(width)))
+        _convolve(
+            x, out, residual, packed, bias, norm, weight.shape, (min(int(dilation), length), int(height), int(width))
+        )
     return out, stats
 
 
@@ -79,16 +81,17 @@ def backward(
     is_bf16, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
     prologue = (norm_weight, norm_bias, scale, shift)
     has_prologue = bool(groups) or silu or scale is not None or shift is not None
-    d_x = torch.empty(x.shape if need_x else 0, dtype=x.dtype)
-    d_weight = torch.empty(weight.shape if need_weight else 0, dtype=weight.dtype)
-    d_bias = torch.empty(out_channels if need_bias else 0, dtype=torch.float32)
-    sums = torch.zeros((batch, in_channels, 2) if need_x and has_prologue else 0, dtype=torch.float32)
+    d_x = x.new_empty(x.shape if need_x else 0)
+    d_weight = weight.new_empty(weight.shape if need_weight else 0)
+    d_bias = x.new_empty(out_channels if need_bias else 0, dtype=torch.float32)
+    sums = x.new_zeros((batch, in_channels, 2) if need_x and has_prologue else 0, dtype=torch.float32)
     if batch == 0:
         return d_x, d_weight.zero_(), d_bias.zero_(), sums
-    geometry = (int(dilation), int(height), int(width), is_bf16, threads)
+    geometry = (min(int(dilation), length), int(height), int(width), is_bf16, threads)
     sizes = (batch, length, in_channels, out_channels, taps, *geometry)
     if need_x:
-        pointer, kind, out_stride, in_stride, tap_stride, *_ = _weight_arguments(weight)
+        near = _near(weight)
+        pointer, kind, out_stride, in_stride, tap_stride, *_ = _weight_arguments(near)
         # The gradient of y is the convolution with channels swapped and taps in reverse.
         last_tap = pointer + (taps - 1) * tap_stride * weight.element_size()
         reverse = (last_tap, kind, in_stride, out_stride, -tap_stride, in_channels, out_channels, taps)
@@ -169,10 +172,16 @@ def _content_hash(weight: Tensor) -> tuple[int, int]:
 def _pack(weight: Tensor, is_bf16: bool) -> Tensor:
     """The weight [Cout, Cin, K] in the order in which the kernels of the instruction set read it, on a cache line."""
     size = extension().conv_packed_bytes(*weight.shape, is_bf16)
-    packed = torch.empty(size + 64, dtype=torch.uint8)
+    packed = weight.new_empty(size + 64, dtype=torch.uint8)
     packed = packed[-packed.data_ptr() % 64 :][:size]
+    weight = _near(weight)
     extension().conv_pack(_weight_arguments(weight), is_bf16, packed.data_ptr(), torch.get_num_threads())
     return packed
+
+
+def _near(weight: Tensor) -> Tensor:
+    """The weight with its elements so close together that the kernels' 32-bit offsets within a vector reach them."""
+    return weight if max(weight.stride()) < 2**26 else weight.contiguous()
 
 
 def _weight_arguments(weight: Tensor) -> tuple[int, ...]:

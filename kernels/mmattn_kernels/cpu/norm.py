@@ -26,8 +26,8 @@ def forward(
     silu: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    out = torch.empty(x.shape, dtype=x.dtype)
-    stats = torch.empty((x.shape[0], groups, 2), dtype=torch.float32)
+    out = x.new_empty(x.shape)
+    stats = x.new_empty((x.shape[0], groups, 2), dtype=torch.float32)
     if x.numel():
         parameters = readable(weight, bias, scale, shift)
         sizes = (*x.shape, x.dtype == torch.bfloat16, torch.get_num_threads())
@@ -51,8 +51,8 @@ def backward(
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x, written over `d_out` if `in_place`, and [B, C, 2] sums over the positions of dz and dz * h."""
-    d_x = d_out if in_place else torch.empty(x.shape, dtype=x.dtype)
-    sums = torch.zeros((x.shape[0], x.shape[2], 2), dtype=torch.float32)
+    d_x = d_out if in_place else x.new_empty(x.shape)
+    sums = x.new_zeros((x.shape[0], x.shape[2], 2), dtype=torch.float32)
     if x.numel():
         parameters = readable(weight, bias, scale, shift)
         sizes = (*x.shape, x.dtype == torch.bfloat16, torch.get_num_threads())

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: MIT
+"""What stands in front of the kernels: every argument of every op, forward and backward, whoever calls it.
+
+Kernels get pointers, sizes and strides, and trust them. So the public functions check what they are given, and what is
+registered with torch.library checks it again, as it can be called directly; backward is checked where it computes,
+since hooks may have put other tensors in the place of the saved ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ATTENTION_TENSORS = ("video_q", "video_k", "video_v", "audio_q", "audio_k", "audio_v")
+_COUNTS = {1: "one dimension", 2: "two dimensions", 3: "three dimensions", 4: "four dimensions"}
+_plain_keys: set[int] = set()
+_INDIRECT = (
+    "Negative",
+    "Conjugate",
+    "ZeroTensor",
+    "Python",
+    "Functionalize",
+    "FuncTorchBatched",
+    "FuncTorchGradWrapper",
+)
+
+
+def is_plain(t: Tensor) -> bool:
+    """Whether the memory of a tensor is its value: no lazy sign or conjugate, no subclass that computes for itself.
+
+    What torch dispatches a tensor by tells; the combinations that were found plain are kept.
+    """
+    keys = torch._C._dispatch_keys(t)
+    if keys.raw_repr() in _plain_keys:
+        return True
+    indirect = any(keys.has(getattr(torch._C.DispatchKey, name)) for name in _INDIRECT)
+    if indirect or t.layout is not torch.strided or t.is_nested or t.is_quantized or t.is_meta:
+        return False
+    _plain_keys.add(keys.raw_repr())
+    return True
+
+
+def plain(op: Any, args: Sequence[Any]) -> None:
+    """Refuse tensors among the arguments of an op whose memory is not their value."""
+    for at, t in enumerate(args):
+        if isinstance(t, Tensor) and not is_plain(t):
+            name = op._schema.arguments[at].name
+            _refuse_layout(name, t)
+            raise ValueError(f"{name} is {torch._C._dispatch_keys(t)}; expected a tensor whose memory is its value")
+
+
+def integer(name: str, value: Any, minimum: int | None = None) -> None:
+    """Refuse what is not an int, or below the minimum."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} is {value!r}; expected an int")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name} is {value}; expected at least {minimum}")
+
+
+def activation(value: str | None) -> None:
+    """Refuse an activation that the kernels do not have."""
+    if value not in (None, "silu"):
+        raise ValueError(f"activation is {value!r}; expected None or 'silu'")
+
+
+def window(frames: int, size: int) -> None:
+    """Refuse a window that is not 1..frames."""
+    integer("frames", frames, 1)
+    integer("window", size)
+    if not 1 <= size <= frames:
+        raise ValueError(f"window is {size}; expected 1..frames = 1..{frames}")
+
+
+def attention(tensors: Sequence[Tensor], frames: int, size: int, shift: int | Tensor) -> int | Tensor:
+    """The arguments of random-shift attention; returns the shift, as an int where it can be read."""
+    video_q, audio_q = tensors[0], tensors[3]
+    for name, q, length in (("video_q", video_q, "F*P"), ("audio_q", audio_q, "T")):
+        _sequence(name, q, f"[B, {length}, H, D]", 4)
+    batch, video_len, heads, dim = video_q.shape
+    audio_len = audio_q.shape[1]
+    for at, (name, t) in enumerate(zip(ATTENTION_TENSORS, tensors, strict=True)):
+        first, letters = (video_q, "[B, F*P, H, D]") if at < 3 else (audio_q, "[B, T, H, D]")
+        _like(name, t, first.shape, letters, video_q, "video_q")
+        _contiguous_channels(name, t)
+    if audio_q.shape != (batch, audio_len, heads, dim):
+        found = list(audio_q.shape)
+        raise ValueError(f"audio_q has shape {found}; expected [{batch}, T, {heads}, {dim}] to match video_q")
+    if heads < 1 or dim < 1:
+        raise ValueError(f"video_q has shape {list(video_q.shape)}; expected at least one head and one channel")
+    window(frames, size)
+    if video_len < frames or video_len % frames:
+        raise ValueError(f"frames is {frames}; expected a divisor of the number of video tokens, {video_len}")
+    if audio_len < frames:
+        raise ValueError(f"audio_q has {audio_len} positions; expected at least one for each of the {frames} frames")
+    return shift_in_range(shift, frames - size, video_q)
+
+
+def attention_gradients(
+    d_out: Sequence[Tensor], tensors: Sequence[Tensor], out: Sequence[Tensor], lse: Sequence[Tensor]
+) -> None:
+    """What the backward of random-shift attention is given besides `attention`'s arguments, of video and of audio."""
+    names = (("d_video_out", "video_out", "video_lse"), ("d_audio_out", "audio_out", "audio_lse"))
+    for at, of_stream in enumerate(names):
+        _attention_results(of_stream, (d_out[at], out[at], lse[at]), tensors[3 * at], ATTENTION_TENSORS[3 * at])
+
+
+def self_attention(q: Tensor, k: Tensor, v: Tensor, segments: int) -> None:
+    """The arguments of self-attention in segments."""
+    _sequence("q", q, "[B, L, H, D]", 4)
+    if min(q.shape[1:]) < 1:
+        raise ValueError(f"q has shape {list(q.shape)}; expected [B, L, H, D], none of L, H, D zero")
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        _like(name, t, q.shape, "[B, L, H, D]", q, "q")
+        _contiguous_channels(name, t)
+    integer("segments", segments)
+    if segments < 1 or q.shape[1] % segments:
+        raise ValueError(f"segments is {segments}; expected a divisor of the number of tokens, {q.shape[1]}")
+
+
+def self_attention_gradients(d_out: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> None:
+    """What the backward of self-attention is given besides `self_attention`'s arguments."""
+    _attention_results(("d_out", "out", "lse"), (d_out, out, lse), q, "q")
+
+
+def group_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float
+) -> None:
+    """The arguments of a group normalisation."""
+    _tokens("x", x)
+    _normalisation(x, weight, bias, groups)
+    _film(x, scale, shift)
+    _eps(eps)
+
+
+def group_norm_gradients(d_out: Tensor, x: Tensor, stats: Tensor, groups: int) -> None:
+    """What the backward of a group normalisation is given besides `group_norm`'s arguments."""
+    _result("d_out", d_out, tuple(x.shape), "[B, L, C]", x.dtype, x)
+    _result("stats", stats, (x.shape[0], groups, 2), "[B, groups, 2]", torch.float32, x)
+    _contiguous("stats", stats)
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    prologue: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    residual: Tensor | None,
+    groups: int | None,
+    dilation: int,
+    height: int,
+    width: int,
+    eps: float,
+) -> None:
+    """The arguments of a convolution; prologue: norm's weight and bias, scale, shift. groups: None is no norm."""
+    _tokens("x", x)
+    _weight(x, weight)
+    if bias is not None:
+        _parameter("bias", bias, (weight.shape[0],), "[Cout]", x)
+    integer("dilation", dilation, 1)
+    if weight.shape[2] == 9 and not (height == 0 and width == 0):
+        _frames(x, height, width)
+    elif height or width:
+        raise ValueError(f"weight has shape {list(weight.shape)}; expected nine taps for a height and a width")
+    if residual is not None:
+        _sequence("residual", residual, "[B, L, Cout]", 3)
+        _like("residual", residual, (x.shape[0], x.shape[1], weight.shape[0]), "[B, L, Cout]", x, "x")
+        _contiguous_channels("residual", residual)
+    norm_weight, norm_bias, scale, shift = prologue
+    if groups is not None:
+        _normalisation(x, norm_weight, norm_bias, groups, "norm's ")
+    _film(x, scale, shift, "film's ")
+    _eps(eps)
+
+
+def conv_gradients(d_out: Tensor, x: Tensor, weight: Tensor, stats: Tensor, groups: int) -> None:
+    """What the backward of a convolution is given besides `conv`'s arguments."""
+    _result("d_out", d_out, (x.shape[0], x.shape[1], weight.shape[0]), "[B, L, Cout]", x.dtype, x)
+    _result("stats", stats, (x.shape[0], groups, 2), "[B, groups, 2]", torch.float32, x)
+    _contiguous("stats", stats)
+
+
+def _attention_results(names: Sequence[str], tensors: Sequence[Tensor], q: Tensor, q_name: str) -> None:
+    batch, length, heads, _ = q.shape
+    for name, t in zip(names[:2], tensors[:2], strict=True):
+        _result(name, t, tuple(q.shape), f"the shape of {q_name},", q.dtype, q)
+    _contiguous_channels(names[1], tensors[1])
+    _result(names[2], tensors[2], (batch, heads, length), "[B, H, L]", torch.float32, q)
+    _contiguous(names[2], tensors[2])
+
+
+def shift_in_range(shift: int | Tensor, largest: int, like: Tensor) -> int | Tensor:
+    if isinstance(shift, Tensor):
+        if shift.numel() != 1 or shift.dtype not in (torch.int32, torch.int64):
+            found = f"a {shift.dtype} tensor of shape {list(shift.shape)}"
+            raise TypeError(f"shift is {found}; expected one int32 or int64 element")
+        if shift.device != like.device:
+            raise ValueError(f"shift is on {shift.device}; expected {like.device}, the device of video_q")
+        # A trace has no value to read, and an accelerator would be waited for.
+        if shift.device.type != "cpu" or torch.compiler.is_compiling() or type(shift) is not Tensor:
+            return shift
+        shift = int(shift)
+    elif isinstance(shift, bool) or not isinstance(shift, (int, torch.SymInt)):
+        raise TypeError(f"shift is {shift!r}; expected an int or an integer tensor of one element")
+    if not 0 <= shift <= largest:
+        raise ValueError(f"shift is {shift}; expected 0..frames-window = 0..{largest}")
+    return shift
+
+
+def _tokens(name: str, x: Tensor) -> None:
+    _sequence(name, x, "[B, L, C]", 3)
+    if x.shape[1] < 1 or x.shape[2] < 1:
+        raise ValueError(f"{name} has shape {list(x.shape)}; expected at least one position and one channel")
+    _contiguous_channels(name, x)
+
+
+def _sequence(name: str, x: Tensor, letters: str, dimensions: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; expected a tensor {letters}")
+    if x.layout is not torch.strided or x.is_nested:
+        _refuse_layout(name, x)
+    if x.dim() != dimensions:
+        raise ValueError(f"{name} has shape {list(x.shape)}; expected {_COUNTS[dimensions]} {letters}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} has dtype {x.dtype}; expected a floating-point dtype")
+
+
+def _refuse_layout(name: str, x: Tensor) -> None:
+    if x.layout is not torch.strided or x.is_nested or x.is_quantized:
+        what = "nested" if x.is_nested else "quantised" if x.is_quantized else str(x.layout)
+        raise TypeError(f"{name} is {what}; expected a dense tensor, torch.strided")
+
+
+def _like(name: str, t: Tensor, shape: Sequence[int], letters: str, first: Tensor, first_name: str) -> None:
+    """Refuse what has not this shape and the dtype and device of `first`."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} is a {type(t).__name__}; expected a tensor {letters}")
+    if t.dtype == first.dtype and t.device == first.device and t.shape == shape and t.layout is torch.strided:
+        return
+    _refuse_layout(name, t)
+    if t.dim() != len(shape):
+        raise ValueError(f"{name} has shape {list(t.shape)}; expected {_COUNTS[len(shape)]} {letters}")
+    if t.dtype != first.dtype:
+        raise TypeError(f"{name} has dtype {t.dtype}; expected {first.dtype}, the dtype of {first_name}")
+    if t.device != first.device:
+        raise ValueError(f"{name} is on {t.device}; expected {first.device}, the device of {first_name}")
+    raise ValueError(f"{name} has shape {list(t.shape)}; expected {list(shape)} for {letters}")
+
+
+def _contiguous_channels(name: str, x: Tensor) -> None:
+    if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel():  # .contiguous() leaves the strides of an empty tensor
+        raise ValueError(f"{name} has stride {x.stride(-1)} in its last dimension; expected 1, as after .contiguous()")
+
+
+def _contiguous(name: str, t: Tensor) -> None:
+    if not t.is_contiguous():
+        raise ValueError(f"{name} has strides {list(t.stride())}; expected a contiguous tensor, as forward returns it")
+
+
+def _parameter(name: str, t: Any, shape: tuple[int, ...], letters: str, x: Tensor) -> None:
+    """Refuse what is not a tensor of this shape on the device of x, in its dtype or float32."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} is a {type(t).__name__}; expected a tensor {letters}")
+    if t.shape != shape:
+        raise ValueError(f"{name} has shape {list(t.shape)}; expected {letters} = {list(shape)}")
+    if t.dtype != torch.float32 and t.dtype != x.dtype:
+        raise TypeError(f"{name} has dtype {t.dtype}; expected {x.dtype}, the dtype of x, or torch.float32")
+    if t.device != x.device:
+        raise ValueError(f"{name} is on {t.device}; expected {x.device}, the device of x")
+    if t.layout is not torch.strided:
+        _refuse_layout(name, t)
+
+
+def _result(name: str, t: Any, shape: tuple[int, ...], letters: str, dtype: torch.dtype, like: Tensor) -> None:
+    """Refuse what is not of the shape, dtype and device of what forward returned, or of the gradient of it."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} is a {type(t).__name__}; expected a tensor {letters} {list(shape)}")
+    if t.layout is not torch.strided:
+        _refuse_layout(name, t)
+    if t.dtype != dtype or t.device != like.device or t.shape != shape:
+        found, expected = (t.dtype, list(t.shape), t.device), (dtype, letters, list(shape), like.device)
+        raise ValueError("{} is {} {} on {}; expected {} {} {} on {}".format(name, *found, *expected))
+
+
+def _weight(x: Tensor, weight: Any) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight is a {type(weight).__name__}; expected a tensor [Cout, Cin, K]")
+    shape = weight.shape
+    if len(shape) != 3 or shape[1] != x.shape[2] or shape[2] % 2 == 0 or shape[0] < 1:
+        expected = f"[Cout, Cin, K] with Cin = {x.shape[2]}, as in x, K odd"
+        raise ValueError(f"weight has shape {list(shape)}; expected {expected}")
+    _parameter("weight", weight, shape, "[Cout, Cin, K]", x)
+
+
+def _frames(x: Tensor, height: int, width: int) -> None:
+    integer("height", height, 1)
+    integer("width", width, 1)
+    if x.shape[1] % (height * width):
+        raise ValueError(
+            f"x has {x.shape[1]} positions; expected a multiple of height * width = {height} * {width}, whole frames"
+        )
+
+
+def _normalisation(x: Tensor, weight: Any, bias: Any, groups: int, prefix: str = "") -> None:
+    channels = x.shape[-1]
+    integer(f"{prefix}groups", groups)
+    if groups < 1 or channels % groups:
+        raise ValueError(f"{prefix}groups is {groups}; expected a divisor of the number of channels, {channels}")
+    _parameter(f"{prefix}weight", weight, (channels,), "[C]", x)
+    _parameter(f"{prefix}bias", bias, (channels,), "[C]", x)
+
+
+def _film(x: Tensor, scale: Tensor | None, shift: Tensor | None, prefix: str = "") -> None:
+    if scale is not None:
+        _parameter(f"{prefix}scale", scale, (x.shape[0], x.shape[2]), "[B, C]", x)
+    if shift is not None:
+        _parameter(f"{prefix}shift", shift, (x.shape[0], x.shape[2]), "[B, C]", x)
+
+
+def _eps(eps: float) -> None:
+    if isinstance(eps, bool) or not isinstance(eps, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"eps is {eps!r}; expected a number")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps is {eps}; expected at least 0, and finite")
