@@ -48,7 +48,9 @@ def methods(owner: str, value: Any) -> Iterator[str]:
 def entry(name: str, value: Any, level: int = 3) -> list[str]:
     """Heading, signature and docstring of one name."""
     signature = re.sub(r" at 0x[0-9a-f]+", "", str(inspect.signature(value)))
-    signature = re.sub(r"\((self|cls), ?|\((self|cls)\)", lambda m: "(" if m[0].endswith((",", " ")) else "()", signature)
+    signature = re.sub(
+        r"\((self|cls), ?|\((self|cls)\)", lambda m: "(" if m[0].endswith((",", " ")) else "()", signature
+    )
     text = inspect.getdoc(value) or ""
     return [f"{'#' * level} {name}", "", "```", f"{name}{signature}", "", text, "```", ""]
 

@@ -19,14 +19,11 @@ from mmattn import _layers
 from mmattn._layers import convolve_frames
 from mmattn._streams import side_by_side
 from mmattn.modules import project_residual
+from mmdiffusion.model.config import AUDIO_RATE, NORM_GROUPS, VIDEO_RATE
 
 Streams: TypeAlias = tuple[Tensor | None, Tensor | None]
 Resampling: TypeAlias = Literal["down", "up"] | None
 Layer = TypeVar("Layer", bound=nn.Module)
-
-NORM_GROUPS = 32
-# By which a level is coarser than the one above it: video in height and width, audio in time.
-VIDEO_RATE, AUDIO_RATE = 2, 4
 
 
 def convolve(
