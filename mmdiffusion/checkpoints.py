@@ -112,8 +112,8 @@ def _parameters(unet: CoupledUNet) -> Iterator[tuple[str, nn.Parameter, tuple[in
             for name, parameter in modules[ours].named_parameters():
                 if name not in ("weight", "bias"):
                     raise ValueError(
-                        f"a {type(part).__name__} has a parameter {ours}.{name}, for which a published checkpoint has "
-                        "no place; merge adapters (merge_and_unload of peft), remove parametrizations and pruning first"
+                        f"a {type(part).__name__} has a parameter {ours}.{name}, unknown to published checkpoints; "
+                        "merge adapters (merge_and_unload of peft) and remove parametrizations and pruning first"
                     )
                 shape = (*parameter.shape, *(1,) * trailing) if name == "weight" else tuple(parameter.shape)
                 yield f"{place}.{theirs}.{name}", parameter, shape

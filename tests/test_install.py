@@ -96,7 +96,7 @@ def test_the_reason_of_a_missing_extension_is_told(tmp_path, monkeypatch):
         cpu._load.cache_clear()
 
 
-@pytest.mark.parametrize("package", ["diffusers", "av"])
+@pytest.mark.parametrize("package", ["diffusers"])
 @pytest.mark.parametrize("call", ["import mmdiffusion", "from mmdiffusion.cli import main; main(['--help'])"])
 def test_without_the_extra_packages_the_remedy_is_named(package, call):
     done = subprocess.run(
