@@ -96,8 +96,14 @@ def test_the_reason_of_a_missing_extension_is_told(tmp_path, monkeypatch):
         cpu._load.cache_clear()
 
 
-@pytest.mark.parametrize("package", ["diffusers"])
-@pytest.mark.parametrize("call", ["import mmdiffusion", "from mmdiffusion.cli import main; main(['--help'])"])
+@pytest.mark.parametrize(
+    ("package", "call"),
+    [
+        ("diffusers", "import mmdiffusion"),
+        ("diffusers", "from mmdiffusion.cli import main; main(['--help'])"),
+        ("av", "import mmdiffusion.media"),
+    ],
+)
 def test_without_the_extra_packages_the_remedy_is_named(package, call):
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.modules[{package!r}] = None; {call}"],
@@ -107,4 +113,4 @@ def test_without_the_extra_packages_the_remedy_is_named(package, call):
         check=False,
     )
     assert done.returncode != 0
-    assert f"mmdiffusion needs {package}" in done.stderr and "pip install 'mmattn[diffusion]'" in done.stderr
+    assert f"needs {package}, which" in done.stderr and "pip install 'mmattn[diffusion]'" in done.stderr

@@ -1,6 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Clips as files: tensors to MP4, WAV and PNG, and any film to tensors, with picture and sound aligned."""
 
+try:
+    import av  # noqa: F401
+except ModuleNotFoundError:
+    raise ModuleNotFoundError(
+        "mmdiffusion.media needs av, which is not installed: pip install 'mmattn[diffusion]'", name="av"
+    ) from None
+
 from mmdiffusion.clips import Clip
 from mmdiffusion.media.read import Film, open_film, read_clip
 from mmdiffusion.media.sheet import contact_sheet
