@@ -868,7 +868,7 @@ for impl in ("cpu", "triton"):
 
 
 def test_import_loads_nothing_compiled():
-    out = in_a_fresh_process("import sys, mmattn; print([m for m in sys.modules if m.startswith('mmattn_kernels')])")
+    out = in_a_fresh_process("import sys, mmattn; print([m for m in sys.modules if m.startswith('mmattn_kernels.')])")
     assert out.strip() == "[]"
 
 

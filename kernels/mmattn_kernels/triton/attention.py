@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mmattn_kernels import up_to
 from mmattn_kernels.triton import _host
 
 # Changing a length or the shift must not compile anew, not even for a value of 1 or a multiple of 16.
@@ -436,6 +437,10 @@ def _launch(name, inputs, others, frames, window, shift, scale, is_self=False):
     )  # fmt: skip
     with _host.on_device(video_q):
         launch(*inputs, *others, shift if shift_is_tensor else int(shift), float(scale))
+
+
+def supports(question):
+    return up_to(question, 128, smallest=16)
 
 
 def forward(video_q, video_k, video_v, audio_q, audio_k, audio_v, *, frames, window, shift, scale):

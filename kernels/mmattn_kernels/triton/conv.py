@@ -26,6 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mmattn_kernels import Support
 from mmattn_kernels.triton import _host, norm
 from mmattn_kernels.triton.norm import load_coefficients, pointers, sigmoid
 
@@ -259,6 +260,11 @@ def _weight_gradient(d_out, y, d_weight, *, dilation):
     with _host.on_device(y):
         partial(d_out, y, partials)
         merge(partials, d_weight)
+
+
+def supports(question):
+    """Any number of channels."""
+    return Support()
 
 
 def forward(x, weight, bias, norm_weight, norm_bias, scale, shift, residual, *, groups, dilation, silu, eps):
