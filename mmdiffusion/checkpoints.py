@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mmattn import RandomShiftAttention
+from mmattn import DilatedConvBlock, RandomShiftAttention
 from mmdiffusion._files import whole_file
+from mmdiffusion.clips import FRAME_RATE, SAMPLE_RATE
 from mmdiffusion.model.blocks import AudioHead, FirstLayer, ResidualBlock, VideoHead
+from mmdiffusion.model.config import has_middle_cross_attention
 
 if TYPE_CHECKING:
     from mmdiffusion.model.unet import CoupledUNet
@@ -37,6 +39,9 @@ _LANDSCAPE: dict[str, Any] = {
     "num_head_channels": 64,
     "use_scale_shift_norm": True,
     "resblock_updown": True,
+    "middle_cross_attention": True,
+    "frame_rate": FRAME_RATE,
+    "sample_rate": SAMPLE_RATE,
 }
 
 # The published code's own, of a model of another shape.
@@ -55,7 +60,7 @@ _TABLES: dict[type[nn.Module], dict[str, tuple[str, int]]] = {
         "audio": ("audio_conv.audio_conv", 0),
     },
     ResidualBlock: {
-        "embedding": ("emb_layers.1", 0),
+        "embedding": DilatedConvBlock._published["embedding"],
         "video.norm1": ("video_in_layers.0.GroupNorm", 0),
         "video.spatial": ("video_in_layers.2.video_conv_spatial", 0),
         "video.temporal": ("video_in_layers.2.video_conv_temporal", 0),
@@ -68,11 +73,7 @@ _TABLES: dict[type[nn.Module], dict[str, tuple[str, int]]] = {
         "video.temporal_attention.norm": ("temporal_attention_block.norm.GroupNorm", 0),
         "video.temporal_attention.qkv": ("temporal_attention_block.qkv", 0),
         "video.temporal_attention.out": ("temporal_attention_block.proj_out", 0),
-        "audio.norm1": ("audio_in_layers.0.GroupNorm", 0),
-        "audio.conv1": ("audio_in_layers.2.audio_conv", 0),
-        "audio.norm2": ("audio_out_layers.0.GroupNorm", 0),
-        "audio.conv2": ("audio_out_layers.3.audio_conv", 0),
-        "audio.skip": ("audio_skip_connection.audio_conv", 0),
+        **{f"audio.{ours}": theirs for ours, theirs in DilatedConvBlock._published.items() if ours != "embedding"},
         "audio.attention.norm": ("audio_attention_block.norm.GroupNorm", 0),
         "audio.attention.qkv": ("audio_attention_block.qkv", 0),
         "audio.attention.out": ("audio_attention_block.proj_out", 0),
@@ -109,6 +110,11 @@ def _parameters(unet: CoupledUNet) -> Iterator[tuple[str, nn.Parameter, tuple[in
             if ours not in modules:
                 continue
             for name, parameter in modules[ours].named_parameters():
+                if name not in ("weight", "bias"):
+                    raise ValueError(
+                        f"a {type(part).__name__} has a parameter {ours}.{name}, unknown to published checkpoints; "
+                        "merge adapters (merge_and_unload of peft) and remove parametrizations and pruning first"
+                    )
                 shape = (*parameter.shape, *(1,) * trailing) if name == "weight" else tuple(parameter.shape)
                 yield f"{place}.{theirs}.{name}", parameter, shape
 
@@ -129,9 +135,11 @@ def load(
         raise ValueError(f"preset is {preset!r}; expected one of {', '.join(map(repr, PRESETS))}")
     tensors = source if isinstance(source, Mapping) else read(source)
     tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
-    known = PRESETS[preset] if preset is not None else _infer(tensors)
+    known = _infer(tensors) if preset is None else PRESETS[preset]
     is_released = all(_LANDSCAPE.get(name, value) == value for name, value in known.items())
     known = {**(_LANDSCAPE if is_released else _DEFAULT_HEADS), **known}
+    if preset is not None and "cross_attention_windows" in config:
+        known["middle_cross_attention"] = has_middle_cross_attention(config["cross_attention_windows"])
     with torch.device("meta"):
         unet = cls(**{**known, **config})
     _refuse_what_does_not_fit({key: shape for key, _, shape in _parameters(unet)}, tensors)
@@ -219,7 +227,9 @@ def _infer(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     if len(streams) == 1:
         return config | {"streams": streams}
     crossed = rates("1.v_qkv.weight")
-    return config | {"cross_attention_resolutions": crossed} | ({} if crossed else {"cross_attention_windows": ()})
+    config["cross_attention_resolutions"] = crossed
+    config["middle_cross_attention"] = "middle_blocks.1.v_qkv.weight" in tensors
+    return config if crossed else config | {"cross_attention_windows": ()}
 
 
 def _refuse_what_does_not_fit(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:

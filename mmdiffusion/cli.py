@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 
 import mmattn
 from mmdiffusion import CoupledUNet, MMDiffusionPipeline, checkpoints
-from mmdiffusion.clips import FRAME_RATE
 from mmdiffusion.diffusion.schedulers import SCHEDULERS, make_scheduler
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -75,19 +74,25 @@ def sample(options: argparse.Namespace) -> None:
     dtype = options.dtype or ("float32" if processes.device.type == "cpu" else "bfloat16")
     unet = _load(options.model, options.preset, options.config)
     pipeline = MMDiffusionPipeline(torch.nn.Module.to(unet, processes.device, _DTYPES[dtype]), scheduler)
-    (frames, channels, *size), (sounds, positions) = unet.config["video_size"], unet.config["audio_size"]
-    sample_rate = positions * FRAME_RATE // frames
-    if channels != 3 or sounds > 2 or sample_rate * frames != positions * FRAME_RATE:
+    clips = pipeline.clip_format
+    if clips.video_size[1] != 3 or clips.audio_size[0] > 2:
         raise ValueError(
-            f"{options.model} makes video {[frames, channels, *size]} and audio {[sounds, positions]}; expected 3 "
-            f"channels, 1 or 2, and a whole number of positions a second at {FRAME_RATE} frames"
+            f"{options.model} makes video {list(clips.video_size)} and audio {list(clips.audio_size)}; expected 3 "
+            "channels of video, and 1 or 2 of audio"
         )
+    clips.check_rates()
     source, stream = options.audio_from or options.video_from, "audio" if options.audio_from else "video"
-    length = max(frames, pipeline._windows(options.seconds, options.overlap)[0])
+    length = max(clips.frames, clips.windows(options.seconds, options.overlap)[0])
     given = {}
     if source:
         clip = media.read_clip(
-            source, num_frames=length, sample_rate=sample_rate, size=tuple(size), start=options.start, need=[stream]
+            source,
+            num_frames=length,
+            fps=clips.frame_rate,
+            sample_rate=clips.sample_rate,
+            size=(clips.video_size[2], clips.video_size[3]),
+            start=options.start,
+            need=[stream],
         )
         given[stream] = getattr(clip, stream)[None]
     settings = {
@@ -107,7 +112,14 @@ def sample(options: argparse.Namespace) -> None:
     if options.force and processes.rank == 0:
         folder.Folder.clear(options.out)
     processes.wait()
-    target = folder.Folder(options.out, settings, sample_rate=sample_rate, formats=options.formats, rank=processes.rank)
+    target = folder.Folder(
+        options.out,
+        settings,
+        frame_rate=clips.frame_rate,
+        sample_rate=clips.sample_rate,
+        formats=options.formats,
+        rank=processes.rank,
+    )
     folder.fill(
         target,
         pipeline,

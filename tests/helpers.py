@@ -127,6 +127,7 @@ SMALL_UNET = {
     "channel_mult": (1, 2),
     "num_heads": 2,
     "num_head_channels": 32,
+    "middle_cross_attention": False,
 }
 
 

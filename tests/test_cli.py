@@ -160,6 +160,26 @@ def test_one_stream_from_the_other(model):
     assert json.loads(pathlib.Path("audio/samples.json").read_text())["settings"]["guidance_scale"] == 1e-4
 
 
+def test_clips_have_the_rates_of_the_model(capsys):
+    """One trained at 16 frames a second and 24 kHz is written so, and what it is given is read so."""
+    rates = {"frame_rate": 16, "sample_rate": 24000, "video_size": (4, 3, 16, 16), "audio_size": (1, 6000)}
+    CoupledUNet(**{**TINY, **rates}).save_pretrained("fast")
+    command = shlex.split("sample --model fast --num 1 --steps 2 --formats mp4 wav --out")
+    cli.main([*command, "out", "--seconds", "0.5"])
+    with av.open("out/clip-0000.mp4") as container:
+        (pictures,), (heard,) = container.streams.video, container.streams.audio
+        assert (pictures.average_rate, pictures.frames, heard.codec_context.sample_rate) == (16, 8, 24000)
+    assert sound("out/clip-0000.wav").shape == (1, 8000)  # half a second, read at 16 kHz
+    cli.main([*command, "again", "--video-from", "out/clip-0000.mp4"])
+    given, found = (
+        media.read_clip(f"{x}/clip-0000.mp4", num_frames=4, fps=16, size=None).video for x in ("out", "again")
+    )
+    assert (given - found).square().mean() < 0.02
+    CoupledUNet(**{**TINY, **rates, "sample_rate": 16000}).save_pretrained("uneven")
+    message = refused(capsys, "sample", "--model", "uneven", "--out", "out")
+    assert message.endswith("last equally long, as with a sample_rate of 24000") and "frame_rate 16" in message
+
+
 def test_longer_clips(model):
     sample("out", "--seconds", "0.9", "--formats", "wav", "mp4")
     clip = media.read_clip("out/clip-0000.mp4", size=None)
@@ -204,7 +224,7 @@ def test_two_processes_share_a_folder(model):
 def test_records_of_processes_are_merged(tmp_path):
     """Also of one that was interrupted, and is of no more use."""
     clip = media.Clip(torch.zeros(2, 3, 16, 16), torch.zeros(1, 3200))
-    options = {"settings": {"steps": 2}, "sample_rate": 16000, "formats": ["mp4"]}
+    options = {"settings": {"steps": 2}, "frame_rate": 10, "sample_rate": 16000, "formats": ["mp4"]}
     folders = [folder.Folder(tmp_path / "out", rank=rank, **options) for rank in (0, 1)]
     for number, rank in enumerate((0, 1, 0)):
         folders[rank].add(number, clip, {"seed": number})
@@ -296,7 +316,7 @@ def test_help_has_examples(capsys):
 
 def test_walk_through(monkeypatch, capsys):
     """README's, word for word, with a small released model."""
-    sizes = {"video_size": (16, 3, 8, 8), "audio_size": (1, 12800), "channel_mult": (1, 1, 1)}
+    sizes = {"video_size": (16, 3, 8, 8), "audio_size": (1, 12800), "sample_rate": 8000, "channel_mult": (1, 1, 1)}
     monkeypatch.setattr(checkpoints, "_LANDSCAPE", {**TINY, **sizes})
     monkeypatch.setitem(checkpoints.PRESETS, "landscape", {**TINY, **sizes})
     text = (ROOT / "README.md").read_text()

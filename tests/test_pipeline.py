@@ -436,6 +436,12 @@ def test_continuation_of_a_given_stream(name, guidance):
     assert torch.equal(found[other].narrow(1 if other == "video" else 2, 0, length), alone[other])
 
 
+def test_seconds_are_frames_of_the_model():
+    pipeline = small(frame_rate=20)
+    assert pipeline(1, 1, seconds=0.5).video.shape[1] == 10
+    assert small()(1, 1, seconds=0.5).video.shape[1] == 5
+
+
 def test_saved_and_loaded(tmp_path):
     for name in SCHEDULERS:
         pipeline = small(name)
@@ -568,8 +574,11 @@ REFUSED = {
     "generator is a int": {"generator": 7},
     "seconds is 0.0; expected": {"seconds": 0.0},
     "seconds is inf": {"seconds": math.inf},
-    "overlap is 0.0, 0 of 4 frames; expected a share of 1 to 3 frames": {"seconds": 1.0, "overlap": 0.0},
-    "overlap is 1.0, 4 of 4 frames": {"seconds": 1.0, "overlap": 1.0},
+    "seconds is 1000000000.0; expected .* at most 3600": {"seconds": 1e9},
+    "overlap is 0.0; expected a share of 1 to 3 of the 4 frames": {"seconds": 1.0, "overlap": 0.0},
+    "overlap is 1.0; expected a share of 1 to 3": {"seconds": 1.0, "overlap": 1.0},
+    "overlap is inf; expected a share": {"seconds": 1.0, "overlap": math.inf},
+    "overlap is nan; expected a share": {"seconds": 1.0, "overlap": math.nan},
 }
 
 

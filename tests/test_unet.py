@@ -87,6 +87,7 @@ OPTIONS = {
     "published windows, attention in the middle": {
         "cross_attention_resolutions": (2, 16, 32),
         "cross_attention_windows": (1, 4, 8),
+        "middle_cross_attention": True,
     },
     "no cross-attention": {"cross_attention_resolutions": (), "cross_attention_windows": ()},
     "cross-attention at the finest level": {
@@ -143,7 +144,9 @@ CLIPS = {
 @pytest.mark.parametrize("sizes", CLIPS.values(), ids=CLIPS)
 def test_other_clips(sizes):
     """Clips of other sizes than the configured one; the middle then attends across all frames of the clip."""
-    unet = small(cross_attention_resolutions=(2, 16, 32), cross_attention_windows=(1, 4, 8))
+    unet = small(
+        cross_attention_resolutions=(2, 16, 32), cross_attention_windows=(1, 4, 8), middle_cross_attention=True
+    )
     video, audio, timesteps = clip(**sizes)
     shifts = unet.shift_ranges(video.shape[1])
     config = {**unet.config, "video_size": video.shape[1:]}
@@ -359,7 +362,7 @@ def test_full_size_checkpoint():
     """Every key of the released models and no other, at their configuration though none is given."""
     state = {key: torch.empty(shape, device="meta") for key, shape in FULL["state_dict"].items()}
     unet = CoupledUNet.from_published(state)
-    config = {**FULL["config"], "dropout": 0.1}
+    config = {**FULL["config"], "dropout": 0.1, "middle_cross_attention": True, "frame_rate": 10, "sample_rate": 16000}
     assert public(unet.config) == {**config, "streams": ["video", "audio"]}
     assert {key: list(x.shape) for key, x in unet.to_published().items()} == FULL["state_dict"]
     assert round(unet.num_parameters() / 1e6, 2) == 133.68
@@ -372,6 +375,27 @@ def test_full_size_checkpoint():
             state = CoupledUNet(**FULL["config"], streams=(stream,)).to_published()
         expected = {**config, "streams": [stream]}
         assert public(CoupledUNet.from_published(state).config) == expected
+
+
+def test_attention_in_the_middle_is_an_argument(tmp_path):
+    """Whatever the windows; a checkpoint's keys tell, and a configuration saved before there was the argument."""
+    for windows, resolutions in (((2,), (2,)), ((1, 4, 8), (2, 16, 32))):
+        for has_it in (False, True):
+            options = {"cross_attention_windows": windows, "cross_attention_resolutions": resolutions}
+            unet = small(**options, middle_cross_attention=has_it)
+            assert (unet.middle[0].cross is not None) is has_it
+            told = {name: value for name, value in SMALL_UNET.items() if name != "middle_cross_attention"}
+            again = CoupledUNet.from_published(unet.to_published(), **{**told, **options})
+            assert again.config["middle_cross_attention"] is has_it
+            unet.save_pretrained(tmp_path / "saved")
+            config = json.loads((tmp_path / "saved" / "config.json").read_text())
+            assert config.pop("middle_cross_attention") is has_it
+            assert (config.pop("frame_rate"), config.pop("sample_rate")) == (10, 16000)
+            (tmp_path / "saved" / "config.json").write_text(json.dumps(config))
+            if has_it == (windows == (1, 4, 8)):  # as the published code does
+                old = CoupledUNet.from_pretrained(tmp_path / "saved", low_cpu_mem_usage=False)
+                assert public(old.config) == public(unet.config)
+                assert is_equal(old.parameters(), unet.parameters())
 
 
 def as_list(value):
@@ -457,6 +481,11 @@ REFUSED = {
     "dropout is 1.0; expected 0 <= dropout < 1": {"dropout": 1.0},
     "resblock_updown is False; expected True": {"resblock_updown": False},
     "streams is": {"streams": ("audio", "video")},
+    "streams is None; expected a sequence": {"streams": None},
+    "middle_cross_attention is 1; expected True or False": {"middle_cross_attention": 1},
+    "frame_rate is nan; expected a positive number": {"frame_rate": float("nan")},
+    "sample_rate is 0; expected a positive int": {"sample_rate": 0},
+    "num_res_blocks is 1000000000; expected at most 1000": {"num_res_blocks": 10**9},
     "video_size has height and width 8, 9; expected multiples of 2": {"video_size": (4, 3, 8, 9)},
     "audio_size has length 66; expected multiples of 4": {"audio_size": (1, 66)},
 }

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 import mmattn
-from mmdiffusion.clips import FRAME_RATE, STREAMS, TIME_AXES
+from mmdiffusion.clips import STREAMS, ClipFormat, StreamWindow
 from mmdiffusion.diffusion.sampling import sample
 from mmdiffusion.diffusion.schedulers import Scheduler, for_streams, make_scheduler
 from mmdiffusion.model.unet import CoupledUNet
@@ -97,9 +97,9 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             guidance_scale: weight of the gradient of the paper's squared norm. The release's scale, of a mean, is
                 divided by the elements of a sample of what is given and by the batch: its 3 for the released model is
                 1.2e-4 from audio and 1.5e-5 from video.
-            seconds: length of the clips, in whole frames of 1/10 s; a window of the model if None. Longer ones are made
-                of windows, each given the end of what there is as its beginning, by `guidance`. What is given in audio
-                or video has this length then, or that of a window if that is longer.
+            seconds: length of the clips, in whole frames, an hour at most; a window of the model if None. Longer ones
+                are made of windows, each given the end of what there is as its beginning, by `guidance`. What is given
+                in audio or video has this length then, or that of a window if that is longer.
             overlap: share of a window that is the end of the one before; more where the last one would reach beyond
                 the clip.
             output_type: "pt" for tensors, "np" for arrays of the same shapes.
@@ -116,8 +116,8 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         _check_options(batch_size, num_inference_steps, scheduler, guidance, guidance_scale, output_type)
         if audio is not None and video is not None:
             raise ValueError("audio and video are both given; expected one of them, to find the other")
-        streams = self._streams(batch_size)
-        frames, starts = self._windows(seconds, overlap)
+        streams = self.clip_format.streams(batch_size)
+        frames, starts = self.clip_format.windows(seconds, overlap)
         given = [
             None if clip is None else self._checked(clip, stream, None if seconds is None else frames)
             for stream, clip in zip(streams, (video, audio), strict=True)
@@ -163,36 +163,12 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             clips = [x.cpu().numpy() for x in clips]
         return MMDiffusionOutput(*clips) if return_dict else (clips[0], clips[1])
 
-    def _windows(self, seconds: float | None, overlap: float) -> tuple[int, list[int]]:
-        """The frames asked for, and the first frame of each window that covers them."""
-        window, positions = self.unet.config["video_size"][0], self.unet.config["audio_size"][1]
-        if seconds is None:
-            return window, [0]
-        if not 0.5 / FRAME_RATE < seconds < math.inf:
-            raise ValueError(f"seconds is {seconds}; expected at least one frame, {1 / FRAME_RATE} s")
-        if positions % window:
-            raise ValueError(
-                f"seconds is {seconds}, and unet has {positions} positions of audio for {window} frames; expected a "
-                "multiple of the frames, or seconds=None"
-            )
-        frames = round(seconds * FRAME_RATE)
-        shared = round(overlap * window)
-        if frames <= window:
-            return frames, [0]
-        if not 1 <= shared < window:
-            raise ValueError(
-                f"overlap is {overlap}, {shared} of {window} frames; expected a share of 1 to {window - 1} frames"
-            )
-        last = frames - window
-        return frames, [*range(0, last, window - shared), last]
+    @property
+    def clip_format(self) -> ClipFormat:
+        """Sizes and rates of the clips of the model."""
+        return ClipFormat.of(self.unet.config)
 
-    def _streams(self, batch_size: int) -> list["_Stream"]:
-        video, audio = tuple(self.unet.config["video_size"]), tuple(self.unet.config["audio_size"])
-        units = 1, audio[1] // video[0]
-        shapes = (batch_size, *video), (batch_size, *audio)
-        return [_Stream(*fields) for fields in zip(STREAMS, shapes, TIME_AXES, units, strict=True)]
-
-    def _checked(self, clip: Tensor, stream: "_Stream", frames: int | None) -> Tensor:
+    def _checked(self, clip: Tensor, stream: StreamWindow, frames: int | None) -> Tensor:
         """What is given for clips of that many frames, as large as the batch, where and in what they are sampled."""
         window = stream.shape[stream.axis]
         expected = stream.resized(window if frames is None else max(window, frames * stream.unit))
@@ -239,24 +215,6 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     def _memory(self) -> list[int]:
         return [x.data_ptr() for x in self.unet.parameters()]
-
-
-class _Stream(NamedTuple):
-    name: str
-    shape: tuple[int, ...]  # of a window
-    axis: int  # of time
-    unit: int  # positions a frame
-
-    def resized(self, length: int) -> tuple[int, ...]:
-        return (*self.shape[: self.axis], length, *self.shape[self.axis + 1 :])
-
-    def before(self, clip: Tensor, frame: int) -> Tensor:
-        return clip.narrow(self.axis, 0, frame * self.unit)
-
-    def window(self, clip: Tensor, frame: int) -> Tensor | None:
-        """What there is of a clip in the window from that frame on."""
-        length = min(self.shape[self.axis], clip.shape[self.axis] - frame * self.unit)
-        return clip.narrow(self.axis, frame * self.unit, length) if length else None
 
 
 def _generators(generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> list[torch.Generator]:

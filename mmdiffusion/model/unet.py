@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import mmattn
+from mmattn._layers import dtype_of, innermost
 from mmattn._library import is_autocast
-from mmdiffusion.clips import STREAMS
+from mmdiffusion.clips import FRAME_RATE, SAMPLE_RATE, STREAMS
 from mmdiffusion.model.blocks import (
-    AUDIO_RATE,
-    NORM_GROUPS,
-    VIDEO_RATE,
     AudioHead,
     FirstLayer,
     ResidualBlock,
@@ -27,6 +25,14 @@ from mmdiffusion.model.blocks import (
     Streams,
     VideoHead,
     timestep_embedding,
+)
+from mmdiffusion.model.config import (
+    AUDIO_RATE,
+    NORM_GROUPS,
+    VIDEO_RATE,
+    check_config,
+    check_divisible,
+    has_middle_cross_attention,
 )
 
 _DILATIONS = 10  # the audio dilation goes through 2^0..2^9
@@ -46,8 +52,7 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         num_res_blocks: residual blocks of a level of the encoder; the decoder has one more.
         cross_attention_resolutions: downsamplings (1, 2, 4, ...) of the levels with random-shift attention; those of
             levels that do not exist are ignored, so (-1,) is none, here and below.
-        cross_attention_windows: the window of each, in frames. The middle attends across all frames, unshifted, where
-            this is the published (1, 4, 8), and not at all otherwise.
+        cross_attention_windows: the window of each, in frames.
         cross_attention_shift: whether the windows are shifted at random.
         video_attention_resolutions: downsamplings of the levels with self-attention of the video, inside each frame
             and then over the frames of each pixel. The middle always has it.
@@ -62,6 +67,11 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         resblock_updown: True: levels are resampled inside residual blocks, the one way there is.
         streams: ("video", "audio"), or one of the two: that stream alone, without cross-attention, as in the paper's
             ablation.
+        middle_cross_attention: whether the streams attend to each other in the middle, across all frames, unshifted. In
+            the published code that follows from the windows: it is so for (1, 4, 8) alone.
+        frame_rate: frames a second of the clips it is trained on; the network does not depend on it, what is written
+            does.
+        sample_rate: positions of audio a second, likewise.
 
     Raises:
         ValueError: on an argument outside the ranges above, naming it, its value and what was expected.
@@ -95,9 +105,12 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         use_scale_shift_norm: bool = True,
         resblock_updown: bool = True,
         streams: Sequence[str] = STREAMS,
+        middle_cross_attention: bool = True,
+        frame_rate: float = FRAME_RATE,
+        sample_rate: int = SAMPLE_RATE,
     ) -> None:
         super().__init__()
-        _check_config(self.config)
+        check_config(self.config)
         windows = dict(zip(cross_attention_resolutions, cross_attention_windows, strict=True))
         widths = [int(model_channels * factor) for factor in channel_mult]
         self.levels = len(widths)
@@ -153,8 +166,8 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 counter += 1
                 skips.append(channels)
         heads = {"video_heads": num_heads, "audio_heads": num_heads}
-        has_full = is_coupled and tuple(cross_attention_windows) == (1, 4, 8)
-        full = cross(channels, None, random_shift=False) if has_full else None
+        has_cross = is_coupled and middle_cross_attention
+        full = cross(channels, None, random_shift=False) if has_cross else None
         self.middle = nn.ModuleList(
             [
                 Stage(residual(channels, channels, counter, **heads), full),
@@ -251,6 +264,15 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return [frames - window for window in windows]
 
     @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **options: Any) -> Any:
+        """As of diffusers; a configuration saved before middle_cross_attention was an argument follows its windows."""
+        if isinstance(config, Mapping) and "middle_cross_attention" not in config:
+            windows = config.get("cross_attention_windows")
+            if windows is not None:
+                config = {**config, "middle_cross_attention": has_middle_cross_attention(windows)}
+        return super().from_config(config, return_unused_kwargs, **options)
+
+    @classmethod
     def from_published(
         cls,
         source: str | os.PathLike[str] | Mapping[str, Tensor],
@@ -262,9 +284,9 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
         Widths, levels, blocks, where attention is, the time embedding's way in, channels of inputs and outputs, and a
         missing stream are read from the keys and shapes. Nothing in a checkpoint tells the heads, the windows and
-        whether they shift, the sizes, or dropout: these come from `config`, then `preset`, then, for a network of the
-        released shape, the released values; otherwise they are the published code's defaults for heads, which are
-        num_heads = 1 and num_head_channels = -1, and this class's for the rest.
+        whether they shift, the sizes, the rates, or dropout: these come from `config`, then `preset`, then, for a
+        network of the released shape, the released values; otherwise they are the published code's defaults for heads,
+        which are num_heads = 1 and num_head_channels = -1, and this class's for the rest.
 
         Args:
             source: a .pt or .safetensors file, or the state dict. Keys that begin with "module." are taken too. The
@@ -362,8 +384,10 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         timesteps = torch.as_tensor(timesteps, device=device)
         if timesteps.dim() > 1 or timesteps.numel() not in (1, batch):
             raise ValueError(f"timesteps has shape {list(timesteps.shape)}; expected [B] = [{batch}], or one number")
-        weight = next(self.time_embedding.parameters())
-        embedding = timestep_embedding(timesteps.reshape(-1).expand(batch), weight.shape[1]).to(weight.dtype)
+        channels = self.config["model_channels"]
+        embedding = timestep_embedding(timesteps.reshape(-1).expand(batch), channels)
+        # Of layers that are cast around each call diffusers knows the dtype.
+        embedding = embedding.to(dtype_of(self.time_embedding[0]) or self.dtype)
         return functional.silu(self.time_embedding(embedding))
 
     def _shifting(self) -> list[mmattn.RandomShiftAttention]:
@@ -390,7 +414,9 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def _check_inputs(self, video: Tensor | None, audio: Tensor | None) -> None:
         expected_sizes = {"video": self.config["video_size"][1], "audio": self.config["audio_size"][0]}
-        weight = next(self.time_embedding.parameters())
+        own = dtype_of(self.time_embedding[0])
+        # What is offloaded brings its weights to the device as it is called.
+        device = None if own is None else innermost(self.time_embedding[0]).weight.device
         reference: Tensor | None = None
         for name, x, letters in (("video", video, "[B, F, C, H, W]"), ("audio", audio, "[B, C, T]")):
             if name not in self.config["streams"]:
@@ -404,20 +430,23 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
             at, channels = (2, expected_sizes[name]) if name == "video" else (1, expected_sizes[name])
             if x.dim() != letters.count(",") + 1 or x.shape[at] != channels or 0 in x.shape:
                 raise ValueError(f"{name} has shape {list(x.shape)}; expected {letters} with C = {channels}")
-            if not x.is_floating_point() or (x.dtype != weight.dtype and not is_autocast(x.device.type)):
-                raise TypeError(f"{name} has dtype {x.dtype}; expected {weight.dtype}, the dtype of the parameters")
-            if x.device != weight.device:
-                raise ValueError(f"{name} is on {x.device}; expected {weight.device}, the device of the parameters")
-            if reference is not None and (x.shape[0] != reference.shape[0] or x.dtype != reference.dtype):
+            is_cast = is_autocast(x.device.type)
+            if not x.is_floating_point() or (own not in (None, x.dtype) and not is_cast):
+                raise TypeError(f"{name} has dtype {x.dtype}; expected {own}, the dtype of the parameters")
+            if device not in (None, x.device):
+                raise ValueError(f"{name} is on {x.device}; expected {device}, the device of the parameters")
+            if reference is not None and (
+                x.shape[0] != reference.shape[0] or (x.dtype != reference.dtype and not is_cast)
+            ):
                 raise ValueError(
                     f"audio has batch {x.shape[0]} and dtype {x.dtype}; expected {reference.shape[0]} and "
                     f"{reference.dtype}, as in video"
                 )
             reference = x
         if video is not None:
-            _check_divisible("video", "height and width", video.shape[3:], VIDEO_RATE ** (self.levels - 1))
+            check_divisible("video", "height and width", video.shape[3:], VIDEO_RATE ** (self.levels - 1))
         if audio is not None:
-            _check_divisible("audio", "length", audio.shape[2:], AUDIO_RATE ** (self.levels - 1))
+            check_divisible("audio", "length", audio.shape[2:], AUDIO_RATE ** (self.levels - 1))
         if video is not None and audio is not None:
             coarsest = audio.shape[2] // AUDIO_RATE ** (self.levels - 1)
             if coarsest < video.shape[1]:
@@ -432,67 +461,3 @@ def _lay_out_weights(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
             layer.weight.data = layer.weight.data.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def _check_divisible(name: str, what: str, sizes: Sequence[int], divisor: int) -> None:
-    if any(size % divisor for size in sizes):
-        values = ", ".join(map(str, sizes))
-        raise ValueError(
-            f"{name} has {what} {values}; expected multiples of {divisor}, the downsampling of the last level"
-        )
-
-
-def _check_config(config: Mapping[str, Any]) -> None:
-    def refuse(name: str, expected: str) -> None:
-        raise ValueError(f"{name} is {config[name]!r}; expected {expected}")
-
-    def is_count(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-    for name, letters in (("video_size", "(F, C, H, W)"), ("audio_size", "(C, T)")):
-        if len(config[name]) != letters.count(",") + 1 or not all(map(is_count, config[name])):
-            refuse(name, f"{letters}, positive ints")
-    for name in ("model_channels", "video_out_channels", "audio_out_channels", "num_res_blocks", "num_heads"):
-        if not is_count(config[name]):
-            refuse(name, "a positive int")
-    if not config["channel_mult"] or any(
-        factor <= 0 or config["model_channels"] * factor % NORM_GROUPS for factor in config["channel_mult"]
-    ):
-        refuse(
-            "channel_mult", f"factors that make model_channels = {config['model_channels']} multiples of {NORM_GROUPS}"
-        )
-    resolutions = ("cross_attention_resolutions", "video_attention_resolutions", "audio_attention_resolutions")
-    for name in resolutions:
-        if any(rate != -1 and (not is_count(rate) or rate & (rate - 1)) for rate in config[name]):
-            refuse(name, "downsamplings 1, 2, 4, ..., or -1 for none")
-    windows, frames = config["cross_attention_windows"], config["video_size"][0]
-    if len(windows) != len(config["cross_attention_resolutions"]):
-        refuse("cross_attention_windows", "one window for each of cross_attention_resolutions")
-    streams = config["streams"]
-    if tuple(streams) not in (STREAMS, *((stream,) for stream in STREAMS)):
-        refuse("streams", "('video', 'audio'), ('video',) or ('audio',)")
-    rates = [2**level for level in range(len(config["channel_mult"]))]
-    widths = {
-        rate: int(config["model_channels"] * factor) for rate, factor in zip(rates, config["channel_mult"], strict=True)
-    }
-    crossed = {
-        rate: s for rate, s in zip(config["cross_attention_resolutions"], windows, strict=True) if rate in widths
-    }
-    if len(streams) == 2 and not all(is_count(window) and window <= frames for window in crossed.values()):
-        refuse("cross_attention_windows", f"1..F = 1..{frames} frames each, with the F of video_size")
-    attended = [rate for name in resolutions[1:] for rate in config[name] if rate in widths] + rates[-1:]
-    if any(widths[rate] % config["num_heads"] for rate in attended):
-        refuse("num_heads", f"a divisor of the widths with self-attention, {sorted({widths[r] for r in attended})}")
-    channels = config["num_heads"] if config["num_head_channels"] == -1 else config["num_head_channels"]
-    if channels != -1 and (not is_count(channels) or any(widths[rate] % channels for rate in crossed)):
-        refuse(
-            "num_head_channels", f"-1, or a divisor of the widths with cross-attention, {[widths[r] for r in crossed]}"
-        )
-    if isinstance(config["dropout"], bool) or not 0 <= config["dropout"] < 1:
-        refuse("dropout", "0 <= dropout < 1")
-    if config["resblock_updown"] is not True:
-        refuse("resblock_updown", "True: levels are resampled inside residual blocks")
-    if "video" in streams:
-        _check_divisible("video_size", "height and width", config["video_size"][2:], VIDEO_RATE ** (len(widths) - 1))
-    if "audio" in streams:
-        _check_divisible("audio_size", "length", config["audio_size"][1:], AUDIO_RATE ** (len(widths) - 1))

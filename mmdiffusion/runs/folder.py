@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import mmattn
 from mmdiffusion._files import whole_file
-from mmdiffusion.clips import FRAME_RATE, Clip
+from mmdiffusion.clips import Clip
 from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
 from mmdiffusion.diffusion.schedulers import Scheduler, for_streams
 from mmdiffusion.media import contact_sheet, write_audio, write_image, write_video
@@ -36,7 +36,7 @@ class Folder:
     Args:
         path: made if it is not there.
         settings: all that the clips depend on besides their number, for JSON.
-        sample_rate: of their sound.
+        frame_rate, sample_rate: of the clips.
         formats: those of FORMATS that are written.
         rank: the number of this process.
 
@@ -51,11 +51,13 @@ class Folder:
         path: pathlib.Path,
         settings: Mapping[str, Any],
         *,
+        frame_rate: float,
         sample_rate: int,
         formats: Sequence[str] = FORMATS,
         rank: int = 0,
     ) -> None:
-        self.path, self.sample_rate, self.formats = path, sample_rate, formats
+        self.path, self.formats = path, formats
+        self.rates: dict[str, Any] = {"fps": frame_rate, "sample_rate": sample_rate}
         self.settings = json.loads(json.dumps(settings))
         self._file = path / ("samples.json" if rank == 0 else f"samples.{rank}.json")
         path.mkdir(parents=True, exist_ok=True)
@@ -81,11 +83,11 @@ class Folder:
         name, (video, audio) = self._name(number), clip
         assert video is not None and audio is not None
         if "mp4" in self.formats:
-            write_video(self.path / f"{name}.mp4", video, audio, fps=FRAME_RATE, sample_rate=self.sample_rate)
+            write_video(self.path / f"{name}.mp4", video, audio, **self.rates)
         if "wav" in self.formats:
-            write_audio(self.path / f"{name}.wav", audio, sample_rate=self.sample_rate)
+            write_audio(self.path / f"{name}.wav", audio, sample_rate=self.rates["sample_rate"])
         if "png" in self.formats:
-            sheet = contact_sheet(clip, [f"{name}, seed {record['seed']}"], sample_rate=self.sample_rate)
+            sheet = contact_sheet(clip, [f"{name}, seed {record['seed']}"], **self.rates)
             write_image(self.path / f"{name}.png", sheet)
         files = [f"{name}.{suffix}" for suffix in self.formats]
         self._own[number] = self._clips[number] = {"number": number, "files": files, **record}
@@ -152,7 +154,7 @@ def fill(
         steps, scheduler, seconds, overlap, options: of the pipeline's call.
     """
     lacking = [number for number in numbers if folder.lacks(number)]
-    windows = len(pipeline._windows(seconds, overlap)[1])
+    windows = len(pipeline.clip_format.windows(seconds, overlap)[1])
     calls = windows * len(for_streams(scheduler, steps)[0].timesteps)
     record = {"batch_size": batch_size, "device": str(pipeline.device), "versions": versions()}
     pipeline.set_progress_bar_config(disable=True)

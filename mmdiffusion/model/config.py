@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: MIT
+"""The configuration of the coupled U-Net: what its arguments may be, and what the published code makes of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmdiffusion.clips import STREAMS
+
+NORM_GROUPS = 32
+# By which a level is coarser than the one above it: video in height and width, audio in time.
+VIDEO_RATE, AUDIO_RATE = 2, 4
+
+_MAX_BLOCKS = 1000
+"""Residual blocks a level, so that a broken configuration is refused instead of built for hours."""
+
+
+def has_middle_cross_attention(cross_attention_windows: Sequence[int]) -> bool:
+    """Whether the published code attends across the streams in the middle: it takes that from the windows alone."""
+    return tuple(cross_attention_windows) == (1, 4, 8)
+
+
+def check_divisible(name: str, what: str, sizes: Sequence[int], divisor: int) -> None:
+    """Refuse sizes that the levels cannot halve."""
+    if any(size % divisor for size in sizes):
+        values = ", ".join(map(str, sizes))
+        raise ValueError(
+            f"{name} has {what} {values}; expected multiples of {divisor}, the downsampling of the last level"
+        )
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuse a configuration that no network can have.
+
+    Raises:
+        ValueError: naming the argument, its value and what was expected.
+    """
+    _check_numbers(config)
+    _check_attention(config)
+    levels = len(config["channel_mult"])
+    if "video" in config["streams"]:
+        check_divisible("video_size", "height and width", config["video_size"][2:], VIDEO_RATE ** (levels - 1))
+    if "audio" in config["streams"]:
+        check_divisible("audio_size", "length", config["audio_size"][1:], AUDIO_RATE ** (levels - 1))
+
+
+def _refuse(config: Mapping[str, Any], name: str, expected: str) -> None:
+    raise ValueError(f"{name} is {config[name]!r}; expected {expected}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    sequences = [name for name in config if name.endswith(("_resolutions", "_windows", "_size"))]
+    for name in (*sequences, "channel_mult", "streams"):
+        if not isinstance(config[name], (list, tuple)):
+            _refuse(config, name, "a sequence")
+    for name, letters in (("video_size", "(F, C, H, W)"), ("audio_size", "(C, T)")):
+        if len(config[name]) != letters.count(",") + 1 or not all(map(_is_count, config[name])):
+            _refuse(config, name, f"{letters}, positive ints")
+    counts = ("model_channels", "video_out_channels", "audio_out_channels", "num_res_blocks", "num_heads")
+    for name in (*counts, "sample_rate"):
+        if not _is_count(config[name]):
+            _refuse(config, name, "a positive int")
+    if config["num_res_blocks"] > _MAX_BLOCKS:
+        _refuse(config, "num_res_blocks", f"at most {_MAX_BLOCKS}")
+    if not _is_number(config["frame_rate"]) or config["frame_rate"] <= 0:
+        _refuse(config, "frame_rate", "a positive number of frames a second")
+    if not config["channel_mult"] or any(
+        not _is_number(factor) or factor <= 0 or config["model_channels"] * factor % NORM_GROUPS
+        for factor in config["channel_mult"]
+    ):
+        expected = f"factors that make model_channels = {config['model_channels']} multiples of {NORM_GROUPS}"
+        _refuse(config, "channel_mult", expected)
+    if not _is_number(config["dropout"]) or not 0 <= config["dropout"] < 1:
+        _refuse(config, "dropout", "0 <= dropout < 1")
+    if config["resblock_updown"] is not True:
+        _refuse(config, "resblock_updown", "True: levels are resampled inside residual blocks")
+    if not isinstance(config["middle_cross_attention"], bool):
+        _refuse(config, "middle_cross_attention", "True or False")
+    if tuple(config["streams"]) not in (STREAMS, *((stream,) for stream in STREAMS)):
+        _refuse(config, "streams", "('video', 'audio'), ('video',) or ('audio',)")
+
+
+def _check_attention(config: Mapping[str, Any]) -> None:
+    resolutions = ("cross_attention_resolutions", "video_attention_resolutions", "audio_attention_resolutions")
+    for name in resolutions:
+        if any(rate != -1 and (not _is_count(rate) or rate & (rate - 1)) for rate in config[name]):
+            _refuse(config, name, "downsamplings 1, 2, 4, ..., or -1 for none")
+    windows, frames = config["cross_attention_windows"], config["video_size"][0]
+    if len(windows) != len(config["cross_attention_resolutions"]):
+        _refuse(config, "cross_attention_windows", "one window for each of cross_attention_resolutions")
+    widths = {2**level: int(config["model_channels"] * factor) for level, factor in enumerate(config["channel_mult"])}
+    middle = max(widths)
+    crossed = {
+        rate: s for rate, s in zip(config["cross_attention_resolutions"], windows, strict=True) if rate in widths
+    }
+    is_coupled = len(config["streams"]) == 2
+    if is_coupled and not all(_is_count(window) and window <= frames for window in crossed.values()):
+        _refuse(config, "cross_attention_windows", f"1..F = 1..{frames} frames each, with the F of video_size")
+    attended = [rate for name in resolutions[1:] for rate in config[name] if rate in widths] + [middle]
+    if any(widths[rate] % config["num_heads"] for rate in attended):
+        expected = f"a divisor of the widths with self-attention, {sorted({widths[r] for r in attended})}"
+        _refuse(config, "num_heads", expected)
+    coupled = [*crossed, *([middle] if is_coupled and config["middle_cross_attention"] else [])]
+    channels = config["num_heads"] if config["num_head_channels"] == -1 else config["num_head_channels"]
+    if not _is_count(channels) or any(widths[rate] % channels for rate in coupled):
+        expected = f"-1, or a divisor of the widths with cross-attention, {sorted({widths[r] for r in coupled})}"
+        _refuse(config, "num_head_channels", expected)
