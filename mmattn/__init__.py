@@ -7,7 +7,7 @@ Importing this needs torch alone; Triton and the CPU extension are loaded by the
 from importlib import metadata as _metadata
 
 from mmattn._memory import keep_freed_memory
-from mmattn._swap import swap
+from mmattn._swap import swap, unswap
 from mmattn.attention import draw_shift, random_shift_attention
 from mmattn.conv import dilated_conv1d, spatial_conv2d
 from mmattn.modules import DilatedConvBlock, RandomShiftAttention
@@ -31,4 +31,5 @@ __all__ = [
     "self_attention",
     "spatial_conv2d",
     "swap",
+    "unswap",
 ]

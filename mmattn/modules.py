@@ -3,17 +3,24 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmattn._layers import convolve, dtype_of, innermost, normalise
 from mmattn._library import is_autocast
 from mmattn._streams import side_by_side
 from mmattn.attention import draw_shift, random_shift_attention
-from mmattn.conv import dilated_conv1d
-from mmattn.norm import group_norm
+
+
+class Stream(NamedTuple):
+    """The layers of one stream of a cross-attention block."""
+
+    norm: nn.Module
+    qkv: nn.Module
+    out: nn.Module
 
 
 class RandomShiftAttention(nn.Module):
@@ -114,34 +121,19 @@ class RandomShiftAttention(nn.Module):
             TypeError: on a mix of dtypes, or a shift that is not an integer.
             RuntimeError: if a generator is given where a checkpoint recomputes this call: it cannot be rewound.
         """
-        self._check(video, audio)
-        batch, frames, channels, height, width = video.shape
+        check_streams(video, audio, self.channels, self.window, dtype_of(self.video_qkv))
+        frames = video.shape[1]
         if shift is None:
-            shift = self._draw(frames, generator, video.device)
-        video, audio = (
-            video.permute(0, 1, 3, 4, 2),
-            audio.transpose(1, 2),
-        )  # channels last; in memory too, if all is well
-        video_tokens = video.reshape(batch, frames * height * width, channels).contiguous()
-        audio_tokens = audio.contiguous()
-        video_qkv, audio_qkv = side_by_side(
-            lambda: self._heads(video_tokens, self.video_norm, self.video_qkv),
-            lambda: self._heads(audio_tokens, self.audio_norm, self.audio_qkv),
-            video.device,
-        )
-        video_heads, audio_heads = random_shift_attention(
-            *video_qkv,
-            *audio_qkv,
-            frames=frames,
+            shift = draw(frames, self.window, self.random_shift, generator, video.device)
+        return cross_attend(
+            Stream(self.video_norm, self.video_qkv, self.video_out),
+            Stream(self.audio_norm, self.audio_qkv, self.audio_out),
+            video,
+            audio,
+            num_heads=self.num_heads,
             window=frames if self.window is None else self.window,
             shift=shift,
         )
-        video, audio = side_by_side(
-            lambda: _add_projection(video, video_heads, self.video_out),
-            lambda: _add_projection(audio, audio_heads, self.audio_out),
-            video.device,
-        )
-        return video.permute(0, 1, 4, 2, 3), audio.transpose(1, 2)
 
     @classmethod
     def from_published(cls, block: nn.Module) -> RandomShiftAttention:
@@ -152,12 +144,14 @@ class RandomShiftAttention(nn.Module):
 
         Raises:
             TypeError: if `block` lacks attributes of the published block, with their names.
+            ValueError: if it has something that the published block has not, with its name; see `mmattn.swap`.
         """
         lacking = missing_published_attributes(block)
         if lacking:
             raise TypeError(
                 f"block is a {type(block).__name__} without {', '.join(lacking)}; expected a published block"
             )
+        refuse_look_alike(block)
         published: Any = block
         norm = published.v_norm.GroupNorm
         with torch.device("meta"):
@@ -183,51 +177,78 @@ class RandomShiftAttention(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.channels}, num_heads={self.num_heads}, window={self.window}, random_shift={self.random_shift}"
 
-    def _heads(self, tokens: Tensor, norm: nn.GroupNorm, projection: nn.Linear) -> tuple[Tensor, ...]:
-        """q, k, v [B, L, H, D] of tokens [B, L, C]: views of one packed projection."""
-        # Under autocast a module of half precision may be given float32.
-        weight, bias = (p if p.dtype == tokens.dtype else p.float() for p in (norm.weight, norm.bias))
-        parameters = projection.weight.unsqueeze(-1), projection.bias
-        packed = dilated_conv1d(tokens, *parameters, norm=(weight, bias, norm.num_groups), eps=norm.eps)
-        return packed.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
 
-    def _draw(self, frames: int, generator: torch.Generator | None, device: torch.device) -> int | Tensor:
-        if not self.random_shift or self.window is None:
-            return 0
-        if generator is None:
-            # A tensor: drawing it waits for no device, and neither a CUDA graph nor a compiled graph freezes it.
-            return torch.randint(frames - self.window + 1, (1,), dtype=torch.int32, device=device)
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            raise RuntimeError(
-                "generator is given while a checkpoint recomputes this call in backward, where it would draw another "
-                "shift; draw it once outside: shift=mmattn.draw_shift(frames, window, generator=generator)"
-            )
-        return draw_shift(frames, self.window, generator=generator)
+def cross_attend(
+    video_layers: Stream,
+    audio_layers: Stream,
+    video: Tensor,
+    audio: Tensor,
+    *,
+    num_heads: int,
+    window: int,
+    shift: int | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What `RandomShiftAttention` computes, by layers that are linear or convolutions with kernels of 1."""
+    batch, frames, channels, height, width = video.shape
+    video, audio = video.permute(0, 1, 3, 4, 2), audio.transpose(1, 2)  # channels last; in memory too, if all is well
+    video_tokens = video.reshape(batch, frames * height * width, channels).contiguous()
+    audio_tokens = audio.contiguous()
+    video_qkv, audio_qkv = side_by_side(
+        lambda: _heads(video_tokens, video_layers, num_heads),
+        lambda: _heads(audio_tokens, audio_layers, num_heads),
+        video.device,
+    )
+    video_heads, audio_heads = random_shift_attention(*video_qkv, *audio_qkv, frames=frames, window=window, shift=shift)
+    video, audio = side_by_side(
+        lambda: _add_projection(video, video_heads, video_layers.out),
+        lambda: _add_projection(audio, audio_heads, audio_layers.out),
+        video.device,
+    )
+    return video.permute(0, 1, 4, 2, 3), audio.transpose(1, 2)
 
-    def _check(self, video: Tensor, audio: Tensor) -> None:
-        for name, stream in (("video", video), ("audio", audio)):
-            if not isinstance(stream, Tensor):
-                raise TypeError(f"{name} is a {type(stream).__name__}; expected a tensor")
-        if video.dim() != 5:
-            raise ValueError(f"video has shape {list(video.shape)}; expected five dimensions [B, F, C, H, W]")
-        if audio.dim() != 3:
-            raise ValueError(f"audio has shape {list(audio.shape)}; expected three dimensions [B, C, T]")
-        batch, frames, channels = video.shape[:3]
-        if channels != self.channels:
-            raise ValueError(f"video has shape {list(video.shape)}; expected {self.channels} channels in dimension 2")
-        if audio.shape[1] != self.channels:
-            raise ValueError(f"audio has shape {list(audio.shape)}; expected {self.channels} channels in dimension 1")
-        if audio.shape[0] != batch:
-            raise ValueError(f"audio has shape {list(audio.shape)}; expected batch {batch}, as in video")
-        if self.window is not None and frames < self.window:
-            raise ValueError(f"video has {frames} frames; expected at least window = {self.window}")
+
+def draw(
+    frames: int, window: int | None, is_random: bool, generator: torch.Generator | None, device: torch.device
+) -> int | Tensor:
+    """A shift of a call, 0..F-S, or 0 of what is not shifted."""
+    if not is_random or window is None:
+        return 0
+    if generator is None:
+        # A tensor: drawing it waits for no device, and neither a CUDA graph nor a compiled graph freezes it.
+        return torch.randint(frames - window + 1, (1,), dtype=torch.int32, device=device)
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "generator is given while a checkpoint recomputes this call in backward, where it would draw another "
+            "shift; draw it once outside: shift=mmattn.draw_shift(frames, window, generator=generator)"
+        )
+    return draw_shift(frames, window, generator=generator)
+
+
+def check_streams(video: Tensor, audio: Tensor, channels: int, window: int | None, own: torch.dtype | None) -> None:
+    """Refuse what a cross-attention block of these channels, window and dtype cannot take."""
+    for name, stream in (("video", video), ("audio", audio)):
+        if not isinstance(stream, Tensor):
+            raise TypeError(f"{name} is a {type(stream).__name__}; expected a tensor")
+    if video.dim() != 5:
+        raise ValueError(f"video has shape {list(video.shape)}; expected five dimensions [B, F, C, H, W]")
+    if audio.dim() != 3:
+        raise ValueError(f"audio has shape {list(audio.shape)}; expected three dimensions [B, C, T]")
+    batch, frames = video.shape[:2]
+    if video.shape[2] != channels:
+        raise ValueError(f"video has shape {list(video.shape)}; expected {channels} channels in dimension 2")
+    if audio.shape[1] != channels:
+        raise ValueError(f"audio has shape {list(audio.shape)}; expected {channels} channels in dimension 1")
+    if audio.shape[0] != batch:
+        raise ValueError(f"audio has shape {list(audio.shape)}; expected batch {batch}, as in video")
+    if window is not None and frames < window:
+        raise ValueError(f"video has {frames} frames; expected at least window = {window}")
+    if not is_autocast(video.device.type):
         if audio.dtype != video.dtype:
             raise TypeError(f"audio has dtype {audio.dtype}; expected {video.dtype}, the dtype of video")
-        own = self.video_qkv.weight.dtype
-        if video.dtype != own and not is_autocast(video.device.type):
+        if own not in (None, video.dtype):
             raise TypeError(f"video has dtype {video.dtype}; expected {own}, the dtype of the module's projections")
-        if audio.device != video.device:
-            raise ValueError(f"audio is on {audio.device}; expected {video.device}, the device of video")
+    if audio.device != video.device:
+        raise ValueError(f"audio is on {audio.device}; expected {video.device}, the device of video")
 
 
 class DilatedConvBlock(nn.Module):
@@ -333,33 +354,8 @@ class DilatedConvBlock(nn.Module):
         elif x.stride(-1) != 1 and self.channels > 1:
             x = x.contiguous()
         scale_shift = self._film(x, film, emb)
-        residual = x if self.skip is None else dilated_conv1d(x, self.skip.weight, self.skip.bias)
-        h = dilated_conv1d(
-            x,
-            self.conv1.weight,
-            self.conv1.bias,
-            dilation=self.dilation,
-            norm=(self.norm1.weight, self.norm1.bias, self.norm1.num_groups),
-            activation="silu",
-            eps=self.norm1.eps,
-        )
-        if self.training and self.dropout:
-            scale, shift = scale_shift or (None, None)
-            h = _normalise(h, self.norm2, scale=scale, shift=shift, activation="silu")
-            h = functional.dropout(h, self.dropout)
-            return dilated_conv1d(h, self.conv2.weight, self.conv2.bias, residual=residual).transpose(1, 2)
-        h = dilated_conv1d(
-            h,
-            self.conv2.weight,
-            self.conv2.bias,
-            norm=(self.norm2.weight, self.norm2.bias, self.norm2.num_groups),
-            film=scale_shift,
-            activation="silu",
-            residual=residual,
-            eps=self.norm2.eps,
-            overwrite_x=True,
-        )
-        return h.transpose(1, 2)
+        h = convolve(x, self.conv1, norm=self.norm1, activation="silu")
+        return project_residual(self, h, x, scale_shift).transpose(1, 2)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, {self.out_channels}, dilation={self.dilation}, dropout={self.dropout}"
@@ -380,9 +376,9 @@ class DilatedConvBlock(nn.Module):
                 raise ValueError(
                     f"emb is None; expected [B, E] with E = embedding_channels = {self.embedding_channels}"
                 )
-            _check_vector("emb", emb, x, self.embedding.in_features, "E")
-            own = self.embedding.weight.dtype
-            if emb.dtype != own and not is_autocast(emb.device.type):
+            _check_vector("emb", emb, x, self.embedding_channels or 0, "E")
+            own = dtype_of(self.embedding)
+            if own not in (None, emb.dtype) and not is_autocast(emb.device.type):
                 raise TypeError(f"emb has dtype {emb.dtype}; expected {own}, the dtype of the embedding's weights")
             film = self.embedding(functional.silu(emb))
         if film.dtype not in (x.dtype, torch.float32):
@@ -403,9 +399,9 @@ class DilatedConvBlock(nn.Module):
             raise ValueError(f"audio has shape {list(audio.shape)}; expected {self.channels} channels in dimension 1")
         if audio.shape[2] < 1:
             raise ValueError(f"audio has shape {list(audio.shape)}; expected at least one position")
-        own = self.conv1.weight.dtype
+        own = dtype_of(self.conv1)
         if not audio.is_floating_point() or (
-            own not in (audio.dtype, torch.float32) and not is_autocast(audio.device.type)
+            own not in (None, audio.dtype, torch.float32) and not is_autocast(audio.device.type)
         ):
             raise TypeError(f"audio has dtype {audio.dtype}; expected {own}, the dtype of the convolutions")
 
@@ -426,19 +422,102 @@ def missing_published_attributes(module: nn.Module) -> list[str]:
     return [name for name in names.split() if not hasattr(module, name)]
 
 
-def _add_projection(x: Tensor, heads: Tensor, projection: nn.Linear) -> Tensor:
+def refuse_look_alike(block: Any, place: str = "") -> None:
+    """Refuse, by name, a block with the attributes of the published one that computes something else."""
+    name = f"{place or 'block'} ({type(block).__name__})"
+    prefix = f"{place}." if place else ""
+    if "forward" in block.__dict__:
+        raise ValueError(f"{name} has a forward of its own, as offloading gives it one; swap before that")
+    layers = {path: (kind, rows) for path, kind, rows in _PUBLISHED_LAYERS}
+    inner = tuple(f"{path}." for path in layers)
+    known = {"", "attention", *layers, *(path.rpartition(".")[0] for path in layers)}
+    outer = [path for path, _ in block.named_modules(remove_duplicate=False)]
+    members = [
+        *((path, "submodule") for path in outer if path not in known),
+        *((path, "parameter") for path, _ in block.named_parameters(remove_duplicate=False)),
+        *((path, "buffer") for path, _ in block.named_buffers(remove_duplicate=False)),
+    ]
+    for path, what in members:
+        if not path.startswith(inner):
+            raise ValueError(f"{name} has a {what} {prefix}{path}, which the published block has not")
+    channels = block.channels
+    if not isinstance(block.num_heads, int) or block.num_heads < 1 or channels % block.num_heads:
+        raise ValueError(f"{name} has num_heads {block.num_heads!r}; expected a divisor of channels = {channels}")
+    if not isinstance(block.local_window, int) or block.local_window < 1:
+        raise ValueError(f"{name} has local_window {block.local_window!r}; expected an int, at least 1")
+    for path, (kind, rows) in layers.items():
+        if path not in outer:
+            raise ValueError(f"{name} has no {prefix}{path}; expected a {kind.__name__}")
+        layer = innermost(block.get_submodule(path))
+        if problem := _not_as_published(layer, kind, rows * channels, channels):
+            raise ValueError(f"{prefix}{path} of {name} is {problem}, as in the published block")
+
+
+def _not_as_published(layer: Any, kind: type[nn.Module], rows: int, channels: int) -> str | None:
+    """What a layer of a cross-attention block is, and what was expected, unless that is the same."""
+    if not isinstance(layer, kind):
+        return f"a {type(layer).__name__}; expected a {kind.__name__}"
+    if isinstance(layer, nn.GroupNorm):
+        if layer.num_channels != channels or layer.weight is None or layer.bias is None:
+            return f"{layer}; expected {channels} channels with a weight and a bias"
+        return None
+    convolution: Any = layer
+    sizes = {*convolution.kernel_size, *convolution.stride, convolution.groups}
+    if sizes != {1} or not (convolution.padding in ("same", "valid") or set(convolution.padding) == {0}):
+        return f"{layer}; expected a kernel of 1 without stride, padding or groups"
+    if layer.bias is None:
+        return f"{layer}; expected a bias"
+    if convolution.weight.shape[:2] != (rows, channels):
+        return f"{layer}; expected {rows} channels out of {channels}"
+    return None
+
+
+# Paths in a cross-attention block, the classes of the layers there, and their outputs in channels of the block.
+_PUBLISHED_LAYERS: tuple[tuple[str, type[nn.Module], int], ...] = (
+    ("v_norm.GroupNorm", nn.GroupNorm, 1),
+    ("a_norm.GroupNorm", nn.GroupNorm, 1),
+    ("v_qkv", nn.Conv1d, 3),
+    ("a_qkv", nn.Conv1d, 3),
+    ("video_proj_out.video_conv", nn.Conv3d, 1),
+    ("audio_proj_out.audio_conv", nn.Conv1d, 1),
+)
+
+
+def project_residual(block: Any, h: Tensor, x: Tensor, film: tuple[Tensor, Tensor] | None) -> Tensor:
+    """The second half of a residual block, skip(x) + conv2(dropout(silu(norm2(h) * (1 + scale) + shift))).
+
+    `block` has norm2, conv2, skip (None is the identity), dropout and training; h [B, L, Cout] is of no more use.
+    """
+    residual = x if block.skip is None else convolve(x, block.skip)
+    if not (block.training and block.dropout):
+        return convolve(
+            h, block.conv2, norm=block.norm2, film=film, activation="silu", residual=residual, overwrite_x=True
+        )
+    # The mask goes between the norm and the projection, which are two calls then.
+    scale, shift = film or (None, None)
+    y = normalise(h, block.norm2, scale=scale, shift=shift, activation="silu")
+    return convolve(functional.dropout(y, block.dropout), block.conv2, residual=residual)
+
+
+def _heads(tokens: Tensor, layers: Stream, num_heads: int) -> tuple[Tensor, ...]:
+    """q, k, v [B, L, H, D] of tokens [B, L, C]: views of one packed projection."""
+    packed = convolve(tokens, layers.qkv, size=_size(layers.qkv, tokens.shape[1:-1]), norm=layers.norm)
+    return packed.unflatten(-1, (3, num_heads, -1)).unbind(2)
+
+
+def _add_projection(x: Tensor, heads: Tensor, projection: nn.Module) -> Tensor:
     """x [B, ..., C] plus the projection of heads [B, L, H, D], in the dtype and memory format of x."""
-    tokens, weight = heads.flatten(2), projection.weight.unsqueeze(-1)
+    tokens, size = heads.flatten(2), _size(projection, x.shape[1:-1])
     if x.is_contiguous() and x.dtype == tokens.dtype:
-        return dilated_conv1d(tokens, weight, projection.bias, residual=x.view_as(tokens)).view_as(x)
+        return convolve(tokens, projection, size=size, residual=x.view_as(tokens)).view_as(x)
     # The first operand of an addition decides the memory format of the sum.
-    return x + dilated_conv1d(tokens, weight, projection.bias).view_as(x)
+    return x + convolve(tokens, projection, size=size).view_as(x)
 
 
-def _normalise(tokens: Tensor, norm: nn.GroupNorm, **options: Any) -> Tensor:
-    # Under autocast a module of half precision may be given float32.
-    weight, bias = (p if p.dtype == tokens.dtype else p.float() for p in (norm.weight, norm.bias))
-    return group_norm(tokens, weight, bias, norm.num_groups, eps=norm.eps, **options)
+def _size(layer: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The dimensions of a stream that its layer's own forward takes: a convolution all of them, a linear layer none."""
+    is_linear = type(layer) is nn.Linear or not hasattr(innermost(layer), "kernel_size")
+    return () if is_linear else tuple(shape)
 
 
 def _rename_published(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mmattn import RandomShiftAttention
+from mmattn import DilatedConvBlock, RandomShiftAttention
 from mmdiffusion._files import whole_file
 from mmdiffusion.clips import FRAME_RATE, SAMPLE_RATE
 from mmdiffusion.model.blocks import AudioHead, FirstLayer, ResidualBlock, VideoHead
@@ -73,7 +73,7 @@ _TABLES: dict[type[nn.Module], dict[str, tuple[str, int]]] = {
         "audio": ("audio_conv.audio_conv", 0),
     },
     ResidualBlock: {
-        "embedding": ("emb_layers.1", 0),
+        "embedding": DilatedConvBlock._published["embedding"],
         "video.norm1": ("video_in_layers.0.GroupNorm", 0),
         "video.spatial": ("video_in_layers.2.video_conv_spatial", 0),
         "video.temporal": ("video_in_layers.2.video_conv_temporal", 0),
@@ -86,11 +86,7 @@ _TABLES: dict[type[nn.Module], dict[str, tuple[str, int]]] = {
         "video.temporal_attention.norm": ("temporal_attention_block.norm.GroupNorm", 0),
         "video.temporal_attention.qkv": ("temporal_attention_block.qkv", 0),
         "video.temporal_attention.out": ("temporal_attention_block.proj_out", 0),
-        "audio.norm1": ("audio_in_layers.0.GroupNorm", 0),
-        "audio.conv1": ("audio_in_layers.2.audio_conv", 0),
-        "audio.norm2": ("audio_out_layers.0.GroupNorm", 0),
-        "audio.conv2": ("audio_out_layers.3.audio_conv", 0),
-        "audio.skip": ("audio_skip_connection.audio_conv", 0),
+        **{f"audio.{ours}": theirs for ours, theirs in DilatedConvBlock._published.items() if ours != "embedding"},
         "audio.attention.norm": ("audio_attention_block.norm.GroupNorm", 0),
         "audio.attention.qkv": ("audio_attention_block.qkv", 0),
         "audio.attention.out": ("audio_attention_block.proj_out", 0),
@@ -127,6 +123,11 @@ def _parameters(unet: CoupledUNet) -> Iterator[tuple[str, nn.Parameter, tuple[in
             if ours not in modules:
                 continue
             for name, parameter in modules[ours].named_parameters():
+                if name not in ("weight", "bias"):
+                    raise ValueError(
+                        f"a {type(part).__name__} has a parameter {ours}.{name}, unknown to published checkpoints; "
+                        "merge adapters (merge_and_unload of peft) and remove parametrizations and pruning first"
+                    )
                 shape = (*parameter.shape, *(1,) * trailing) if name == "weight" else tuple(parameter.shape)
                 yield f"{place}.{theirs}.{name}", parameter, shape
 

@@ -5,8 +5,11 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import io
 import json
 import pathlib
+import pickle
+import warnings
 
 import pytest
 import torch
@@ -50,7 +53,8 @@ def gradients(made, video, audio, call):
     out = call(made, *leaves)
     weights = torch.Generator().manual_seed(4)
     sum((x * torch.randn(x.shape, generator=weights).to(x.device)).sum() for x in out).backward()
-    return [x.detach() for x in out], [x.grad.clone() for x in (*leaves, *made.parameters())]
+    grads = [x.grad for x in (*leaves, *made.parameters())]
+    return [x.detach() for x in out], [None if x is None else x.clone() for x in grads]
 
 
 @pytest.mark.parametrize("impl", (*REFERENCE_AND_CPU, pytest.param("auto", marks=pytest.mark.gpu)))
@@ -126,13 +130,13 @@ def test_no_copy_of_channels_last(monkeypatch):
     monkeypatch.setattr(mmattn.modules, "random_shift_attention", spy)
     made = module()
     pointers = []
-    convolve = mmattn.modules.dilated_conv1d
+    convolve = mmattn._layers.dilated_conv1d
 
     def spy_on_convolution(x, *args, **options):
         pointers.extend([x.data_ptr()] if "norm" in options else [options["residual"].data_ptr()])
         return convolve(x, *args, **options)
 
-    monkeypatch.setattr(mmattn.modules, "dilated_conv1d", spy_on_convolution)
+    monkeypatch.setattr(mmattn._layers, "dilated_conv1d", spy_on_convolution)
     video, audio = channels_last(*streams())
     made(video, audio, shift=0)
     assert pointers == 2 * [video.data_ptr(), audio.data_ptr()]
@@ -278,8 +282,6 @@ class Host(nn.Module):
 
 def swapped_host(dtype=torch.float32):
     host = Host().to(dtype).eval()
-    for parameter in host.shared.v_qkv.parameters():
-        parameter.requires_grad_(False)
     video, audio = streams(dtype=dtype)
     with torch.no_grad():
         before = host(video, audio)
@@ -302,22 +304,262 @@ def test_swap_in_bf16():
         assert relative_error(x, y) < 2e-2
 
 
-def test_swap_keeps_what_the_block_had():
-    host, video, audio, _ = swapped_host()
-    blocks = host.blocks[0], host.level["deep"][1], host.shared
-    assert all(type(block) is RandomShiftAttention for block in blocks) and host.again is host.shared
-    assert [(b.num_heads, b.window, b.random_shift, b.training) for b in blocks] == [
-        (2, 2, True, False),
-        (1, 4, False, False),
-        (4, 1, True, False),
-    ]
-    assert host.shared.video_norm.num_groups == 16 and host.shared.video_norm.eps == 1e-3
-    assert host.shared.audio_norm.eps == 1e-5
-    frozen = {name for name, p in host.named_parameters() if not p.requires_grad}
-    assert frozen == {"shared.video_qkv.weight", "shared.video_qkv.bias"}
+def test_swap_changes_nothing_but_the_computation():
+    host = Host()
+    modules, parameters = dict(host.named_modules()), dict(host.named_parameters())
+    state = {key: x.clone() for key, x in host.state_dict().items()}
+    shown, kinds = repr(host), [type(block) for block in modules.values()]
+    assert mmattn.swap(host) == 3
+    assert list(host.named_modules()) == list(modules.items()) and repr(host) == shown
+    assert all(isinstance(block, kind) for block, kind in zip(modules.values(), kinds, strict=True))
+    assert [key for key, _ in host.named_parameters()] == list(parameters)
+    assert all(p is parameters[key] for key, p in host.named_parameters())
+    assert list(host.state_dict()) == list(state)
+    assert all(torch.equal(x, state[key]) for key, x in host.state_dict().items())
     assert mmattn.swap(host) == 0 and mmattn.swap(nn.Linear(2, 2)) == 0
-    sum(x.sum() for x in host.train()(video, audio)).backward()
-    assert all(p.grad is not None for n, p in host.named_parameters() if p.requires_grad and not n.startswith("head"))
+    Host().load_state_dict(host.state_dict())
+    host.load_state_dict(state)
+    assert mmattn.unswap(host) == 3 and mmattn.unswap(host) == 0
+    assert [type(block) for block in modules.values()] == kinds and list(host.named_modules()) == list(modules.items())
+
+
+def test_gradients_of_a_swapped_host():
+    """Of every parameter, which an optimizer made before the swap goes on with."""
+    host, (video, audio) = Host(), streams()
+    optimizer = torch.optim.AdamW(host.parameters(), lr=1e-2)
+    wanted = gradients(host.blocks[0], video, audio, lambda m, v, a: m(v, a))
+    assert mmattn.swap(host) == 3
+    found = gradients(host.blocks[0], video, audio, lambda m, v, a: m(v, a, shift=2))
+    for x, y in zip((*found[0], *found[1]), (*wanted[0], *wanted[1]), strict=True):
+        assert relative_error(x, y) < 1e-5
+    before = host.blocks[0].v_qkv.weight.clone()
+    optimizer.step()
+    assert not torch.equal(host.blocks[0].v_qkv.weight, before)
+
+
+def test_training_goes_on_across_a_swap():
+    """Optimizer and averaged copy made before it, saved, loaded into a host without it, and the other way round."""
+    video, audio = streams()
+
+    def step(host, optimizer, average, shift):
+        optimizer.zero_grad()
+        sum((x * x).mean() for x in host(video, audio, **shift)).backward()
+        optimizer.step()
+        with torch.no_grad():
+            for target, source in zip(average.parameters(), host.parameters(), strict=True):
+                target.lerp_(source, 0.1)
+
+    def make():
+        torch.manual_seed(0)
+        host = Host()
+        return host, torch.optim.SGD(host.parameters(), lr=1e-2, momentum=0.9), copy.deepcopy(host)
+
+    plain = make()
+    for _ in range(4):
+        step(*plain, {})
+    swapped = make()
+    mmattn.swap(swapped[0])
+    for _ in range(2):
+        step(*swapped, {"shift": 2})
+    file = io.BytesIO()
+    torch.save([x.state_dict() for x in swapped], file)
+    file.seek(0)
+    resumed = make()
+    for target, state in zip(resumed, torch.load(file), strict=True):
+        target.load_state_dict(state)
+    step(*resumed, {})  # as published
+    mmattn.swap(resumed[0])
+    step(*resumed, {"shift": 2})
+    mmattn.unswap(resumed[0])
+    for i in (0, 2):
+        for key, x in plain[i].state_dict().items():
+            assert relative_error(resumed[i].state_dict()[key], x) < 1e-5, key
+
+
+@pytest.mark.parametrize("when", ("before", "after"))
+def test_half_precision_of_a_swapped_host(when):
+    """As the release converts: the weights of convolutions, through `apply`, and not the norms."""
+
+    def convert(layer):
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            layer.weight.data = layer.weight.data.bfloat16()
+            layer.bias.data = layer.bias.data.bfloat16()
+
+    exact, host = Host().eval(), Host().eval()
+    host.apply(convert) if when == "before" else mmattn.swap(host)
+    mmattn.swap(host) if when == "before" else host.apply(convert)
+    assert host.shared.v_norm.GroupNorm.weight.dtype == torch.float32
+    video, audio = streams(dtype=torch.bfloat16)
+    for x, y in zip(host(video, audio, shift=2), exact(video.float(), audio.float()), strict=True):
+        assert x.dtype == torch.bfloat16 and relative_error(x, y) < 2e-2
+
+
+def test_copies_of_a_swapped_host():
+    host, video, audio, before = swapped_host()
+    file = io.BytesIO()
+    torch.save(host, file)
+    file.seek(0)
+    for made in (copy.deepcopy(host), pickle.loads(pickle.dumps(host)), torch.load(file, weights_only=False)):
+        assert made.again is made.shared and made.shared is not host.shared
+        for x, y in zip(made(video, audio, shift=2), before, strict=True):
+            assert relative_error(x, y) < 1e-5
+        with torch.no_grad():
+            made.shared.v_qkv.weight.zero_()
+        assert host.shared.v_qkv.weight.any()
+        assert mmattn.unswap(made) == 3 and type(made.shared) is PublishedBlock
+
+
+class PublishedCheckpoint(torch.autograd.Function):
+    """Checkpointing as the published code does it, which preserves no state of a random generator."""
+
+    @staticmethod
+    def forward(ctx, function, length, *args):
+        ctx.function, ctx.inputs, ctx.parameters = function, args[:length], args[length:]
+        with torch.no_grad():
+            return function(*ctx.inputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        inputs = [x.detach().requires_grad_() for x in ctx.inputs]
+        with torch.enable_grad():
+            out = ctx.function(*(x.view_as(x) for x in inputs))
+        return None, None, *torch.autograd.grad(out, (*inputs, *ctx.parameters), grads, allow_unused=True)
+
+
+class CheckpointedBlock(PublishedBlock):
+    def forward(self, video, audio):
+        return PublishedCheckpoint.apply(self._forward, 2, video, audio, *self.parameters())
+
+    def _forward(self, video, audio):
+        return super().forward(video, audio)
+
+
+class FlaggedBlock(PublishedBlock):
+    use_checkpoint = True
+
+    def forward(self, video, audio):
+        return checkpoint(super().forward, video, audio, use_reentrant=False)
+
+
+@pytest.mark.parametrize("cls", (CheckpointedBlock, FlaggedBlock))
+def test_swap_keeps_the_checkpointing_of_a_block(cls, monkeypatch):
+    """Little is kept for backward, the block is computed twice, and the second time with the shift of the first."""
+    block = fill(cls(64, 2, 1))
+    plain = fill(PublishedBlock(64, 2, 1))
+    video, audio = streams(frames=9, audio_len=31)
+    mmattn.swap(block)
+    shifts, attend = [], mmattn.modules.random_shift_attention
+
+    def spy(*args, shift, **options):
+        shifts.append(int(shift))
+        return attend(*args, shift=shift, **options)
+
+    monkeypatch.setattr(mmattn.modules, "random_shift_attention", spy)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        out = block(video.requires_grad_(), audio.requires_grad_())
+    assert sum(kept) <= video.numel() + audio.numel()
+    for _ in range(3):
+        torch.randn(1)  # whoever draws again draws another one
+        shifts.clear()
+        found = gradients(block, video, audio, lambda m, v, a: m(v, a))
+        assert len(shifts) == 2 and shifts[0] == shifts[1]
+        plain.fixed_shift = shifts[0]
+        wanted = gradients(plain, video, audio, lambda m, v, a: m(v, a))
+        for x, y in zip((*found[0], *found[1]), (*wanted[0], *wanted[1]), strict=True):
+            assert relative_error(x, y) < 1e-5
+    assert out[0].shape == video.shape
+    given = block(video, audio, shift=torch.tensor(3)), block(video, audio, shift=3)
+    assert all(torch.equal(x, y) for x, y in zip(*given, strict=True))
+
+
+class ScaledFork(PublishedBlock):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.q_scale = nn.Parameter(torch.ones(1))
+
+
+def replaced(path, layer):
+    def alter(block):
+        block.set_submodule(path, layer)
+
+    return alter
+
+
+LOOK_ALIKES = {
+    "parameter": (lambda b: setattr(b, "q_scale", nn.Parameter(torch.ones(1))), "has a parameter 0.q_scale, which"),
+    "buffer": (lambda b: b.register_buffer("bias_table", torch.ones(1)), "has a buffer 0.bias_table, which"),
+    "submodule": (lambda b: b.add_module("dropout", nn.Dropout(0.1)), "has a submodule 0.dropout, which"),
+    "inner submodule": (lambda b: b.attention.add_module("relative", nn.Identity()), "submodule 0.attention.relative"),
+    "kernel": (replaced("v_qkv", nn.Conv1d(64, 192, 3, padding=1)), r"0.v_qkv of 0 .* expected a kernel of 1"),
+    "stride": (replaced("a_qkv", nn.Conv1d(64, 192, 1, stride=2)), r"0.a_qkv of 0 .* expected a kernel of 1"),
+    "groups": (replaced("a_qkv", nn.Conv1d(64, 192, 1, groups=2)), r"0.a_qkv of 0 .* expected a kernel of 1"),
+    "bias": (replaced("v_qkv", nn.Conv1d(64, 192, 1, bias=False)), r"0.v_qkv of 0 .* expected a bias"),
+    "2-D audio": (
+        replaced("audio_proj_out.audio_conv", nn.Conv2d(64, 64, 1)),
+        r"0.audio_proj_out.audio_conv of 0 .* is a Conv2d; expected a Conv1d",
+    ),
+    "rows": (replaced("v_qkv", nn.Conv1d(64, 128, 1)), "expected 192 channels out of 64"),
+    "norm": (replaced("v_norm.GroupNorm", nn.GroupNorm(32, 64, affine=False)), "expected 64 channels with a weight"),
+    "no norm": (replaced("v_norm", nn.Identity()), "has no 0.v_norm.GroupNorm; expected a GroupNorm"),
+    "heads": (lambda b: setattr(b, "num_heads", 5), "has num_heads 5; expected a divisor of channels = 64"),
+    "window": (lambda b: setattr(b, "local_window", 0), "has local_window 0; expected an int, at least 1"),
+    "forward": (lambda b: setattr(b, "forward", b.forward), "has a forward of its own"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOOK_ALIKES)
+def test_a_look_alike_is_refused_and_leaves_the_model_whole(name):
+    alter, message = LOOK_ALIKES[name]
+    model = nn.ModuleList([PublishedBlock(64, 1, 1), PublishedBlock(64, 1, 1)])
+    alter(model[0])
+    with pytest.raises(ValueError, match=message):
+        mmattn.swap(model)
+    assert all(type(block) is PublishedBlock for block in model)
+    if name != "forward":
+        with pytest.raises(ValueError, match=message.replace("0.", "").replace("of 0 ", "of block ")):
+            RandomShiftAttention.from_published(model[0])
+
+
+def test_a_subclass_with_more_in_it_is_refused():
+    with pytest.raises(ValueError, match=r"block \(ScaledFork\) has a parameter q_scale"):
+        mmattn.swap(ScaledFork(64))
+
+
+def test_hooks_of_what_a_swapped_block_does_not_call():
+    block, (video, audio) = fill(PublishedBlock(64, 2, 2)), streams()
+    mmattn.swap(block)
+    seen = []
+    handle = block.v_norm.register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"v_norm of a swapped PublishedBlock has hooks .* mmattn.unswap"):
+        block(video, audio)
+    handle.remove()
+    block.v_norm.GroupNorm.register_forward_hook(lambda *_: seen.append("norm"))
+    block.video_proj_out.video_conv.register_forward_hook(lambda m, args, out: seen.append(out.shape))
+    block.register_forward_hook(lambda *_: seen.append("block"))
+    block.fixed_shift = 1
+    for x, y in zip(block(video, audio, shift=1), PublishedBlock.forward(block, video, audio), strict=True):
+        assert relative_error(x, y) < 1e-5
+    assert seen[:3] == ["norm", (2, 64, 4, 3, 3), "block"]
+
+
+def test_lora_of_a_swapped_block():
+    """As peft computes it on the published one, before the swap and after it."""
+    peft = pytest.importorskip("peft")
+    block, (video, audio) = fill(PublishedBlock(64, 2, 2)), streams()
+    block.fixed_shift = 1
+    config = peft.LoraConfig(r=2, target_modules=["v_qkv", "a_qkv", "video_conv", "audio_conv"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.inject_adapter_in_model(config, block)
+    for key, parameter in block.named_parameters():
+        if "lora_" in key:
+            nn.init.normal_(parameter, std=0.1)
+    wanted = gradients(block, video, audio, lambda m, v, a: m(v, a))
+    mmattn.swap(block)
+    found = gradients(block, video, audio, lambda m, v, a: m(v, a, shift=1))
+    for x, y in zip((*found[0], *found[1]), (*wanted[0], *wanted[1]), strict=True):
+        assert (x is None) == (y is None) and (x is None or relative_error(x, y) < 1e-5)
 
 
 def test_swap_of_a_half_model_with_fp32_norms():
@@ -334,29 +576,46 @@ def test_swap_of_a_half_model_with_fp32_norms():
 
 
 def test_swap_of_a_block_itself():
-    block = PublishedBlock(64)
-    with pytest.raises(ValueError, match=r"model is itself .*PublishedBlock.*RandomShiftAttention.from_published"):
-        mmattn.swap(block)
+    block, (video, audio) = fill(PublishedBlock(64)), streams()
     made = RandomShiftAttention.from_published(block)
+    assert mmattn.swap(block) == 1
+    assert all(
+        torch.equal(x, y) for x, y in zip(block(video, audio, shift=2), made(video, audio, shift=2), strict=True)
+    )
     assert made.training and made.video_qkv.weight.data_ptr() == block.v_qkv.weight.data_ptr()
     with pytest.raises(TypeError, match="block is a Linear without channels, num_heads"):
         RandomShiftAttention.from_published(nn.Linear(2, 2))
 
 
+def test_what_from_published_keeps():
+    host = Host().eval()
+    for parameter in host.shared.v_qkv.parameters():
+        parameter.requires_grad_(False)
+    blocks = host.blocks[0], host.level["deep"][1], host.shared
+    made = [RandomShiftAttention.from_published(block) for block in blocks]
+    assert [(m.num_heads, m.window, m.random_shift, m.training) for m in made] == [
+        (2, 2, True, False),
+        (1, 4, False, False),
+        (4, 1, True, False),
+    ]
+    assert made[2].video_norm.num_groups == 16 and made[2].video_norm.eps == 1e-3
+    assert made[2].audio_norm.eps == 1e-5
+    assert {name for name, p in made[2].named_parameters() if not p.requires_grad} == {
+        "video_qkv.weight",
+        "video_qkv.bias",
+    }
+
+
 def test_published_names_nested_under_any_prefix():
     host = Host()
     published = {key: x.clone() for key, x in host.state_dict().items()}
-    mmattn.swap(host)
-    ours = {key: x.clone() for key, x in host.state_dict().items()}
-    fresh = Host()
-    mmattn.swap(fresh)
-    with torch.no_grad():
-        for parameter in fresh.parameters():
-            parameter.zero_()
-    fresh.load_state_dict(published)
-    assert all(torch.equal(x, ours[key]) for key, x in fresh.state_dict().items())
-    assert "blocks.0.v_qkv.weight" in published  # the caller's dictionary is the caller's
-    fresh.load_state_dict(ours)
+    holder = nn.ModuleDict({"blocks": nn.ModuleList([RandomShiftAttention(64, num_heads=2, window=2)])})
+    one = {key: x for key, x in published.items() if key.startswith("blocks.")}
+    holder.load_state_dict(one)
+    ours = RandomShiftAttention.from_published(host.blocks[0]).state_dict()
+    assert all(torch.equal(x, ours[key]) for key, x in holder["blocks"][0].state_dict().items())
+    assert "blocks.0.v_qkv.weight" in one  # the caller's dictionary is the caller's
+    holder["blocks"][0].load_state_dict(ours)
     with torch.device("meta"):
         empty = RandomShiftAttention(64, num_heads=2)
     prefix = "blocks.0."
@@ -564,14 +823,6 @@ def test_empty_batch():
     assert video.shape == (0, 4, 64, 2, 2) and audio.shape == (0, 64, 16)
 
 
-def test_a_block_that_cannot_be_converted_leaves_the_model_whole():
-    model = nn.ModuleList([PublishedBlock(64, 1, 1), PublishedBlock(64, 1, 1)])
-    model[1].v_norm = nn.Identity()
-    with pytest.raises(AttributeError):
-        mmattn.swap(model)
-    assert all(isinstance(block, PublishedBlock) for block in model)
-
-
 @pytest.mark.parametrize(
     ("video", "message"),
     [(None, "video is a NoneType"), (torch.zeros(1, 4, 64, 1, 1, dtype=torch.bfloat16), "dtype torch.bfloat16")],
@@ -741,13 +992,13 @@ def test_audio_memory_formats(out_channels, dtype):
 def test_no_copy_of_channels_last_audio(dropout, monkeypatch):
     """The tokens and the skip are views of the input; a channels-first input is transposed once for both."""
     seen = []
-    convolve = mmattn.modules.dilated_conv1d
+    convolve = mmattn._layers.dilated_conv1d
 
     def spy(x, *args, **options):
         seen.append((x.data_ptr(), options.get("residual")))
         return convolve(x, *args, **options)
 
-    monkeypatch.setattr(mmattn.modules, "dilated_conv1d", spy)
+    monkeypatch.setattr(mmattn._layers, "dilated_conv1d", spy)
     block, (audio,) = AudioCase().block(dropout=dropout), AudioCase().inputs()
     for x in (as_channels_last(audio), as_channels_last(audio)[:, :, 3:]):
         seen.clear()
@@ -993,3 +1244,23 @@ def test_audio_block_recorded_and_compiled(fresh_dynamo):
     with torch.no_grad():
         (replayed,) = replays(lambda t: {"out": block(t["audio"], t["emb"])}, tensors, later)
         assert relative_error(replayed["out"], block(*later[0].values())) < 1e-6
+
+
+@pytest.mark.parametrize("dtypes", ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)), ids=str)
+def test_autocast_takes_streams_of_different_dtypes(dtypes):
+    """As the published block does."""
+    made, block = module(), fill(PublishedBlock(64, 2, 2))
+    swapped = copy.deepcopy(block)
+    mmattn.swap(swapped)
+    video, audio = (x.to(dtype) for x, dtype in zip(streams(), dtypes, strict=True))
+    for call, exact in (
+        (lambda *x: made(*x, shift=0), lambda *x: made(*x, shift=0)),
+        (lambda *x: swapped(*x, shift=0), block),
+    ):
+        expected = exact(video.float(), audio.float())
+        with torch.autocast("cpu", torch.bfloat16):
+            found = call(video, audio)
+        for x, y, dtype in zip(found, expected, dtypes, strict=True):
+            assert x.dtype == dtype and relative_error(x, y) < 2e-2
+    with pytest.raises(TypeError, match=r"audio has dtype .*; expected .*, the dtype of video"):
+        made(video, audio)

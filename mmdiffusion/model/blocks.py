@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import mmattn
+from mmattn import _layers
+from mmattn._layers import convolve_frames
 from mmattn._streams import side_by_side
+from mmattn.modules import project_residual
 from mmdiffusion.model.config import AUDIO_RATE, NORM_GROUPS, VIDEO_RATE
 
 Streams: TypeAlias = tuple[Tensor | None, Tensor | None]
@@ -25,37 +28,22 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 def convolve(
     x: Tensor,
-    layer: nn.Conv1d,
+    layer: nn.Module,
     *,
-    norm: nn.GroupNorm | None = None,
+    norm: nn.Module | None = None,
     residual: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """`mmattn.dilated_conv1d` of tokens [B, ..., Cin] by a layer's parameters; residual [B, ..., Cout]."""
-    if norm is not None:
-        options |= {"norm": (norm.weight, norm.bias, norm.num_groups), "eps": norm.eps}
+    """`mmattn.dilated_conv1d` of tokens [B, ..., Cin] by a layer; residual [B, ..., Cout]."""
     if residual is not None:
         residual = residual.flatten(1, -2)
-    out = mmattn.dilated_conv1d(x.flatten(1, -2), layer.weight, layer.bias, residual=residual, **options)
+    out = _layers.convolve(x.flatten(1, -2), layer, norm=norm, residual=residual, **options)
     return out.unflatten(1, x.shape[1:-1])
 
 
-def convolve_frames(
-    video: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    norm: nn.GroupNorm | None = None,
-    activation: str | None = None,
-) -> Tensor:
-    """`mmattn.spatial_conv2d` of video [B, F, H, W, Cin] by weight [Cout, Cin, 3, 3], the norm in front fused."""
-    height, width = video.shape[2:4]
-    options: dict[str, Any] = {}
-    if norm is not None:
-        options = {"norm": (norm.weight, norm.bias, norm.num_groups), "eps": norm.eps}
-    tokens = video.flatten(1, 3)
-    out = mmattn.spatial_conv2d(tokens, weight, bias, height=height, width=width, activation=activation, **options)
-    return out.unflatten(1, video.shape[1:4])
+def convolve_over_frames(video: Tensor, layer: nn.Module) -> Tensor:
+    """Of video [B, F, H, W, Cin], each pixel for itself, by a layer's parameters or by the layer."""
+    return convolve(video, layer, interleaved=video.shape[2] * video.shape[3])
 
 
 def zeroed(layer: Layer) -> Layer:
@@ -101,9 +89,7 @@ class TemporalAttention(SelfAttention):
         pixels = height * width
         by_frame = video.view(batch, frames, pixels, channels)
         by_pixel = by_frame.transpose(1, 2).reshape(batch * pixels, frames, channels)
-        normed = mmattn.group_norm(
-            by_pixel, self.norm.weight, self.norm.bias, self.norm.num_groups, eps=self.norm.eps
-        ).view(batch, pixels * frames, channels)
+        normed = _layers.normalise(by_pixel, self.norm).view(batch, pixels * frames, channels)
         update = convolve(self._attend(convolve(normed, self.qkv), pixels), self.out)
         return (by_frame + update.view(batch, pixels, frames, channels).transpose(1, 2)).view(video.shape)
 
@@ -126,39 +112,22 @@ class _StreamBlock(nn.Module):
         if self.resampling == "down":
             x = self._pool(x)
         # All that follows the repetition is pointwise, statistics of a norm do not change by it, and dropout's mask
-        # alone is drawn at the full resolution; so without dropout the repetition comes last.
-        is_dropping = self.training and self.dropout > 0
-        if self.resampling == "up" and is_dropping:
+        # alone is drawn at the full resolution; so without dropout the repetition comes last. Of a layer
+        # that is not plain nobody knows, and it is given what the published one is.
+        is_last = self.resampling == "up" and not (self.training and self.dropout) and self._is_plain()
+        if self.resampling == "up" and not is_last:
             h, x = self._repeat(h), self._repeat(x)
-        h = self._project(h, x, embedding, is_film, is_dropping)
-        return self._repeat(h) if self.resampling == "up" and not is_dropping else h
-
-    def _project(self, h: Tensor, x: Tensor, embedding: Tensor, is_film: bool, is_dropping: bool) -> Tensor:
-        residual = x if self.skip is None else convolve(x, self.skip)
         film = None
         if is_film:
-            film = tuple(embedding.chunk(2, -1))
+            scale, shift = embedding.chunk(2, -1)
+            film = scale, shift
         else:
             h = h + embedding.view(len(h), *(1,) * (h.dim() - 2), -1)
-        if not is_dropping:
-            # h is read by this convolution alone.
-            return convolve(
-                h, self.conv2, norm=self.norm2, film=film, activation="silu", residual=residual, overwrite_x=True
-            )
-        # The mask goes between the norm and the projection, which are two calls then.
-        scale, shift = film or (None, None)
-        norm = self.norm2
-        y = mmattn.group_norm(
-            h.flatten(1, -2),
-            norm.weight,
-            norm.bias,
-            norm.num_groups,
-            scale=scale,
-            shift=shift,
-            activation="silu",
-            eps=norm.eps,
-        )
-        return convolve(functional.dropout(y.view(h.shape), self.dropout), self.conv2, residual=residual)
+        out = project_residual(self, h.flatten(1, -2), x.flatten(1, -2), film).unflatten(1, h.shape[1:-1])
+        return self._repeat(out) if is_last else out
+
+    def _is_plain(self) -> bool:
+        return all(layer is None or _layers.is_plain(layer) for layer in (self.norm2, self.conv2, self.skip))
 
     def _convolve(self, x: Tensor) -> Tensor:
         """The first half, to h at the resolution of the output, or of x in an up block."""
@@ -190,11 +159,13 @@ class VideoBlock(_StreamBlock):
         return x
 
     def _convolve(self, x: Tensor) -> Tensor:
-        h = convolve_frames(x, self.spatial.weight, self.spatial.bias, norm=self.norm1, activation="silu")
+        h = convolve_frames(x, self.spatial, norm=self.norm1, activation="silu")
+        if self.resampling == "down" and not _layers.is_plain(self.temporal):
+            return self._pool(convolve_over_frames(h, self.temporal))
         if self.resampling == "down":
             # The mean over a frame commutes with a convolution over the frames: a quarter of the tokens to convolve.
             h = self._pool(h)
-        return convolve(h, self.temporal, dilation=h.shape[2] * h.shape[3])
+        return convolve_over_frames(h, self.temporal)
 
     def _pool(self, x: Tensor) -> Tensor:
         frames = functional.avg_pool2d(x.flatten(0, 1).permute(0, 3, 1, 2), VIDEO_RATE)
@@ -220,7 +191,7 @@ class AudioBlock(_StreamBlock):
         return x if self.attention is None else self.attention(x)
 
     def _convolve(self, x: Tensor) -> Tensor:
-        h = convolve(x, self.conv1, norm=self.norm1, activation="silu", dilation=self.conv1.dilation[0])
+        h = convolve(x, self.conv1, norm=self.norm1, activation="silu")
         return self._pool(h) if self.resampling == "down" else h
 
     def _pool(self, x: Tensor) -> Tensor:
@@ -339,8 +310,7 @@ class FirstLayer(nn.Module):
 
     def forward(self, video: Tensor | None, audio: Tensor | None) -> Streams:
         if video is not None and self.video_spatial is not None and self.video_temporal is not None:
-            video = convolve_frames(video, self.video_spatial.weight, self.video_spatial.bias)
-            video = convolve(video, self.video_temporal, dilation=video.shape[2] * video.shape[3])
+            video = convolve_over_frames(convolve_frames(video, self.video_spatial), self.video_temporal)
         if audio is not None and self.audio is not None:
             audio = convolve(audio, self.audio)
         return video, audio
@@ -355,10 +325,16 @@ class VideoHead(nn.Module):
         self.conv = zeroed(nn.Conv3d(channels, out_channels, 3, padding=1))
 
     def forward(self, video: Tensor) -> Tensor:
+        parameters = _layers.parameters(self.conv)
+        if parameters is None:
+            normed = _layers.normalise(video.flatten(1, 3), self.norm, activation="silu").view(video.shape)
+            return _layers.call(self.conv, normed)
+        weight, bias = parameters
         # One convolution of each frame gives what the three taps over the frames make of it; they are summed after.
-        taps = self.conv.weight.permute(2, 0, 1, 3, 4).flatten(0, 1)  # [3 * Cout, C, 3, 3]
-        before, at, after = convolve_frames(video, taps, None, norm=self.norm, activation="silu").chunk(3, -1)
-        out = at if self.conv.bias is None else at + self.conv.bias.to(at.dtype)
+        taps = weight.permute(2, 0, 1, 3, 4).flatten(0, 1)  # [3 * Cout, C, 3, 3]
+        frames = _layers.convolve_frames_by(video, taps, None, norm=self.norm, activation="silu")
+        before, at, after = frames.chunk(3, -1)
+        out = at if bias is None else at + bias.to(at.dtype)
         out = out + functional.pad(before[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
         return out + functional.pad(after[:, 1:], (0, 0, 0, 0, 0, 0, 0, 1))
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import mmattn
+from mmattn._layers import dtype_of, innermost
 from mmattn._library import is_autocast
 from mmdiffusion.clips import FRAME_RATE, SAMPLE_RATE, STREAMS
 from mmdiffusion.model.blocks import (
@@ -383,8 +384,10 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         timesteps = torch.as_tensor(timesteps, device=device)
         if timesteps.dim() > 1 or timesteps.numel() not in (1, batch):
             raise ValueError(f"timesteps has shape {list(timesteps.shape)}; expected [B] = [{batch}], or one number")
-        weight = next(self.time_embedding.parameters())
-        embedding = timestep_embedding(timesteps.reshape(-1).expand(batch), weight.shape[1]).to(weight.dtype)
+        channels = self.config["model_channels"]
+        embedding = timestep_embedding(timesteps.reshape(-1).expand(batch), channels)
+        # Of layers that are cast around each call diffusers knows the dtype.
+        embedding = embedding.to(dtype_of(self.time_embedding[0]) or self.dtype)
         return functional.silu(self.time_embedding(embedding))
 
     def _shifting(self) -> list[mmattn.RandomShiftAttention]:
@@ -411,7 +414,9 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def _check_inputs(self, video: Tensor | None, audio: Tensor | None) -> None:
         expected_sizes = {"video": self.config["video_size"][1], "audio": self.config["audio_size"][0]}
-        weight = next(self.time_embedding.parameters())
+        own = dtype_of(self.time_embedding[0])
+        # What is offloaded brings its weights to the device as it is called.
+        device = None if own is None else innermost(self.time_embedding[0]).weight.device
         reference: Tensor | None = None
         for name, x, letters in (("video", video, "[B, F, C, H, W]"), ("audio", audio, "[B, C, T]")):
             if name not in self.config["streams"]:
@@ -427,11 +432,14 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 raise ValueError(
                     f"{name} has shape {list(x.shape)}; expected {letters} with C = {channels}, none of them 0"
                 )
-            if not x.is_floating_point() or (x.dtype != weight.dtype and not is_autocast(x.device.type)):
-                raise TypeError(f"{name} has dtype {x.dtype}; expected {weight.dtype}, the dtype of the parameters")
-            if x.device != weight.device:
-                raise ValueError(f"{name} is on {x.device}; expected {weight.device}, the device of the parameters")
-            if reference is not None and (x.shape[0] != reference.shape[0] or x.dtype != reference.dtype):
+            is_cast = is_autocast(x.device.type)
+            if not x.is_floating_point() or (own not in (None, x.dtype) and not is_cast):
+                raise TypeError(f"{name} has dtype {x.dtype}; expected {own}, the dtype of the parameters")
+            if device not in (None, x.device):
+                raise ValueError(f"{name} is on {x.device}; expected {device}, the device of the parameters")
+            if reference is not None and (
+                x.shape[0] != reference.shape[0] or (x.dtype != reference.dtype and not is_cast)
+            ):
                 raise ValueError(
                     f"audio has batch {x.shape[0]} and dtype {x.dtype}; expected {reference.shape[0]} and "
                     f"{reference.dtype}, as in video"
