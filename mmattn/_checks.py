@@ -139,7 +139,7 @@ def group_norm(
 def group_norm_gradients(d_out: Tensor, x: Tensor, stats: Tensor, groups: int) -> None:
     """What the backward of a group normalisation is given besides `group_norm`'s arguments."""
     _result("d_out", d_out, tuple(x.shape), "[B, L, C]", x.dtype, x)
-    _result("stats", stats, (x.shape[0], groups, 2), "[B, groups, 2]", torch.float32, x)
+    _result("stats", stats, (x.shape[0], groups, 3), "[B, groups, 3]", torch.float32, x)
     _contiguous("stats", stats)
 
 
@@ -179,7 +179,7 @@ def conv(
 def conv_gradients(d_out: Tensor, x: Tensor, weight: Tensor, stats: Tensor, groups: int) -> None:
     """What the backward of a convolution is given besides `conv`'s arguments."""
     _result("d_out", d_out, (x.shape[0], x.shape[1], weight.shape[0]), "[B, L, Cout]", x.dtype, x)
-    _result("stats", stats, (x.shape[0], groups, 2), "[B, groups, 2]", torch.float32, x)
+    _result("stats", stats, (x.shape[0], groups, 3), "[B, groups, 3]", torch.float32, x)
     _contiguous("stats", stats)
 
 
@@ -188,7 +188,7 @@ def _attention_results(names: Sequence[str], tensors: Sequence[Tensor], q: Tenso
     for name, t in zip(names[:2], tensors[:2], strict=True):
         _result(name, t, tuple(q.shape), f"the shape of {q_name},", q.dtype, q)
     _contiguous_channels(names[1], tensors[1])
-    _result(names[2], tensors[2], (batch, heads, length), "[B, H, L]", torch.float32, q)
+    _result(names[2], tensors[2], (batch, heads, length), "[B, H, L]", torch.float64, q)
     _contiguous(names[2], tensors[2])
 
 

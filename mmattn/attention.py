@@ -241,8 +241,8 @@ def _fake_forward(*args: Any) -> tuple[Tensor, ...]:
     return (
         video_q.new_empty(video_q.shape),
         audio_q.new_empty(audio_q.shape),
-        video_q.new_empty((batch, heads, video_len), dtype=torch.float32),
-        audio_q.new_empty((batch, heads, audio_q.shape[1]), dtype=torch.float32),
+        video_q.new_empty((batch, heads, video_len), dtype=torch.float64),
+        audio_q.new_empty((batch, heads, audio_q.shape[1]), dtype=torch.float64),
     )
 
 

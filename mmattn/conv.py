@@ -352,7 +352,7 @@ register("conv", _check, _compute, _check_gradients, _compute_gradients)
 def _fake_forward(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     _check(x, weight, *args)
     batch, length, _ = x.shape
-    stats = x.new_empty((batch, args[6], 2), dtype=torch.float32)
+    stats = x.new_empty((batch, args[6], 3), dtype=torch.float32)
     return x.new_empty((batch, length, weight.shape[0])), stats
 
 

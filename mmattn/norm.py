@@ -177,7 +177,7 @@ register("group_norm", _check, _compute, _check_gradients, _compute_gradients)
 def _fake_forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     _check(x, *args)
     groups = args[4]
-    return x.new_empty(x.shape), x.new_empty((x.shape[0], groups, 2), dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], groups, 3), dtype=torch.float32)
 
 
 @torch.library.register_fake(_BACKWARD_OP)

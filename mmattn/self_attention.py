@@ -119,7 +119,7 @@ def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
     _check(*args)
     q: Tensor = args[0]
     batch, length, heads, _dim = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, length), dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty((batch, heads, length), dtype=torch.float64)
 
 
 @torch.library.register_fake(_BACKWARD_OP)

@@ -96,6 +96,8 @@ CASES = {
     "scale below zero": Case(frames=3, pixels=11, audio_len=50, scale=-0.3),
     "scale of zero": Case(frames=3, pixels=11, audio_len=50, scale=0.0),
     "large scores": Case(frames=3, pixels=11, audio_len=50, magnitude=30.0),
+    "scores of thousands": Case(frames=3, pixels=11, audio_len=50, magnitude=1e3),
+    "scores of thousands, many blocks": Case(frames=2, pixels=160, audio_len=700, window=2, shift=0, magnitude=1e3),
 }  # fmt: skip
 
 
@@ -171,8 +173,11 @@ def assert_within_budget(found, case, dtype):
     exact, plain = expected(case, dtype, found["video_out"].device.type)
     for name, x in found.items():
         assert x.dtype == dtype and (x.is_contiguous() or not name.endswith("_out")), name
-        # Backward recomputes the weights from a log-sum-exp, whose rounding grows with the scores.
-        assert_close_to_fp64(x, exact[name], plain[name], name=name, rounding=2 * case.magnitude - 1)
+        # Of a softmax over one key these are what is left of two equal products, times the other factor of the scores.
+        # Scores in the thousands are rounded by three digits more, in an order of sums that is not torch's.
+        factor = 2.0 if case.magnitude < 100 else 6.0
+        left = case.magnitude if name.endswith("_k") else 1.0
+        assert_close_to_fp64(x, exact[name], plain[name], name=name, factor=factor, rounding=4.0, absolute=1e-6 * left)
 
 
 @pytest.mark.parametrize("impl", (*REFERENCE_AND_CPU, pytest.param("auto", marks=pytest.mark.gpu)))

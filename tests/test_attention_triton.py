@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 from triton_common import DEVICE, MATRIX_INSTRUCTION, SHARED_LIMIT, SPILLS, TARGETS, TESTS, ahead_of_time, named
 
+from mmattn.testing import assert_close_to_fp64
 from mmattn_kernels.triton import attention
 
 pytestmark = pytest.mark.device
@@ -169,7 +170,7 @@ def test_forward_and_gradients(case, blocks):
         at["shift"] = torch.tensor([99, case.shift], dtype=case.shift_dtype, device=DEVICE)[1:]
     found = run(qkv, d_out, at)
     for name, x in found.items():
-        assert x.is_contiguous() and x.dtype == (torch.float32 if name.endswith("lse") else case.dtype), name
+        assert x.is_contiguous() and x.dtype == (torch.float64 if name.endswith("lse") else case.dtype), name
     assert_within_budget(found, exact, plain, case.dtype)
 
 
@@ -181,6 +182,19 @@ def test_default_configurations(head_dim, dtype):
     qkv, d_out, at = inputs(case)
     exact, plain = (oracle(qkv, d_out, at, t) for t in (torch.float64, dtype))
     assert_within_budget(run(qkv, d_out, at), exact, plain, dtype)
+
+
+@pytest.mark.parametrize("magnitude", (1e2, 1e3, 1e5))
+def test_large_scores(magnitude, blocks):
+    """Backward has the weights of forward to the digits of plain torch: of their logarithm a float lacks some."""
+    blocks(16, 16)
+    qkv, d_out, at = inputs(Case(frames=2, pixels=20, audio_len=41, window=1))
+    qkv[0], qkv[3] = qkv[0] * magnitude, qkv[3] * magnitude
+    exact, plain = (oracle(qkv, d_out, at, t) for t in (torch.float64, torch.float32))
+    found = run(qkv, d_out, at)
+    for name in ("video_out", "audio_out", *GRADS):
+        left = magnitude if name.endswith("_k") else 1.0  # of two equal products, times the queries
+        assert_close_to_fp64(found[name], exact[name], plain[name], name=name, rounding=4.0, absolute=1e-6 * left)
 
 
 def test_every_small_window(blocks):

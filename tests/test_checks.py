@@ -290,7 +290,7 @@ def _wrong_results(arguments, results, message):
     """Each of the named results shorter, in another dtype, and on another device."""
     for at in results:
         t = arguments[at]
-        for wrong in (t[:, 1:], t.double(), t.to("meta")):
+        for wrong in (t[:, 1:], t.half(), t.to("meta")):
             changed = [*arguments]
             changed[at] = wrong
             yield changed, message

@@ -876,7 +876,7 @@ BAD_OPS = {
     "weight": (2, lambda t: t[:, 1:], ValueError, r"weight has shape \[20, 31, 3\]"),
     "norm's weight missing": (3, lambda t: None, TypeError, "norm's weight is a NoneType"),
     "scale": (5, lambda t: t[:, 1:], ValueError, r"film's scale has shape \[1, 31\]"),
-    "statistics": (7, lambda t: t[:, 1:], ValueError, r"stats is .*1, 7, 2.* expected .*1, 8, 2"),
+    "statistics": (7, lambda t: t[:, 1:], ValueError, r"stats is .*1, 7, 3.* expected .*1, 8, 3"),
     "dilation": (9, lambda d: 0, ValueError, "dilation is 0"),
     "implementation": (-1, lambda _: "reference", RuntimeError, "plain torch"),
 }  # fmt: skip

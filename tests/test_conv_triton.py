@@ -136,7 +136,7 @@ def run(x, others, d_out, case):
     at = {"groups": case.groups, "dilation": case.dilation, "silu": case.silu}
     prologue = {name: others[name] for name in PROLOGUE}
     out, stats = conv.forward(x, **others, **at, eps=1e-5)
-    assert stats.shape == (case.batch, case.groups, 2) and stats.dtype == torch.float32
+    assert stats.shape == (case.batch, case.groups, 3) and stats.dtype == torch.float32
     found = conv.backward(
         d_out, x, others["weight"], **prologue, stats=stats, **at, need_x=True, need_weight=True, need_bias=True
     )

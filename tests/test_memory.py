@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
 """What the process does with freed memory."""
 
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
+from helpers import needs_extension
 
 PROGRAM = """
 import resource
@@ -27,3 +29,34 @@ def test_freed_memory_is_kept():
     """64 MB again and again: faulted in every time, and never again once it is kept."""
     kept, before, after = subprocess.check_output([sys.executable, "-c", PROGRAM], text=True).split()
     assert kept == "True" and int(before) > 20 and int(after) * 10 < int(before)
+
+
+@needs_extension
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_while_threads_compute():
+    """A child must find nothing locked by a thread that it does not have."""
+    program = """
+import os, signal, sys, threading, time
+import torch, mmattn
+torch.set_num_threads(1)
+x, weight, bias = torch.randn(1, 4, 64), torch.randn(64, 64, 1), torch.randn(64)
+compute = lambda: mmattn.dilated_conv1d(x, weight, bias, norm=(bias, bias, 8), impl="cpu")
+expected, stop = compute(), threading.Event()
+
+def work():
+    while not stop.is_set():
+        compute()
+
+threads = [threading.Thread(target=work) for _ in range(3)]
+[thread.start() for thread in threads]
+bad = 0
+for _ in range(300):
+    if (child := os.fork()) == 0:
+        signal.alarm(20)  # ends one that spins
+        os._exit(0 if torch.equal(compute(), expected) else 1)
+    bad += os.waitpid(child, 0)[1] != 0
+stop.set()
+sys.exit(f"{bad} of 300 children failed" if bad else 0)
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr

@@ -85,6 +85,8 @@ CASES = {
     "large eps": Case(eps=0.7),
     "small values": Case(std=1e-3, mean=0.0),
     "large values": Case(std=300.0, mean=100.0, length=200),
+    "mean 1e4": Case(mean=1e4, length=600, groups=8, batch=2),
+    "mean 1e4, plain": Case(mean=1e4, length=3000, groups=8, film=(), silu=False),
 }  # fmt: skip
 
 
@@ -223,6 +225,18 @@ def test_constant_input(isa, instruction_set, poisoned_memory):
         limit = 8 * value * torch.finfo(torch.float32).eps / case.eps**0.5 + torch.finfo(dtype).eps
         assert (found["out"].double() - exact["out"]).abs().max() <= limit
         assert all(torch.isfinite(x).all() for x in found.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_gradients_that_cancel(isa, dtype, instruction_set):
+    """A constant x and equal gradients: d_x is 0, and 1 / sqrt(eps) multiplies what two ways to it differ by."""
+    instruction_set(isa)
+    for value in (-2.0, 0.0, 0.7, 3.0):
+        x = torch.full((1, 700, 32), value, dtype=dtype, requires_grad=True)
+        out = mmattn.group_norm(x, torch.ones(32), torch.full((32,), value), 4, activation="silu", impl="cpu")
+        (d_x,) = torch.autograd.grad(out, x, torch.ones_like(out))
+        assert d_x.abs().max() <= 1e-4
 
 
 @needs_extension
@@ -406,7 +420,7 @@ BAD_OPS = {
     "groups": (lambda t: (*t, 7, True, "cpu"), ValueError, "groups is 7"),
     "shape of the gradient": (lambda t: (t[0][:, 1:], *t[1:7], 32, True, "cpu"), ValueError, r"d_out is .*1, 36, 64"),
     "dtype of the gradient": (lambda t: (t[0].double(), *t[1:7], 32, True, "cpu"), ValueError, "d_out is torch.fl.*64"),
-    "statistics": (lambda t: (*t[:6], t[6][:, 1:], 32, True, "cpu"), ValueError, r"stats .* expected .*1, 32, 2"),
+    "statistics": (lambda t: (*t[:6], t[6][:, 1:], 32, True, "cpu"), ValueError, r"stats .* expected .*1, 32, 3"),
     "scale": (lambda t: (*t[:4], t[1][:, 0, 1:], *t[5:7], 32, True, "cpu"), ValueError, r"scale has shape \[1, 63\]"),
     "implementation": (lambda t: (*t[:7], 32, True, "reference"), RuntimeError, "plain torch"),
 }  # fmt: skip

@@ -64,8 +64,9 @@ inline void store_c(float* c, int64_t c_row) {
 }
 
 // C += A B^T over one chunk; `a` and `b` point at the first block's first part. Parts are taken in an order that
-// changes one operand at a time: 14 tile loads for 24 products.
-template <int Parts, int M, int N>
+// changes one operand at a time: 14 tile loads for 24 products. With kMirrored the operands exchange their parts in it,
+// so that B A^T has the bits of this product's transpose.
+template <int Parts, int M, int N, bool kMirrored = false>
 inline void multiply_chunk(const char* a, int64_t a_block, int64_t a_part, const char* b, int64_t b_block,
                            int64_t b_part) {
   const auto load_a = [&](int part) {
@@ -85,37 +86,39 @@ inline void multiply_chunk(const char* a, int64_t a_block, int64_t a_part, const
   if constexpr (Parts == 1) {
     load_a(0), load_b(0), multiply();
   } else {
-    load_a(1), load_b(1), multiply();
-    load_b(0), multiply();
-    load_a(2), multiply();
-    load_a(0), multiply();
-    load_b(1), multiply();
-    load_b(2), multiply();
+    const auto load_one = [&](int part) { kMirrored ? load_b(part) : load_a(part); };
+    const auto load_other = [&](int part) { kMirrored ? load_a(part) : load_b(part); };
+    load_one(1), load_other(1), multiply();
+    load_other(0), multiply();
+    load_one(2), multiply();
+    load_one(0), multiply();
+    load_other(1), multiply();
+    load_other(2), multiply();
   }
 }
 
-template <int Parts, int M, int N>
+template <int Parts, int M, int N, bool kMirrored>
 void tile_product(const Tiles& a, int64_t m, const Tiles& b, int64_t n, int64_t chunks, float* c, int64_t c_row,
                   bool add) {
   c += m * 16 * c_row + n * 16;
   load_c<M, N>(c, c_row, add);
   for (int64_t k = 0; k < chunks; ++k)
-    multiply_chunk<Parts, M, N>(a.at(m, 0, k), a.block, a.part, b.at(n, 0, k), b.block, b.part);
+    multiply_chunk<Parts, M, N, kMirrored>(a.at(m, 0, k), a.block, a.part, b.at(n, 0, k), b.block, b.part);
   store_c<M, N>(c, c_row);
 }
 
 // Rows [0, 16 m) and columns [16 n_begin, 16 n_end) of C (+)= A B^T, C fp32 with rows of `c_row` floats.
-template <int Parts>
+template <int Parts, bool kMirrored = false>
 inline void tile_gemm(int64_t m, int64_t n_begin, int64_t n_end, int64_t chunks, const Tiles& a, const Tiles& b,
                       float* c, int64_t c_row, bool add) {
   for (int64_t j = n_begin; j < n_end; j += 2)
     for (int64_t i = 0; i < m; i += 2) {
       if (j + 1 < n_end)
-        i + 1 < m ? tile_product<Parts, 2, 2>(a, i, b, j, chunks, c, c_row, add)
-                  : tile_product<Parts, 1, 2>(a, i, b, j, chunks, c, c_row, add);
+        i + 1 < m ? tile_product<Parts, 2, 2, kMirrored>(a, i, b, j, chunks, c, c_row, add)
+                  : tile_product<Parts, 1, 2, kMirrored>(a, i, b, j, chunks, c, c_row, add);
       else
-        i + 1 < m ? tile_product<Parts, 2, 1>(a, i, b, j, chunks, c, c_row, add)
-                  : tile_product<Parts, 1, 1>(a, i, b, j, chunks, c, c_row, add);
+        i + 1 < m ? tile_product<Parts, 2, 1, kMirrored>(a, i, b, j, chunks, c, c_row, add)
+                  : tile_product<Parts, 1, 1, kMirrored>(a, i, b, j, chunks, c, c_row, add);
     }
 }
 

@@ -4,8 +4,6 @@
 // A thread takes a run of query blocks, packs the keys and values of all their windows once, and streams each block
 // through its window in base 2 with an online softmax. Backward gets the probabilities back from the saved log-sum-exp;
 // its runs share no key, so each owns its d_k and d_v: no atomics, and every sum has one order.
-#include <cmath>
-
 #include "attention_plan.h"
 #include "gemm.h"
 #if defined(__AMX_BF16__)
@@ -123,10 +121,10 @@ class Forward {
         is_first = false;
       });
     });
-    float* lse = run.lse(block, p_.heads);
+    double* lse = run.lse(block, p_.heads);
     for (int64_t r = 0; r < rows; ++r) {
       store_row(row<T>(d.out, run.batch, block.queries.lo + r, run.head), out_ + r * padded_, dim_, 1 / sum_[r]);
-      lse[r] = (top_[r] + std::log2(sum_[r])) * kLn2;
+      lse[r] = log_sum_exp(top_[r], sum_[r]);
     }
   }
 
@@ -180,7 +178,7 @@ class Backward {
   void differentiate(const Run& run, const QueryBlock& block) const {
     const int64_t rows = block.queries.hi - block.queries.lo, vecs = padded_ / kLanes;
     const Direction& d = *run.direction;
-    const float* lse = run.lse(block, p_.heads);
+    const double* lse = run.lse(block, p_.heads);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t position = block.queries.lo + r;
       load_row(queries_ + r * padded_, row<T>(d.q, run.batch, position, run.head), dim_, padded_, p_.scale * kLog2e);
@@ -206,9 +204,10 @@ class Backward {
           float* ds = d_scores_ + r * kKeyBlock;
           if (lo > 0) store(s, keep_lanes(load(s), lo, kLanes, kMasked));
           if (hi < last + kLanes) store(s + last, keep_lanes(load(s + last), 0, hi - last, kMasked));
-          const Vec row_lse = broadcast(lse[r] * kLog2e), row_delta = broadcast(delta_[r]);
+          const BinaryLse row_lse(lse[r]);
+          const Vec high = broadcast(row_lse.high), low = broadcast(row_lse.low), row_delta = broadcast(delta_[r]);
           for (int64_t v = 0; v < panels * kLanes; v += kLanes) {
-            const Vec weight = exp2(load(s + v) - row_lse);
+            const Vec weight = exp2(load(s + v) - high - low);
             store(s + v, weight);
             store(ds + v, weight * (load(ds + v) - row_delta));
           }

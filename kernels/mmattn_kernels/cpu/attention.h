@@ -17,7 +17,7 @@ struct Strided {  // [batch, position, head, channel], strides in elements, chan
 // Queries of one stream against circular windows of the other's keys and values, or of its own.
 struct Direction {
   Strided q, k, v, out, d_out, d_q, d_k, d_v;  // the last four in backward only
-  float* lse;                                  // [batch, head, q_len], natural logarithm
+  double* lse;  // [batch, head, q_len], natural logarithm; of logits in the thousands a float holds three digits
   int64_t q_len, k_len;
 };
 

@@ -101,7 +101,7 @@ def _empty(like: Tensor) -> Tensor:
 
 def _empty_lse(q: Tensor) -> Tensor:
     batch, length, heads, _ = q.shape
-    return q.new_empty((batch, heads, length), dtype=torch.float32)
+    return q.new_empty((batch, heads, length), dtype=torch.float64)
 
 
 def _contiguous_channels(t: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 // Random-shift attention on AMX tiles, for bf16 and, in three parts, for fp32 (see amx.h).
 #pragma once
 
-#include <cmath>
-
 #include "amx.h"
 #include "attention_plan.h"
 
@@ -113,11 +111,11 @@ class AmxForward {
         is_first = false;
       });
     });
-    float* lse = run.lse(block, p_.heads);
+    double* lse = run.lse(block, p_.heads);
     for (int64_t r = 0; r < rows; ++r) {
       const float sum = reduce_add(load(sums_ + r * 16));
       store_row(row<T>(d.out, run.batch, block.queries.lo + r, run.head), out_ + r * padded_, dim_, 1 / sum);
-      lse[r] = (top_[r] + std::log2(sum)) * kLn2;
+      lse[r] = log_sum_exp(top_[r], sum);
     }
   }
 
@@ -211,6 +209,7 @@ class AmxBackward {
         d_weight_(scratch.take(kQueryRows * kKeyBlock)),
         d_queries_(scratch.take(kQueryRows * padded_)),
         lse_(scratch.take(kQueryRows)),
+        lse_rest_(scratch.take(kQueryRows)),
         delta_(scratch.take(kQueryRows)) {}
 
   void run(const Run& run) const {
@@ -247,8 +246,9 @@ class AmxBackward {
           for (const Strided* s : {&run.direction->q, &run.direction->d_out, &run.direction->out})
             prefetch(row<T>(*s, run.batch, next, run.head), dim_);
         const int64_t k_blocks = 2 * chunks, first = chunk * 32 * padded_;
-        tile_gemm<Parts>(k_blocks, 0, q_blocks, d_chunks_, from_block(keys_, 2 * chunk), queries_, score_, kQueryRows,
-                         false);
+        // To the last bit the scores of forward, whose logarithm is subtracted.
+        tile_gemm<Parts, true>(k_blocks, 0, q_blocks, d_chunks_, from_block(keys_, 2 * chunk), queries_, score_,
+                               kQueryRows, false);
         tile_gemm<Parts>(k_blocks, 0, q_blocks, d_chunks_, from_block(values_, 2 * chunk), d_out_, d_weight_,
                          kQueryRows, false);
         softmax_gradient({range.lo - chunk * 32, range.hi - chunk * 32}, chunks, q_chunks);
@@ -276,9 +276,11 @@ class AmxBackward {
       pack_depth_tiles<Parts, false>(queries_deep_, c, dim_, [&](int r) { return query(d.q, c * 32 + r); });
       pack_depth_tiles<Parts, false>(d_out_deep_, c, dim_, [&](int r) { return query(d.d_out, c * 32 + r); });
     }
-    const float* lse = run.lse(block, p_.heads);
+    const double* lse = run.lse(block, p_.heads);
     for (int64_t r = 0; r < q_chunks * 32; ++r) {
-      lse_[r] = r < rows ? lse[r] * kLog2e : -kMasked;  // the weights of padding are zero
+      const BinaryLse row_lse(r < rows ? lse[r] : -kMasked);  // the weights of padding are zero
+      lse_[r] = row_lse.high;
+      lse_rest_[r] = row_lse.low;
       Vec total{};
       for (int64_t c = 0; r < rows && c < dim_; c += 16)
         total += load_lanes(query(d.d_out, r) + c, dim_ - c) * load_lanes(query(d.out, r) + c, dim_ - c);
@@ -298,7 +300,7 @@ class AmxBackward {
         for (int half = 0; half < 2; ++half) {
           if (is_inside) {
             const int64_t q = c * 32 + half * 16;
-            weight[half] = exp2<kDegree>(load(s + half * 16) * scale - load(lse_ + q));
+            weight[half] = exp2<kDegree>(load(s + half * 16) * scale - load(lse_ + q) - load(lse_rest_ + q));
             gradient[half] = weight[half] * (load(ds + half * 16) - load(delta_ + q));
           }
           store(ds + half * 16, gradient[half]);
@@ -334,7 +336,7 @@ class AmxBackward {
   const Tiles weights_, d_scores_, d_scores_deep_;  // P^T and dS^T as first operands, dS^T as a second one
   float *const d_keys_, *const d_values_, *const score_, *const d_weight_;
   float* const d_queries_;  // [channel][query]
-  float *const lse_, *const delta_;
+  float *const lse_, *const lse_rest_, *const delta_;
 };
 
 }  // namespace

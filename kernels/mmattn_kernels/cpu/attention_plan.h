@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <list>
 #include <vector>
 
@@ -22,6 +23,21 @@ template <class T>
 T* row(const Strided& s, int64_t batch, int64_t position, int64_t head) {
   return static_cast<T*>(s.data) + batch * s.batch + position * s.position + head * s.head;
 }
+
+// The natural logarithm of a sum of exponentials of base 2 that are relative to `top`.
+inline double log_sum_exp(float top, float sum) {
+  return (static_cast<double>(top) + std::log2(sum)) * 0.69314718055994530942;
+}
+
+// The same in base 2, as two floats.
+struct BinaryLse {
+  float high, low;
+  explicit BinaryLse(double lse) {
+    const double binary = lse * 1.44269504088896340736;
+    high = static_cast<float>(binary);
+    low = static_cast<float>(binary - high);
+  }
+};
 
 struct Range {
   int64_t lo, hi;
@@ -96,7 +112,7 @@ struct Run {
     return row<T>(s, batch, position < windows.k_len ? position : position - windows.k_len, head);
   }
 
-  float* lse(const QueryBlock& block, int64_t heads) const {
+  double* lse(const QueryBlock& block, int64_t heads) const {
     return direction->lse + (batch * heads + head) * direction->q_len + block.queries.lo;
   }
 

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <random>
 #include <stdexcept>
@@ -112,12 +113,21 @@ using DirectionArgs = std::tuple<std::vector<Matrix>, uintptr_t, int64_t, int64_
 
 Attention unpack(const std::vector<DirectionArgs>& directions, int64_t batch, int64_t heads, int64_t dim,
                  int64_t frames, int64_t window, int64_t shift, float scale, bool is_bf16, int threads) {
-  Attention p{{}, batch, heads, dim, frames, window, shift, scale, is_bf16, threads};
+  Attention p{};
+  p.batch = batch;
+  p.heads = heads;
+  p.dim = dim;
+  p.frames = frames;
+  p.window = window;
+  p.shift = shift;
+  p.scale = scale;
+  p.is_bf16 = is_bf16;
+  p.threads = threads;
   for (const auto& [matrices, lse, q_len, k_len] : directions) {
     Direction& d = p.directions.emplace_back();
     Strided* const fields[] = {&d.q, &d.k, &d.v, &d.out, &d.d_out, &d.d_q, &d.d_k, &d.d_v};
     for (size_t j = 0; j < matrices.size(); ++j) *fields[j] = strided(matrices[j]);
-    d.lse = reinterpret_cast<float*>(lse);
+    d.lse = reinterpret_cast<double*>(lse);
     d.q_len = q_len;
     d.k_len = k_len;
   }
@@ -159,15 +169,32 @@ Norm norm(const NormArgs& args) {
 
 void group_norm_forward(const TokensArgs& x, const TokensArgs& out, const NormArgs& args, int64_t batch, int64_t length,
                         int64_t channels, bool is_bf16, int threads) {
-  const GroupNorm p{tokens(x), tokens(out), {}, {}, norm(args), nullptr, batch, length, channels, is_bf16, threads};
+  GroupNorm p{};
+  p.x = tokens(x);
+  p.out = tokens(out);
+  p.norm = norm(args);
+  p.batch = batch;
+  p.length = length;
+  p.channels = channels;
+  p.is_bf16 = is_bf16;
+  p.threads = threads;
   py::gil_scoped_release release;
   active().group_norm_forward(p);
 }
 
 void group_norm_backward(const TokensArgs& x, const TokensArgs& d_out, const TokensArgs& d_x, const NormArgs& args,
                          uintptr_t sums, int64_t batch, int64_t length, int64_t channels, bool is_bf16, int threads) {
-  const GroupNorm p{tokens(x), {},     tokens(d_out), tokens(d_x), norm(args), floats(sums),
-                    batch,     length, channels,      is_bf16,     threads};
+  GroupNorm p{};
+  p.x = tokens(x);
+  p.d_out = tokens(d_out);
+  p.d_x = tokens(d_x);
+  p.norm = norm(args);
+  p.sums = floats(sums);
+  p.batch = batch;
+  p.length = length;
+  p.channels = channels;
+  p.is_bf16 = is_bf16;
+  p.threads = threads;
   py::gil_scoped_release release;
   active().group_norm_backward(p);
 }
@@ -181,16 +208,18 @@ int64_t conv_packed_bytes(int64_t out_channels, int64_t in_channels, int64_t tap
 
 ConvWeights weights(const WeightArgs& args, bool is_bf16, int threads) {
   const auto& [weight, weight_is_bf16, out_stride, in_stride, tap_stride, out_channels, in_channels, taps] = args;
-  return {reinterpret_cast<void*>(weight),
-          weight_is_bf16,
-          out_stride,
-          in_stride,
-          tap_stride,
-          out_channels,
-          in_channels,
-          taps,
-          is_bf16,
-          threads};
+  ConvWeights w{};
+  w.weight = reinterpret_cast<void*>(weight);
+  w.weight_is_bf16 = weight_is_bf16;
+  w.out_stride = out_stride;
+  w.in_stride = in_stride;
+  w.tap_stride = tap_stride;
+  w.out_channels = out_channels;
+  w.in_channels = in_channels;
+  w.taps = taps;
+  w.is_bf16 = is_bf16;
+  w.threads = threads;
+  return w;
 }
 
 void conv_pack(const WeightArgs& args, bool is_bf16, uintptr_t packed, int threads) {
@@ -204,8 +233,21 @@ using ConvSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_
 
 Conv conv(const TokensArgs& x, const TokensArgs& out, const NormArgs& args, const ConvSizes& sizes) {
   const auto& [batch, length, in_channels, out_channels, taps, dilation, height, width, is_bf16, threads] = sizes;
-  return {tokens(x),   tokens(out),  {},   nullptr,  {},     {},    norm(args), batch,  length,
-          in_channels, out_channels, taps, dilation, height, width, is_bf16,    threads};
+  Conv p{};
+  p.x = tokens(x);
+  p.out = tokens(out);
+  p.norm = norm(args);
+  p.batch = batch;
+  p.length = length;
+  p.in_channels = in_channels;
+  p.out_channels = out_channels;
+  p.taps = taps;
+  p.dilation = std::min(dilation, length);  // taps farther than that read zeros, however far
+  p.height = height;
+  p.width = width;
+  p.is_bf16 = is_bf16;
+  p.threads = threads;
+  return p;
 }
 
 void conv_forward(const TokensArgs& x, const TokensArgs& out, const TokensArgs& residual, uintptr_t packed,

@@ -46,7 +46,7 @@ def forward(
     batch, length, _ = x.shape
     if out is None:
         out = x.new_empty((batch, length, weight.shape[0]))
-    stats = x.new_empty((batch, groups, 2), dtype=torch.float32)
+    stats = x.new_empty((batch, groups, 3), dtype=torch.float32)
     if batch:
         parameters = readable(norm_weight, norm_bias, scale, shift)
         norm = norm_arguments(parameters, stats, groups, silu, eps)

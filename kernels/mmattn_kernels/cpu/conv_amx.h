@@ -33,6 +33,11 @@ inline Vec load_strided(const float* p, int64_t stride, int64_t n) {
     const __m512i last = _mm512_maskz_loadu_epi32(0x3fff, p + 32);
     return (Vec)_mm512_mask_permutexvar_epi32(below_32, above, _mm512_sub_epi32(third, _mm512_set1_epi32(32)), last);
   }
+  if (stride > INT32_MAX / 15 || stride < INT32_MIN / 15) {  // beyond the offsets of a gather
+    float lanes[16] = {};
+    for (int64_t i = 0; i < std::min<int64_t>(n, 16); ++i) lanes[i] = p[i * stride];
+    return load(lanes);
+  }
   const __mmask16 mask = n >= 16 ? 0xffff : (1u << n) - 1;
   const __m512i offset = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(stride)));
   return (Vec)_mm512_mask_i32gather_epi32(__m512i{}, mask, offset, p, 4);

@@ -35,21 +35,22 @@ inline int thread_count() {
 }
 
 // Uninitialised floats that begin on a cache line. The memory of a few that are gone is kept for those of the next
-// calls: fresh from the system, every page would cost a fault again, together as much as the work done in them.
+// calls: fresh from the system, every page would cost a fault again, together as much as the work done in them. Places
+// are swapped, never locked: a process that forks while its threads are here leaves the child nothing to wait for.
 class Buffer {
  public:
   explicit Buffer(int64_t n) {
     const int64_t bytes = round_up(n * static_cast<int64_t>(sizeof(float)), kLine) + kLine;
-    block_ = exchange([&](Block* kept) { return kept && kept->bytes >= bytes && kept->bytes <= 4 * bytes; }, nullptr);
+    block_ = take(bytes);
     if (block_) return;
     block_ = static_cast<Block*>(::operator new(bytes, std::align_val_t{kLine}));
     block_->bytes = bytes;
   }
   ~Buffer() {
-    Block* left = block_;
-    if (left->bytes <= kMostKept)
-      left = exchange([&](Block* kept) { return !kept || kept->bytes < left->bytes; }, left);
-    if (left) ::operator delete(left, std::align_val_t{kLine});
+    if (block_->bytes <= kMostKept)
+      keep(block_);
+    else
+      release(block_);
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
@@ -61,19 +62,31 @@ class Buffer {
   };
   static constexpr int64_t kLine = 64, kMostKept = 32 << 20;
   static inline Block* kept_[4];
-  static inline bool busy_;
 
-  // Puts `with` in the first place whose content is `wanted` and returns that; returns `with` where there is none.
-  template <class Wanted>
-  static Block* exchange(Wanted wanted, Block* with) {
-    while (__atomic_test_and_set(&busy_, __ATOMIC_ACQUIRE)) continue;
-    for (Block*& place : kept_)
-      if (wanted(place)) {
-        std::swap(place, with);
-        break;
-      }
-    __atomic_clear(&busy_, __ATOMIC_RELEASE);
-    return with;
+  static Block* exchange(Block** place, Block* with) { return __atomic_exchange_n(place, with, __ATOMIC_ACQ_REL); }
+  static void release(Block* block) {
+    if (block) ::operator delete(block, std::align_val_t{kLine});
+  }
+
+  // A kept block of this many bytes, up to four times as many; null where there is none.
+  static Block* take(int64_t bytes) {
+    for (Block*& place : kept_) {
+      Block* block = exchange(&place, nullptr);
+      if (block && block->bytes >= bytes && block->bytes <= 4 * bytes) return block;
+      if (block) release(exchange(&place, block));  // of another thread, which has filled the place meanwhile
+    }
+    return nullptr;
+  }
+
+  // In the first place that is empty or holds a smaller one.
+  static void keep(Block* block) {
+    for (Block*& place : kept_) {
+      Block* other = exchange(&place, block);
+      if (!other || other->bytes < block->bytes) return release(other);
+      block = exchange(&place, other);  // the smaller one, unless another thread was quicker
+      if (!block) return;
+    }
+    release(block);
   }
 
   Block* block_;

@@ -48,7 +48,10 @@ void backward(const GroupNorm& p) {
   const Norm& norm = p.norm;
   const Coefficients coefficients(p.batch, p.channels, kEvenAndOdd<T>);
   const int64_t groups = norm.groups, channels = p.channels, size = groups ? channels / groups : channels;
-  const auto rstd = [&](int64_t b, int64_t c) { return groups ? norm.stats[(b * groups + c / size) * 2 + 1] : 1.0f; };
+  const float no_groups[kStats] = {0, 1, 0};
+  const auto stats = [&](int64_t b, int64_t c) {
+    return groups ? norm.stats + (b * groups + c / size) * kStats : no_groups;
+  };
   set_coefficients_from_stats(norm, coefficients, p.batch, channels);
   const Parts parts(p.length, channels);
   const int64_t padded = coefficients.padded(), count = p.batch * parts.count;
@@ -102,8 +105,9 @@ void backward(const GroupNorm& p) {
           sum += partial.at(b * parts.count + part, 0)[at];
           product += partial.at(b * parts.count + part, 1)[at];
         }
+        const float* s = stats(b, c);
         sums[c * 2] = static_cast<float>(sum);
-        sums[c * 2 + 1] = static_cast<float>(product * rstd(b, c));
+        sums[c * 2 + 1] = static_cast<float>((product - sum * s[2]) * s[1]);
       }
       float *constant = steps.at(b, 0), *slope = steps.at(b, 1);
       std::memset(constant, 0, padded * sizeof(float));
@@ -114,9 +118,11 @@ void backward(const GroupNorm& p) {
           sum += static_cast<double>(factor[coefficients.place(c)]) * sums[c * 2];
           product += static_cast<double>(factor[coefficients.place(c)]) * sums[c * 2 + 1];
         }
+        const float* s = stats(b, g * size);
+        const double mean = sum / (size * p.length), mean_slope = product / (size * p.length) * s[1];
         for (int64_t c = g * size; c < (g + 1) * size; ++c) {
-          constant[coefficients.place(c)] = static_cast<float>(sum / (size * p.length));
-          slope[coefficients.place(c)] = static_cast<float>(product / (size * p.length) * rstd(b, c));
+          constant[coefficients.place(c)] = static_cast<float>(mean - s[2] * mean_slope);
+          slope[coefficients.place(c)] = static_cast<float>(mean_slope);
         }
       }
     }
@@ -133,7 +139,9 @@ void backward(const GroupNorm& p) {
           const auto step = [&](int64_t at, Vec value, Vec d) {
             const Map map(maps, at);
             const Vec centred = value - map.mean;
-            const Vec d_z = activate_backward<kSilu, kDegree<T>>(centred * map.factor + map.offset, d);
+            // As in the sums: where the gradient cancels, as in a group of zero variance, a difference between the two
+            // would be all that is left, times rstd.
+            const Vec d_z = activate_backward<kSilu, 5>(centred * map.factor + map.offset, d);
             return map.factor * d_z - load(constant + at) - centred * load(slope + at);
           };
           store_pair(d_x + c, Pair{step(c, values.first, d_y.first), step(c + kLanes, values.second, d_y.second)}, n);

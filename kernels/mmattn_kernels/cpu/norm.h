@@ -8,6 +8,8 @@
 
 namespace mmattn {
 
+constexpr int64_t kStats = 3;
+
 struct Tokens {  // [batch, position, channel], strides in elements, channels contiguous; null where absent
   void* data;
   int64_t batch, position;
@@ -23,7 +25,7 @@ struct Parameter {  // [channels], or [batch, channels] with a stride; float or 
 struct Norm {
   Parameter weight, bias;  // [channels], null without groups
   Parameter scale, shift;  // [batch, channels], each may be null
-  float* stats;            // [batch, groups, 2]: mean, 1 / sqrt(variance + eps)
+  float* stats;            // [batch, groups, kStats]: mean, 1 / sqrt(variance + eps), what the mean as a float lacks
   int64_t groups;          // 0: h = x
   float eps;
   bool silu;

@@ -27,7 +27,7 @@ def forward(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     out = x.new_empty(x.shape)
-    stats = x.new_empty((x.shape[0], groups, 2), dtype=torch.float32)
+    stats = x.new_empty((x.shape[0], groups, 3), dtype=torch.float32)
     if x.numel():
         parameters = readable(weight, bias, scale, shift)
         sizes = (*x.shape, x.dtype == torch.bfloat16, torch.get_num_threads())

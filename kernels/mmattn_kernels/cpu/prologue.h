@@ -259,8 +259,8 @@ inline void set_coefficients_from_stats(const Norm& norm, const Coefficients& to
   groups.push_back({0, 0, 0});
   for (int64_t b = 0; b < batches; ++b) {
     for (int64_t g = 0; g < norm.groups; ++g) {
-      const float* s = norm.stats + (b * norm.groups + g) * 2;
-      groups[g] = {s[0], s[1], 0};
+      const float* s = norm.stats + (b * norm.groups + g) * kStats;
+      groups[g] = {s[0], s[1], s[2]};
     }
     set_coefficients(norm, shared, to, b, groups.data());
   }
@@ -296,8 +296,8 @@ void prepare(const Norm& norm, const Tokens& x, int64_t batches, int64_t length,
         const float mean = static_cast<float>(all.mean);
         const float rstd = static_cast<float>(1.0 / std::sqrt(all.m2 / all.n + norm.eps));
         groups[g] = {mean, rstd, static_cast<float>(all.mean - mean)};
-        norm.stats[(b * norm.groups + g) * 2] = mean;
-        norm.stats[(b * norm.groups + g) * 2 + 1] = rstd;
+        float* s = norm.stats + (b * norm.groups + g) * kStats;
+        s[0] = groups[g].mean, s[1] = groups[g].rstd, s[2] = groups[g].remainder;
       }
       set_coefficients(norm, shared, to, b, groups.data());
     }

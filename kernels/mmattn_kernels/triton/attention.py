@@ -5,8 +5,10 @@
     positions ((g + R) * n_k + j) mod L_k for 0 <= j < S * n_k, in the other modality.
 
 F frames, S window, R shift; L = F*P for video, T for audio; n = L // F positions a segment (q: of the queries, k: of
-the keys). Positions past F*n belong, as queries, to the last segment. Layout [B, L, H, D] with D contiguous; LSE and
-delta are [B, H, L] in fp32. A window is a circular range, so a kernel needs R and no index list.
+the keys). Positions past F*n belong, as queries, to the last segment. Layout [B, L, H, D] with D contiguous; LSE is
+[B, H, L] in fp64: of logits in the thousands, fp32 would leave the probabilities of backward three digits. What its
+kernels read of a row are three floats [3, B, H, L]: delta, and the LSE in base 2 as the sum of two. A window is a
+circular range, so a kernel needs R and no index list.
 
 One launch serves both directions: the first programs own audio tiles, the others video tiles. `_forward_kernel` and
 `_backward_dq_kernel` own up to BLOCK_M consecutive queries and walk the union of their windows;
@@ -264,13 +266,14 @@ def _forward_kernel(
             b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision=PRECISION)
             b_max = b_new
     _store(p_out, o_m, out_sl, m_m, b_acc / b_sum[:, None], HEAD_DIM, BLOCK_D)
-    tl.store(p_lse + o_m, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=m_m)
+    b_lse = (b_max.to(tl.float64) + tl.log2(b_sum).to(tl.float64)) * 0.6931471805599453
+    tl.store(p_lse + o_m, b_lse, mask=m_m)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _backward_dq_kernel(
     d_video_out, d_audio_out, video_q, video_k, video_v, audio_q, audio_k, audio_v,
-    video_out, audio_out, video_lse, audio_lse, video_delta, audio_delta, d_video_q, d_audio_q, shift, scale,
+    video_out, audio_out, video_lse, audio_lse, video_rows, audio_rows, d_video_q, d_audio_q, shift, scale,
     d_video_out_sb, d_video_out_sl, d_video_out_sh, d_audio_out_sb, d_audio_out_sl, d_audio_out_sh,
     video_q_sb, video_q_sl, video_q_sh, video_k_sb, video_k_sl, video_k_sh, video_v_sb, video_v_sl, video_v_sh,
     audio_q_sb, audio_q_sl, audio_q_sh, audio_k_sb, audio_k_sl, audio_k_sh, audio_v_sb, audio_v_sl, audio_v_sh,
@@ -278,7 +281,10 @@ def _backward_dq_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, SHIFT_IS_TENSOR: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """dS = P * (dO V^T - delta), dQ = scale * dS K; writes delta = rowsum(dO * O) for the other backward kernel too."""
+    """dS = P * (dO V^T - delta), dQ = scale * dS K; writes the rows for the other backward kernel too.
+
+    delta = rowsum(dO * O).
+    """
     is_audio, i_m, i_bh, i_b, i_h = _program(audio_tiles, video_tiles, batch_heads, heads)
     len_q = tl.where(is_audio, audio_len, video_len)
     len_k = tl.where(is_audio, video_len, audio_len)
@@ -293,7 +299,8 @@ def _backward_dq_kernel(
     p_out, out_sl = _result(is_audio, audio_out, video_out, len_q, heads, i_b, i_h, HEAD_DIM)
     p_dq, dq_sl = _result(is_audio, d_audio_q, d_video_q, len_q, heads, i_b, i_h, HEAD_DIM, PACKED)
     p_lse = tl.where(is_audio, audio_lse, video_lse) + i_bh.to(tl.int64) * len_q
-    p_delta = tl.where(is_audio, audio_delta, video_delta) + i_bh.to(tl.int64) * len_q
+    p_rows = tl.where(is_audio, audio_rows, video_rows) + i_bh.to(tl.int64) * len_q
+    plane = batch_heads.to(tl.int64) * len_q
     if SHIFT_IS_TENSOR:
         shift = _mod(tl.load(shift).to(tl.int32), frames)
     o_m, m_m, start, n_keys, head, n_full, n_masked, low, high, wrapped = _key_walk(
@@ -303,9 +310,13 @@ def _backward_dq_kernel(
     b_do = _load(p_do, o_m, do_sl, m_m, HEAD_DIM, BLOCK_D, True)  # [BM, BD]
     b_out = _load(p_out, o_m, out_sl, m_m, HEAD_DIM, BLOCK_D, True)  # [BM, BD]
     b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)  # [BM]
-    tl.store(p_delta + o_m, b_delta, mask=m_m)
-    b_q = _load(p_q, o_m, q_sl, m_m, HEAD_DIM, BLOCK_D, True)  # [BM, BD]
     b_lse = tl.load(p_lse + o_m, mask=m_m, other=0.0) * 1.4426950408889634  # [BM]
+    b_high = b_lse.to(tl.float32)
+    b_low = (b_lse - b_high.to(tl.float64)).to(tl.float32)
+    tl.store(p_rows + o_m, b_delta, mask=m_m)
+    tl.store(p_rows + plane + o_m, b_high, mask=m_m)
+    tl.store(p_rows + 2 * plane + o_m, b_low, mask=m_m)
+    b_q = _load(p_q, o_m, q_sl, m_m, HEAD_DIM, BLOCK_D, True)  # [BM, BD]
     scale_log2 = scale * 1.4426950408889634
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for MASKED in tl.static_range(2):
@@ -316,7 +327,7 @@ def _backward_dq_kernel(
             b_k = _load(p_k, o_n, k_sl, m_n, HEAD_DIM, BLOCK_D, MASKED)  # [BN, BD]
             b_v = _load(p_v, o_n, v_sl, m_n, HEAD_DIM, BLOCK_D, MASKED)  # [BN, BD]
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
-            b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
+            b_p = tl.exp2(b_s * scale_log2 - b_high[:, None] - b_low[:, None])
             if MASKED:
                 m_s = _within(o_u[None, :], low[:, None], high[:, None], wrapped[:, None])
                 b_p = tl.where(m_s, b_p, 0.0)
@@ -329,7 +340,7 @@ def _backward_dq_kernel(
 @triton.jit(do_not_specialize=_RUNTIME)
 def _backward_dkdv_kernel(
     d_video_out, d_audio_out, video_q, video_k, video_v, audio_q, audio_k, audio_v,
-    video_lse, audio_lse, video_delta, audio_delta, d_video_k, d_video_v, d_audio_k, d_audio_v, shift, scale,
+    video_rows, audio_rows, d_video_k, d_video_v, d_audio_k, d_audio_v, shift, scale,
     d_video_out_sb, d_video_out_sl, d_video_out_sh, d_audio_out_sb, d_audio_out_sl, d_audio_out_sh,
     video_q_sb, video_q_sl, video_q_sh, video_k_sb, video_k_sl, video_k_sh, video_v_sb, video_v_sl, video_v_sh,
     audio_q_sb, audio_q_sl, audio_q_sh, audio_k_sb, audio_k_sl, audio_k_sh, audio_v_sb, audio_v_sl, audio_v_sh,
@@ -351,8 +362,8 @@ def _backward_dkdv_kernel(
                            d_audio_out, d_audio_out_sb, d_audio_out_sl, d_audio_out_sh, i_b, i_h)  # fmt: skip
     p_dk, dk_sl = _result(is_audio, d_audio_k, d_video_k, len_k, heads, i_b, i_h, HEAD_DIM, PACKED)
     p_dv, dv_sl = _result(is_audio, d_audio_v, d_video_v, len_k, heads, i_b, i_h, HEAD_DIM, PACKED)
-    p_lse = tl.where(is_audio, video_lse, audio_lse) + i_bh.to(tl.int64) * len_q
-    p_delta = tl.where(is_audio, video_delta, audio_delta) + i_bh.to(tl.int64) * len_q
+    p_rows = tl.where(is_audio, video_rows, audio_rows) + i_bh.to(tl.int64) * len_q
+    plane = batch_heads.to(tl.int64) * len_q
     if SHIFT_IS_TENSOR:
         shift = _mod(tl.load(shift).to(tl.int32), frames)
     o_n, m_n, start, n_rows, head, n_full, n_masked, low, high, wrapped = _query_walk(
@@ -371,10 +382,11 @@ def _backward_dkdv_kernel(
             m_m = o_r < n_rows
             b_q = _load(p_q, o_m, q_sl, m_m, HEAD_DIM, BLOCK_D, MASKED)  # [BM, BD]
             b_do = _load(p_do, o_m, do_sl, m_m, HEAD_DIM, BLOCK_D, MASKED)  # [BM, BD]
-            b_lse = tl.load(p_lse + o_m, mask=m_m, other=0.0) * 1.4426950408889634  # [BM]
-            b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)  # [BM]
+            b_delta = tl.load(p_rows + o_m, mask=m_m, other=0.0)  # [BM]
+            b_high = tl.load(p_rows + plane + o_m, mask=m_m, other=0.0)  # [BM]
+            b_low = tl.load(p_rows + 2 * plane + o_m, mask=m_m, other=0.0)  # [BM]
             b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
-            b_p = tl.exp2(b_s * scale_log2 - b_lse[None, :])
+            b_p = tl.exp2(b_s * scale_log2 - b_high[None, :] - b_low[None, :])
             if MASKED:
                 m_s = _within(o_r[None, :], low[:, None], high[:, None], wrapped[:, None])
                 b_p = tl.where(m_s, b_p, 0.0)
@@ -396,9 +408,14 @@ def _config(kernel, head_dim, dtype, device_name):
     return _host.lookup(_tables(), kernel, dtype, device_name, str(max(triton.next_power_of_2(head_dim), 16)))
 
 
-def _per_row(x):
-    batch, length, heads, _ = x.shape
-    return x.new_empty((batch, heads, length), dtype=torch.float32)
+def _empty_lse(q):
+    batch, length, heads, _ = q.shape
+    return q.new_empty((batch, heads, length), dtype=torch.float64)
+
+
+def _empty_rows(q):
+    batch, length, heads, _ = q.shape
+    return q.new_empty((3, batch, heads, length), dtype=torch.float32)
 
 
 _KERNELS = {
@@ -439,12 +456,13 @@ def _launch(name, inputs, others, frames, window, shift, scale, is_self=False):
 
 
 def forward(video_q, video_k, video_v, audio_q, audio_k, audio_v, *, frames, window, shift, scale):
-    """(video_out, audio_out, video_lse, audio_lse): out contiguous as q, lse [B, H, L] fp32 of natural logarithms.
+    """(video_out, audio_out, video_lse, audio_lse): out contiguous as q, lse [B, H, L] fp64 of natural logarithms.
 
     video_* [B, F*P, H, D], audio_* [B, T, H, D] in any strides with D contiguous, all of one dtype. shift: an int, or
     an integer tensor of one element on the same device.
     """
-    outputs = video_q.new_empty(video_q.shape), audio_q.new_empty(audio_q.shape), _per_row(video_q), _per_row(audio_q)
+    lse = _empty_lse(video_q), _empty_lse(audio_q)
+    outputs = video_q.new_empty(video_q.shape), audio_q.new_empty(audio_q.shape), *lse
     if video_q.numel():
         inputs = video_q, video_k, video_v, audio_q, audio_k, audio_v
         _launch("forward", inputs, outputs, frames, window, shift, scale)
@@ -460,16 +478,16 @@ def backward(
     d_video_q, d_video_k, d_video_v, d_audio_q, d_audio_k, d_audio_v = grads = [x.new_empty(x.shape) for x in inputs]
     if video_q.numel():
         d_out = [x if x.stride(-1) == 1 else x.contiguous() for x in (d_video_out, d_audio_out)]
-        rows = video_lse, audio_lse, _per_row(video_q), _per_row(audio_q)
+        lse, rows = (video_lse, audio_lse), (_empty_rows(video_q), _empty_rows(audio_q))
         at = frames, window, shift, scale
-        _launch("backward_dq", (*d_out, *inputs), (video_out, audio_out, *rows, d_video_q, d_audio_q), *at)
+        _launch("backward_dq", (*d_out, *inputs), (video_out, audio_out, *lse, *rows, d_video_q, d_audio_q), *at)
         _launch("backward_dkdv", (*d_out, *inputs), (*rows, d_video_k, d_video_v, d_audio_k, d_audio_v), *at)
     return tuple(grads)
 
 
 def self_forward(q, k, v, *, segments, scale):
-    """(out contiguous as q, lse [B, H, L] fp32); q, k, v [B, L, H, D] as above, attending inside equal segments."""
-    out, lse = q.new_empty(q.shape), _per_row(q)
+    """(out contiguous as q, lse [B, H, L] fp64); q, k, v [B, L, H, D] as above, attending inside equal segments."""
+    out, lse = q.new_empty(q.shape), _empty_lse(q)
     if q.numel():
         # What belongs to the direction that is not computed is there for its type alone.
         _launch("forward", (q, k, v) * 2, (out, out, lse, lse), segments, 1, 0, scale, is_self=True)
@@ -482,11 +500,10 @@ def self_backward(d_out, q, k, v, out, lse, *, segments, scale):
     d_qkv = q.new_empty((batch, length, 3, heads, dim))
     if q.numel():
         d_q, d_k, d_v = d_qkv.unbind(2)
-        delta = _per_row(q)
+        rows = _empty_rows(q)
         d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
         inputs = (d_out, d_out, *(q, k, v) * 2)
-        rows = lse, lse, delta, delta
         at = segments, 1, 0, scale
-        _launch("backward_dq", inputs, (out, out, *rows, d_q, d_q), *at, is_self=True)
-        _launch("backward_dkdv", inputs, (*rows, d_k, d_v, d_k, d_v), *at, is_self=True)
+        _launch("backward_dq", inputs, (out, out, lse, lse, rows, rows, d_q, d_q), *at, is_self=True)
+        _launch("backward_dkdv", inputs, (rows, rows, d_k, d_v, d_k, d_v), *at, is_self=True)
     return d_qkv

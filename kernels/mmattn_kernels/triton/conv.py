@@ -262,7 +262,7 @@ def _weight_gradient(d_out, y, d_weight, *, dilation):
 
 
 def forward(x, weight, bias, norm_weight, norm_bias, scale, shift, residual, *, groups, dilation, silu, eps):
-    """(out [B, L, Cout] contiguous, stats [B, groups, 2] fp32 = (mean, rstd)).
+    """(out [B, L, Cout] contiguous, stats [B, groups, 3] fp32 as in norm.py).
 
     x [B, L, Cin], residual [B, L, Cout] or None, in any batch and position strides with C contiguous; weight
     [Cout, Cin, K], K odd; bias [Cout] or None. norm_weight, norm_bias [Cin], None without groups; scale, shift [B, Cin]
@@ -271,7 +271,7 @@ def forward(x, weight, bias, norm_weight, norm_bias, scale, shift, residual, *, 
     batch, length, in_channels = x.shape
     out_channels, _, taps = weight.shape
     out = x.new_empty((batch, length, out_channels))
-    stats = x.new_empty((batch, groups, 2), dtype=torch.float32)
+    stats = x.new_empty((batch, groups, 3), dtype=torch.float32)
     if not x.numel():
         return out, stats
     affine, film = None, (scale, shift)

@@ -5,13 +5,14 @@
     out = silu(z) or z
 
 mean and rstd = 1 / sqrt(variance + eps) per batch and group, over the group's channels and all positions. Layout
-[B, L, C] with C contiguous; statistics [B, groups, 2] are (mean, rstd) in fp32. Without groups h is x.
+[B, L, C] with C contiguous; statistics [B, groups, 3] are (mean, rstd, remainder) in fp32, the last what a float cannot
+hold of the mean. Without groups h is x.
 
 A program of the kernels over tokens owns a chunk of positions of a block of channels, and walks it tile by tile. A
 reduction leaves partials [B, chunks, 2, C], which one program per batch and group merges in the order of the chunks:
 every element has one writer, no atomics, the same bits each time. How many chunks depends on the shape alone. Means
-and centred sums of squares are kept, relative to x at the first position, and merged by Chan's rule; what a float
-cannot hold of the mean goes into the offset. So a mean far from zero costs no accuracy.
+and centred sums of squares are kept, relative to x at the first position, and merged by Chan's rule; the remainder of
+the mean goes into the offset. So a mean far from zero costs no accuracy.
 
 Short sequences are launches more than anything else: for them the kernels called whole own all positions of a block of
 whole groups, and do all steps in one launch, the second reading of the tokens out of the cache.
@@ -188,9 +189,10 @@ def _merge_kernel(
     mean = first + deviation
     remainder = first - mean + deviation
     rstd = 1.0 / tl.sqrt(tl.sum(b_sum) / count + eps)
-    p_stats = stats + (i_b.to(tl.int64) * groups + i_g) * 2
+    p_stats = stats + (i_b.to(tl.int64) * groups + i_g) * 3
     tl.store(p_stats, mean)
     tl.store(p_stats + 1, rstd)
+    tl.store(p_stats + 2, remainder)
     for i_c in range(0, size, BLOCK_C):
         o_c = i_g * size + i_c + tl.arange(0, BLOCK_C)
         m_c = o_c < (i_g + 1) * size
@@ -211,13 +213,15 @@ def _coefficients_kernel(
     o_c = tl.program_id(0) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < channels
     if stats is not None:
-        p_stats = stats + (i_b.to(tl.int64) * groups + o_c // (channels // groups)) * 2
+        p_stats = stats + (i_b.to(tl.int64) * groups + o_c // (channels // groups)) * 3
         b_mean = tl.load(p_stats, mask=m_c, other=0.0)
         b_rstd = tl.load(p_stats + 1, mask=m_c, other=0.0)
+        b_remainder = tl.load(p_stats + 2, mask=m_c, other=0.0)
     else:
         b_mean = tl.zeros([BLOCK_C], tl.float32)
         b_rstd = tl.full([BLOCK_C], 1.0, tl.float32)
-    b_factor, b_offset = _affine(b_rstd, 0.0, weight, bias, scale, shift, scale_sb, shift_sb, i_b, o_c, m_c)
+        b_remainder = tl.zeros([BLOCK_C], tl.float32)
+    b_factor, b_offset = _affine(b_rstd, b_remainder, weight, bias, scale, shift, scale_sb, shift_sb, i_b, o_c, m_c)
     _store_coefficients(coefficients, b_mean, b_factor, b_offset, i_b, channels, o_c, m_c)
 
 
@@ -284,10 +288,11 @@ def _whole_kernel(
     b_rstd = 1.0 / tl.sqrt(_over_group(b_squares + length * b_d * b_d, o_c, size) / count + eps)
     b_mean = b_origin + b_deviation
     b_remainder = b_origin - b_mean + b_deviation
-    p_stats = stats + (i_b.to(tl.int64) * (channels // size) + o_c // size) * 2
+    p_stats = stats + (i_b.to(tl.int64) * (channels // size) + o_c // size) * 3
     m_stats = m_c & (o_c % size == 0)
     tl.store(p_stats, b_mean, mask=m_stats)
     tl.store(p_stats + 1, b_rstd, mask=m_stats)
+    tl.store(p_stats + 2, b_remainder, mask=m_stats)
     b_factor, b_offset = _affine(b_rstd, b_remainder, weight, bias, scale, shift, scale_sb, shift_sb, i_b, o_c, m_c)
     if coefficients is not None:
         _store_coefficients(coefficients, b_mean, b_factor, b_offset, i_b, channels, o_c, m_c)
@@ -371,13 +376,16 @@ def _backward_merge_kernel(
     """sums = (sum dz, sum dz * h) of `size` channels: of one group, or without groups of any.
 
     For a group also what d_x takes off: rstd * (mean(dh) + h * mean(dh * h)) = (x - mean) * slope + level, the means
-    over the group. corrections [B, 2, C] are (slope, level).
+    over the group, h of the mean with its remainder. corrections [B, 2, C] are (slope, level).
     """
     i_b = tl.program_id(0) // groups
     i_g = tl.program_id(0) % groups
     rstd = 1.0
+    remainder = 0.0
     if stats is not None:
-        rstd = tl.load(stats + (i_b.to(tl.int64) * groups + i_g) * 2 + 1)
+        p_stats = stats + (i_b.to(tl.int64) * groups + i_g) * 3
+        rstd = tl.load(p_stats + 1)
+        remainder = tl.load(p_stats + 2)
     p_partials = partials + i_b.to(tl.int64) * chunks * 2 * channels
     b_sum_dh = tl.zeros([BLOCK_C], tl.float32)
     b_sum_dh_h = tl.zeros([BLOCK_C], tl.float32)
@@ -394,7 +402,7 @@ def _backward_merge_kernel(
             b_sum += tl.load(p_sum, mask=m, other=0.0)  # [BN, BC]
             b_sum_x += tl.load(p_sum + channels, mask=m, other=0.0)  # [BN, BC]
         b_d_z = tl.sum(b_sum, 0)  # [BC]
-        b_d_z_h = tl.sum(b_sum_x, 0) * rstd  # [BC]
+        b_d_z_h = (tl.sum(b_sum_x, 0) - b_d_z * remainder) * rstd  # [BC]
         p_sums = sums + (i_b.to(tl.int64) * channels + o_c) * 2
         tl.store(p_sums, b_d_z, mask=m_c)
         tl.store(p_sums + 1, b_d_z_h, mask=m_c)
@@ -408,7 +416,7 @@ def _backward_merge_kernel(
     if stats is not None:
         count = length.to(tl.float32) * size
         slope = rstd * rstd * (tl.sum(b_sum_dh_h) / count)
-        level = rstd * (tl.sum(b_sum_dh) / count)
+        level = rstd * (tl.sum(b_sum_dh) / count) - remainder * slope
         for i_c in range(0, size, BLOCK_C):
             o_c = i_c + tl.arange(0, BLOCK_C)
             p_corrections = corrections + i_b.to(tl.int64) * 2 * channels + i_g * size + o_c
@@ -453,8 +461,10 @@ def _backward_whole_kernel(
     b_sum, b_sum_x = _sums(
         p_d_out, p_x, d_out_sl, x_sl, 0, length, b_mean, b_factor, b_offset, o_c, m_c, SILU, BLOCK_L, BLOCK_C
     )
-    p_stats = stats + (i_b.to(tl.int64) * (channels // size) + o_c // size) * 2
+    p_stats = stats + (i_b.to(tl.int64) * (channels // size) + o_c // size) * 3
     b_rstd = tl.load(p_stats + 1, mask=m_c, other=0.0)
+    b_remainder = tl.load(p_stats + 2, mask=m_c, other=0.0)
+    b_sum_x -= b_sum * b_remainder
     p_sums = sums + (i_b.to(tl.int64) * channels + o_c) * 2
     tl.store(p_sums, b_sum, mask=m_c)
     tl.store(p_sums + 1, b_sum_x * b_rstd, mask=m_c)
@@ -463,7 +473,7 @@ def _backward_whole_kernel(
         b_gain *= 1.0 + tl.load(scale + i_b.to(tl.int64) * scale_sb + o_c, mask=m_c, other=0.0).to(tl.float32)
     count = length.to(tl.float32) * size
     b_slope = b_rstd * b_rstd * b_rstd * (_over_group(b_sum_x * b_gain, o_c, size) / count)
-    b_level = b_rstd * (_over_group(b_sum * b_gain, o_c, size) / count)
+    b_level = b_rstd * (_over_group(b_sum * b_gain, o_c, size) / count) - b_remainder * b_slope
     p_d_x = d_x + i_b.to(tl.int64) * length * channels
     _propagate(
         p_d_out, p_x, p_d_x, d_out_sl, x_sl, 0, length, b_mean, b_factor, b_offset, b_slope, b_level, channels,
@@ -563,11 +573,11 @@ def _whole_plan(shape, strides, groups, dtype, device, silu, eps=None):
 
 
 def statistics(x, weight, bias, scale, shift, *, groups, eps):
-    """(stats [B, groups, 2], coefficients [B, 3, C]) of x [B, L, C], none of its axes empty."""
+    """(stats [B, groups, 3], coefficients [B, 3, C]) of x [B, L, C], none of its axes empty."""
     batch, _, channels = x.shape
     film, film_strides = _film(scale, shift)
     parameters = _dense(weight), _dense(bias), *film
-    stats = x.new_empty((batch, groups, 2), dtype=torch.float32)
+    stats = x.new_empty((batch, groups, 3), dtype=torch.float32)
     affine = x.new_empty((batch, 3, channels), dtype=torch.float32)
     at = x.dtype, x.device
     whole = _whole_plan(x.shape, (*x.stride()[:2], *film_strides), groups, *at, False, float(eps))
@@ -629,12 +639,12 @@ def gradient(d_out, x, weight, scale, stats, affine, *, groups, silu, d_x):
 
 
 def forward(x, weight, bias, scale, shift, *, groups, silu, eps):
-    """(out [B, L, C] contiguous, stats [B, groups, 2] fp32 = (mean, rstd)).
+    """(out [B, L, C] contiguous, stats [B, groups, 3] fp32 = (mean, rstd, remainder)).
 
     x [B, L, C] in any batch and position strides with C contiguous; weight, bias [C]; scale, shift [B, C] or None.
     Each parameter is in the dtype of x or float32.
     """
-    stats = x.new_empty((x.shape[0], groups, 2), dtype=torch.float32)
+    stats = x.new_empty((x.shape[0], groups, 3), dtype=torch.float32)
     if not x.numel():
         return x.new_empty(x.shape), stats
     film, strides = _film(scale, shift)
