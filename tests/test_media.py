@@ -2,7 +2,10 @@
 """Media: what is written is read back in time and tune, and so are films of other rates; what is broken is refused."""
 
 import math
+import pathlib
+import socket
 import struct
+import subprocess
 import sys
 from fractions import Fraction
 
@@ -13,7 +16,14 @@ av = pytest.importorskip("av")
 pytest.importorskip("matplotlib")
 
 from mmdiffusion.clips import Clip  # noqa: E402
-from mmdiffusion.media import contact_sheet, read_clip, write_audio, write_image, write_video  # noqa: E402
+from mmdiffusion.media import (  # noqa: E402
+    contact_sheet,
+    open_film,
+    read_clip,
+    write_audio,
+    write_image,
+    write_video,
+)
 
 STEP = 5  # of brightness from frame to frame, in 255ths: a picture tells its number
 
@@ -50,7 +60,16 @@ def smooth_video(frames=16, size=64):
 
 
 def film(
-    path, *, times=(), time_base=Fraction(1, 60000), size=(64, 64), picture=None, parts=(), rate=16000, pixel_ratio=1
+    path,
+    *,
+    times=(),
+    time_base=Fraction(1, 60000),
+    size=(64, 64),
+    picture=None,
+    parts=(),
+    rate=16000,
+    pixel_ratio=1,
+    bf=2,
 ):
     """A lossless film: frame i, of brightness i * STEP, at times[i]; parts of sound [C, T], each with its time."""
     with av.open(str(path), "w") as container:
@@ -81,6 +100,31 @@ def film(
 def numbers(video):
     """The number of each frame of a film."""
     return ((video.mean((1, 2, 3)) + 1) * 127.5 / STEP).round().int().tolist()
+
+
+def sound(path, channels, codec="pcm_s16le", layout="5.1", rate=48000):
+    """A file of int16 sound [C, T], given to the encoder packed: PyAV cannot make planes of 8 channels."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, layout=layout)
+        samples = (channels.T * 32767).round().short().reshape(1, -1)
+        frame = av.AudioFrame.from_ndarray(samples.numpy(), format="s16", layout=layout)
+        frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def in_a_process(program, *arguments, seconds=120):
+    """What a program prints that may crash or hang; it has 8 GB of addresses, most of which torch's libraries take."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, 2 * (8 << 30,))\n"
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", limit + program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+    )
+    assert done.returncode == 0, (done.returncode, done.stdout, done.stderr[-2000:])
+    return done.stdout
 
 
 def every(seconds, frames):
@@ -275,7 +319,24 @@ def test_what_cannot_be_read_is_refused(tmp_path):
         r"whole\.mov has 0\.000 s of video from": (whole, {"start": 9.0, "need": ["video"]}),
         r"late\.mkv has no sound in the 1\.600 s": (late, {"num_frames": 16}),
         "num_frames is 0; expected 1 or more": (whole, {"num_frames": 0}),
+        "num_frames is nan; expected 1 or more": (whole, {"num_frames": math.nan}),
         "start is -1; expected 0 or more": (whole, {"start": -1}),
+        "start is nan; expected 0 or more": (whole, {"start": math.nan}),
+        "start is inf; expected 0 or more": (whole, {"start": math.inf}),
+        r"whole\.mov has 0\.000 s of video from where": (whole, {"start": 1e300}),
+        "fps is nan; expected a number of frames a second above 0": (whole, {"fps": math.nan}),
+        "fps is 0; expected": (whole, {"fps": 0}),
+        "fps is 1e-09; expected": (whole, {"fps": 1e-9}),
+        r"fps is 1e\+300; expected": (whole, {"fps": 1e300}),
+        "fps is 10 and sample_rate 9; expected a sample a frame": (whole, {"sample_rate": 9}),
+        "sample_rate is 0; expected 1 to 1000000": (whole, {"sample_rate": 0}),
+        "sample_rate is nan; expected 1 to 1000000": (whole, {"sample_rate": math.nan}),
+        r"size is \(0, 64\); expected \(height, width\) of 1 or more": (whole, {"size": (0, 64)}),
+        "size is 64; expected": (whole, {"size": 64}),
+        r"size is \(100000, 100000\); expected": (whole, {"size": (100000, 100000)}),
+        r"fit is 'stretch'; expected one of crop, letterbox": (whole, {"fit": "stretch"}),
+        r"need is \['sound'\]; expected one or both of video, audio": (whole, {"need": ["sound"]}),
+        r"need is \[\]; expected": (whole, {"need": []}),
     }
     for message, (path, options) in refused.items():
         with pytest.raises(ValueError, match=message):
@@ -291,10 +352,16 @@ def test_what_cannot_be_written_is_refused(tmp_path):
         r"audio has shape \[3200\]; expected \[1 or 2, T\]": (video, audio[0], {}),
         r"a stream of shape \[1, 3200\] has NaN": (video, audio * math.nan, {}),
         r"take no clip with fps 10 and sample_rate 12345": (video, audio, {"sample_rate": 12345}),
+        r"sample_rate is 0; expected 1 to 1000000": (video, audio, {"sample_rate": 0}),
+        r"sample_rate is nan; expected": (video, audio, {"sample_rate": math.nan}),
+        r"fps is nan; expected a number of frames a second above 0": (video, audio, {"fps": math.nan}),
+        r"fps is -10; expected": (video, audio, {"fps": -10}),
     }
     for message, (pictures, sound, options) in refused.items():
         with pytest.raises(ValueError, match=message):
             write_video(path, pictures, sound, **options)
+    with pytest.raises(ValueError, match="sample_rate is -1; expected 1 to 1000000"):
+        write_audio(tmp_path / "clip.wav", audio, sample_rate=-1)
     with pytest.raises(FileNotFoundError, match="absent"):
         write_video(tmp_path / "absent" / "clip.mp4", video, audio)
     assert list(tmp_path.iterdir()) == []
@@ -327,3 +394,169 @@ def test_contact_sheet(tmp_path, monkeypatch):
     assert sheet.shape[1] < two.shape[1] < 2 * sheet.shape[1]
     long = contact_sheet(Clip(torch.zeros(90, 3, 16, 16), torch.zeros(1, 144000)))
     assert long.shape[2] == sheet.shape[2]
+
+
+@pytest.mark.parametrize("suffix", ("mov", "mkv"))
+def test_clips_from_anywhere_in_an_open_film(tmp_path, suffix, monkeypatch):
+    """In any order, at any frame of the rate, the same bits as of the whole, opened once."""
+    times, tones = every("0.1", 60), torch.cat([tone(1.0, hertz=200 * (i + 1)) for i in range(6)], 1)
+    path = film(tmp_path / f"film.{suffix}", times=times[:50], parts=[(0, tones)])
+    opened = []
+    av_open = av.open
+    monkeypatch.setattr(av, "open", lambda *args, **options: opened.append(args) or av_open(*args, **options))
+    with open_film(path) as opened_film:
+        whole = opened_film.read_clip()
+        assert numbers(whole.video) == list(range(50))
+        for i in (30, 0, 34, 12, 1, 30, 9, 21):
+            clip = opened_film.read_clip(num_frames=16, start=Fraction(i, 10))
+            assert torch.equal(clip.video, whole.video[i : i + 16])
+            assert torch.allclose(clip.audio, whole.audio[:, 1600 * i :][:, :25600], atol=1e-6)
+        only = opened_film.read_clip(num_frames=3, start=2, need=["audio"])
+        assert only.video is None and torch.equal(only.audio, opened_film.read_clip(num_frames=3, start=2).audio)
+        assert len(opened) == 1
+        assert opened_film.durations == {"video": 5, "audio": 6}
+        assert numbers(opened_film.read_clip(num_frames=2, start=4).video) == [40, 41]
+    with pytest.raises(ValueError, match=rf"film\.{suffix} is closed"):
+        opened_film.read_clip()
+    with pytest.raises(ValueError, match="is closed"):
+        opened_film.durations  # noqa: B018
+
+
+def test_a_jump_that_comes_out_late_is_not_believed(tmp_path):
+    """A transport stream is entered between key frames, here seconds apart."""
+    path = film(tmp_path / "film.ts", times=every("0.1", 50), parts=())
+    with open_film(path) as opened_film:
+        for i in (45, 20, 31, 5):
+            assert numbers(opened_film.read_clip(num_frames=3, start=i / 10, need=["video"]).video) == [i, i + 1, i + 2]
+
+
+def test_a_picture_is_read_again_and_again(tmp_path):
+    """Its format has no jumps."""
+    write_image(tmp_path / "image.png", smooth_video(1)[0])
+    with open_film(tmp_path / "image.png") as picture:
+        first, second = (picture.read_clip(need=["video"]).video for _ in range(2))
+    assert first.shape == (1, 3, 64, 64) and torch.equal(first, second)
+
+
+def test_letterbox(tmp_path):
+    """The whole picture in 8 bits, cubic without antialiasing, between bars of black; sizes are rounded down."""
+    picture = ((smooth_video(1, 96)[0].permute(1, 2, 0)[:45] + 1) * 127.5).round().byte()
+    path = film(tmp_path / "film.mov", times=[0], size=(45, 96), picture=picture)
+    exact = read_clip(path, need=["video"], size=None).video
+    found = read_clip(path, need=["video"], size=(64, 64), fit="letterbox").video
+    resized = torch.nn.functional.interpolate((exact + 1) * 127.5, (30, 64), mode="bicubic")
+    expected = torch.full((1, 3, 64, 64), -1.0)
+    expected[:, :, 17:47] = resized.round().clamp(0, 255) / 127.5 - 1
+    assert torch.allclose(found, expected, atol=1.01 / 127.5) and (found - expected).abs().mean() < 1e-4
+    assert (found[:, :, :17] == -1).all() and (found[:, :, 47:] == -1).all()
+    assert torch.equal(read_clip(path, need=["video"], size=(45, 96), fit="letterbox").video, exact)
+    tall = read_clip(path, need=["video"], size=(45, 120), fit="letterbox").video
+    assert torch.equal(tall[..., 12:108], exact) and (tall[..., :12] == -1).all() and (tall[..., 108:] == -1).all()
+
+
+CHANNELS = ("front left", "front right", "centre", "low frequencies", "back left", "back right")
+
+
+def test_surround_is_mixed_as_players_do(tmp_path):
+    """The matrix of ITU-R BS.775 as swresample has it, divided by its sum: 0.29 of the centre."""
+    weights = torch.tensor([0.5**0.5, 0.5**0.5, 1, 0, 0.5, 0.5])
+    weights /= weights.sum()
+    of_one = tone(0.5, 48000, 60)
+    for codec, suffix, tolerance in (("pcm_s16le", "wav", 1e-4), ("flac", "flac", 1e-4), ("ac3", "mka", 0.01)):
+        for i, weight in enumerate(weights):
+            channels = torch.zeros(6, 24000)
+            channels[i] = of_one
+            path = sound(tmp_path / f"{CHANNELS[i]}.{suffix}", channels, codec)
+            found = read_clip(path, need=["audio"]).audio[:, 2000:6000]  # from 16 to 2 thousandths off its ends
+            assert abs(found.abs().max() - 0.5 * weight) < tolerance, (CHANNELS[i], codec)
+    all_channels = read_clip(sound(tmp_path / "all.wav", of_one.expand(6, -1)), need=["audio"]).audio
+    assert psnr(all_channels[:, 100:-100], tone(0.5, 16000, 60)[:, 100:-100]) > 60
+    two = sound(tmp_path / "two.wav", torch.cat([of_one, -0.5 * of_one]), layout="stereo")
+    found = read_clip(two, need=["audio"], sample_rate=48000).audio
+    assert (found - 0.25 * of_one).abs().max() < 1e-4
+
+
+MANY_CHANNELS = """
+import sys
+from mmdiffusion.media import read_clip
+for path in sys.argv[1:]:
+    try:
+        audio = read_clip(path, need=["audio"]).audio
+        print(list(audio.shape), round(audio.abs().max().item(), 2))
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_many_channels(tmp_path):
+    """8 and 16 planes of sound, where PyAV reads past its list of planes, and 32 that have no mix."""
+    of_one = tone(0.5, 48000)
+    paths = [
+        sound(tmp_path / "8.wv", of_one.expand(8, -1), "wavpack", "7.1"),
+        sound(tmp_path / "16.wv", of_one.expand(16, -1), "wavpack", "hexadecagonal"),
+        sound(tmp_path / "8.m4a", of_one.expand(8, -1), "aac", "7.1"),
+        sound(tmp_path / "24.wav", of_one.expand(24, -1), layout="24 channels"),
+        sound(tmp_path / "32.wav", of_one.expand(32, -1), layout="32 channels"),
+    ]
+    for path in paths[:3]:
+        with av.open(str(path)) as container:
+            (stream,) = container.streams.audio
+            assert stream.format.is_planar and stream.channels >= 8
+    eight, sixteen, aac, packed, refused = in_a_process(MANY_CHANNELS, *paths).splitlines()
+    assert eight == sixteen == packed == "[1, 8000] 0.5" and aac.startswith("[1, 8")
+    assert "32.wav has sound of 32 channels at 48000 a second, which FFmpeg cannot mix to one channel" in refused
+
+
+def test_what_opens_other_files_is_refused(tmp_path, monkeypatch):
+    """And neither a file nor a connection is opened for it: a server on this machine hears nothing."""
+    write_audio(tmp_path / "sound.wav", tone(1))
+    monkeypatch.chdir(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.1)
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nhttp://{address}/x.ts\n#EXT-X-ENDLIST\n"
+        manifest = (
+            '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" '
+            'profiles="urn:mpeg:dash:profile:isoff-on-demand:2011">'
+            f'<BaseURL>http://{address}/</BaseURL><Period><AdaptationSet mimeType="video/mp4">'
+            '<Representation id="1"><BaseURL>x.mp4</BaseURL></Representation></AdaptationSet></Period></MPD>'
+        )
+        planted = {
+            "list.m3u8": playlist,
+            "list.mp4": playlist,
+            "list.ffconcat": f"ffconcat version 1.0\nfile http://{address}/x.mp4\n",
+            "local.mp4": "ffconcat version 1.0\nfile sound.wav\n",
+            "stream.sdp": f"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 {address.split(':')[0]}\nt=0 0\n"
+            "m=audio 5004 RTP/AVP 0\n",
+            "list.mpd": manifest,
+            "x%d.png": "not a picture",
+        }
+        with av.open("x1.png", "w", format="image2") as container:
+            stream = container.add_stream("png", rate=10)
+            stream.height = stream.width = 8
+            stream.pix_fmt = "rgb24"
+            container.mux(stream.encode(av.VideoFrame(8, 8, "rgb24")))
+        for name, text in planted.items():
+            pathlib.Path(name).write_text(text)
+            for need in (["video"], ["audio"]):
+                with pytest.raises(ValueError, match=f"{name} is no media file"):
+                    read_clip(name, need=need)
+        for name in (f"http://{address}/x.mp4", "concat:sound.wav|sound.wav", f"file:{tmp_path}/sound.wav", "pipe:0"):
+            with pytest.raises(FileNotFoundError):
+                read_clip(name)
+        with pytest.raises(TimeoutError):
+            server.accept()
+        with pytest.raises(av.error.FFmpegError), open("list.m3u8", "rb") as file:  # which would have been heard
+            av.open(file, timeout=0.5)
+        server.accept()[0].close()
+
+
+def test_only_files_are_read(tmp_path):
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"empty\.mp4 is empty: 0 bytes"):
+        read_clip(tmp_path / "empty.mp4")
+    for path in ("/dev/zero", "/dev/null"):
+        with pytest.raises(ValueError, match=f"{path} is no regular file"):
+            read_clip(path)
+    with pytest.raises(TypeError):
+        open_film(0)  # not what is on the standard input

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: MIT
+"""Tensors to MP4, WAV and PNG."""
+
+from __future__ import annotations
+
+import io
+import wave
+from fractions import Fraction
+from typing import Any
+
+import av
+import numpy
+from torch import Tensor
+
+from mmdiffusion._files import whole_file
+from mmdiffusion.clips import FRAME_RATE, SAMPLE_RATE
+from mmdiffusion.media._checks import Path, Rate, frame_rate, whole_number
+
+_AAC_FRAME = 1024  # samples
+_AAC_BITS = 6  # for each sample, the most that AAC allows
+_HIGHEST_RATE = 1_000_000  # samples a second
+
+
+def write_video(
+    path: Path, video: Tensor, audio: Tensor | None = None, *, fps: Rate = FRAME_RATE, sample_rate: int = SAMPLE_RATE
+) -> None:
+    """Write an MP4 of H.264 and AAC whose first frame and first sample are at time 0.
+
+    Args:
+        path: the file; it is there whole or not at all.
+        video: [F, 3, H, W], any floating dtype and device, clamped to [-1, 1]; H and W even.
+        audio: [1 or 2, T], likewise, or None for a silent film.
+        fps: frames per second, kept exactly; Fraction(30000, 1001) too.
+        sample_rate: one that AAC has, 8000 to 96000.
+
+    Raises:
+        ValueError: on another shape or rate, or a stream with NaN.
+        OSError: if the file cannot be written.
+    """
+    if video.dim() != 4 or video.shape[1] != 3 or 0 in video.shape or video.shape[2] % 2 or video.shape[3] % 2:
+        raise ValueError(f"video has shape {list(video.shape)}; expected [F, 3, H, W] with H and W even")
+    if audio is not None:
+        _check_audio(audio)
+    rate, sample_rate = frame_rate(fps), whole_number("sample_rate", sample_rate, most=_HIGHEST_RATE)
+    buffer = io.BytesIO()
+    try:
+        with av.open(buffer, "w", format="mp4") as container:
+            _encode(container, video, audio, rate, sample_rate)
+    except av.error.FFmpegError as error:
+        raise ValueError(
+            f"H.264 and AAC take no clip with fps {fps} and sample_rate {sample_rate}: {error.strerror}"
+        ) from error
+    with whole_file(path) as part:
+        part.write_bytes(buffer.getvalue())
+
+
+def write_audio(path: Path, audio: Tensor, *, sample_rate: int = SAMPLE_RATE) -> None:
+    """Write a WAV of 16-bit PCM.
+
+    Args:
+        path: the file; it is there whole or not at all.
+        audio: [1 or 2, T], any floating dtype and device, clamped to [-1, 1].
+
+    Raises:
+        ValueError: on another shape or rate, or NaN.
+        OSError: if the file cannot be written.
+    """
+    _check_audio(audio)
+    sample_rate = whole_number("sample_rate", sample_rate, most=_HIGHEST_RATE)
+    with whole_file(path) as part, wave.open(str(part), "wb") as file:
+        file.setnchannels(len(audio))
+        file.setsampwidth(2)
+        file.setframerate(sample_rate)
+        file.writeframes((clamped(audio).T * 32768).round().clamp(max=32767).numpy().astype("<i2").tobytes())
+
+
+def write_image(path: Path, image: Tensor) -> None:
+    """Write a PNG of an image [3, H, W], any floating dtype and device, clamped to [-1, 1].
+
+    Raises:
+        ValueError: on another shape.
+        OSError: if the file cannot be written.
+    """
+    from matplotlib.image import imsave
+
+    if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
+        raise ValueError(f"image has shape {list(image.shape)}; expected [3, H, W]")
+    with whole_file(path) as part:
+        imsave(part, to_bytes(image), format="png")
+
+
+def _encode(container: Any, video: Tensor, audio: Tensor | None, fps: Fraction, sample_rate: int) -> None:
+    # Without B-frames the first frame needs no edit list, and all players agree on its time.
+    pictures = container.add_stream("libx264", rate=fps, options={"crf": "10", "bf": "0"})
+    pictures.height, pictures.width = video.shape[2:]
+    pictures.pix_fmt = "yuv420p"
+    if audio is not None:
+        sound = container.add_stream("aac", rate=sample_rate, layout="mono" if len(audio) == 1 else "stereo")
+        sound.bit_rate = _AAC_BITS * sample_rate * len(audio)
+    for image in video:
+        container.mux(pictures.encode(av.VideoFrame.from_ndarray(to_bytes(image), format="rgb24")))
+    container.mux(pictures.encode(None))
+    if audio is None:
+        return
+    for i, piece in enumerate(clamped(audio).split(_AAC_FRAME, dim=1)):
+        frame = av.AudioFrame.from_ndarray(piece.contiguous().numpy(), format="fltp", layout=sound.layout.name)
+        frame.sample_rate, frame.time_base, frame.pts = sample_rate, Fraction(1, sample_rate), i * _AAC_FRAME
+        container.mux(sound.encode(frame))
+    container.mux(sound.encode(None))
+
+
+def _check_audio(audio: Tensor) -> None:
+    if audio.dim() != 2 or len(audio) not in (1, 2) or audio.shape[1] == 0:
+        raise ValueError(f"audio has shape {list(audio.shape)}; expected [1 or 2, T]")
+
+
+def clamped(x: Tensor) -> Tensor:
+    if x.isnan().any():
+        raise ValueError(f"a stream of shape {list(x.shape)} has NaN; expected numbers in [-1, 1]")
+    return x.detach().float().cpu().clamp(-1, 1)
+
+
+def to_bytes(image: Tensor) -> numpy.ndarray:
+    """[3, H, W] in [-1, 1] to [H, W, 3] in 0..255."""
+    return ((clamped(image) + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous().numpy()
