@@ -18,8 +18,6 @@ Scores and sums are fp32, the exponential is base 2, P and dS are rounded to the
 """
 
 import functools
-import json
-import pathlib
 
 import torch
 import triton
@@ -399,9 +397,7 @@ def _backward_dkdv_kernel(
     _store(p_dv, o_n, dv_sl, m_n, b_dv, HEAD_DIM, BLOCK_D)
 
 
-@functools.cache
-def _tables():
-    return json.loads(pathlib.Path(__file__).with_suffix(".json").read_text())
+_tables = functools.partial(_host.tables, __file__)
 
 
 def _config(kernel, head_dim, dtype, device_name):

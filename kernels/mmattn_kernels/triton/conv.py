@@ -18,9 +18,7 @@ is torch's.
 """
 
 import functools
-import json
 import math
-import pathlib
 
 import torch
 import triton
@@ -162,9 +160,7 @@ def _merge_weight_kernel(
     tl.store(d_weight + o_oc * TAPS + o_w // (out_channels * in_channels), tl.sum(b_sum, 0), mask=m_w)
 
 
-@functools.cache
-def _tables():
-    return json.loads(pathlib.Path(__file__).with_suffix(".json").read_text())
+_tables = functools.partial(_host.tables, __file__)
 
 
 def _config(kernel, channels, dtype, device_name):

@@ -22,9 +22,7 @@ uses them, `statistics`, `apply` and `gradient` too.
 """
 
 import functools
-import json
 import math
-import pathlib
 
 import torch
 import triton
@@ -482,9 +480,7 @@ def _backward_whole_kernel(
     )  # fmt: skip
 
 
-@functools.cache
-def _tables():
-    return json.loads(pathlib.Path(__file__).with_suffix(".json").read_text())
+_tables = functools.partial(_host.tables, __file__)
 
 
 def _config(kernel, dtype, device_name):
