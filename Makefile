@@ -50,19 +50,20 @@ sanitize: install ## the extension's tests under AddressSanitizer and UndefinedB
 	  sh -c '$(RUN) -c "import torch, mmattn_kernels._cpu as m; assert \"$(SANITIZED)\" in m.__file__, m.__file__" && \
 	  $(RUN) -m pytest tests/test_attention.py tests/test_self_attention.py tests/test_norm.py tests/test_conv.py'
 
-lint: install ## style and types: ruff, mypy, clang-format, and README's tables against bench/results
+lint: install ## style and types: ruff, mypy, clang-format, and tables and API page against their sources
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES)
 	$(RUN) bench/tables.py --check
+	$(RUN) docs/make_api.py --check
 
 fix: install ## what lint can repair by itself
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $(SOURCES)
 
-bench: install ## the full benchmarks of this machine into bench/results and README (an hour, nothing else running)
+bench: install ## the full benchmarks of this machine into bench/results and the documents (an hour, nothing else running)
 	$(RUN) bench/attn.py --modes forward both --json bench/results/attn-cpu.json
 	$(RUN) bench/norm.py --json bench/results/norm-cpu.json
 	$(RUN) bench/conv.py --json bench/results/conv-cpu.json
@@ -72,11 +73,12 @@ bench: install ## the full benchmarks of this machine into bench/results and REA
 	$(RUN) bench/plot.py bench/results/unet-cpu.json docs/unet-cpu.png
 	$(RUN) bench/tables.py
 
-tables: install ## README's tables from bench/results
+tables: install ## the documents' tables from bench/results, and the API page from docstrings
 	$(RUN) bench/tables.py
+	$(RUN) docs/make_api.py
 
 wheel: ## a wheel of PYTHON into dist/, with the kernels built for every CPU of this kind: make wheel PYTHON=python3.12
 	$(PYTHON) -m pip wheel -q --no-deps -w dist .
 
 clean: ## what was built here
-	rm -rf $(VENV) .venv-newest build out *.egg-info kernels/mmattn_kernels/_cpu*
+	rm -rf $(VENV) .venv-newest build dist out *.egg-info kernels/mmattn_kernels/_cpu*

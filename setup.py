@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Builds the optional CPU extension; everything else is in pyproject.toml.
 
-What a compiler does not know costs only what needs it: a flag for tuning is left out, an instruction set whose flags are
-unknown is not built. What became of the build is recorded beside the extension, in _cpu.json, for `python -m mmattn.info`:
-pip hides the output of a build that succeeds, and one without the extension does.
+What a compiler does not know costs only what needs it: a flag for tuning is left out, an instruction set whose flags
+are unknown is not built. What became of the build is recorded beside the extension, in _cpu.json, for
+`python -m mmattn.info`: pip hides the output of a build that succeeds, and one without the extension does.
 """
 
 import json
@@ -42,9 +42,9 @@ class build_kernels(build_ext):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "_cpu.json").write_text(json.dumps(self.record, indent=2) + "\n")
         for name, why in self.record["left_out"].items():
-            print(f"mmattn: kernels for {name} are not built: {why}", file=sys.stderr)
+            sys.stderr.write(f"mmattn: kernels for {name} are not built: {why}\n")
         if reason:
-            print(f"mmattn: installed WITHOUT its CPU kernels, so it is slow on CPUs: {reason}", file=sys.stderr)
+            sys.stderr.write(f"mmattn: installed WITHOUT its CPU kernels, so it is slow on CPUs: {reason}\n")
 
     def build_extension(self, ext):
         try:

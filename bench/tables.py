@@ -1,23 +1,26 @@
 # SPDX-License-Identifier: MIT
-"""Generates README's tables from the committed results: what is between the markers is written by this file alone.
+"""Generates the tables of the documents from the committed results: what is between markers is written here alone.
 
-    <!-- bench:attn-cpu -->          the name is that of a file, bench/results/attn-cpu.json
+    <!-- bench:attn-cpu -->          the name is that of a file, bench/results/attn-cpu.json; "summary" is of all
     <!-- /bench -->
 
-`python bench/tables.py` rewrites README.md; with --check it only compares, and exits 1 if README.md differs.
+`python bench/tables.py` rewrites README.md and docs/benchmarks.md; --check compares, and exits 1 if one differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import report
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs/benchmarks.md")
 BLOCK = re.compile(r"(<!-- bench:([\w.-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 
 
@@ -67,34 +70,92 @@ def _best(row: dict[str, Any], peers: list[str]) -> str:
     return f"{measured[best]:.2f}x ({best})"
 
 
+def summary(results: Path) -> str:
+    """Six rows of all CPU results: the geometric mean of the ratios to each shape's strongest peer, and their range."""
+
+    def shapes(prefix: str) -> Callable[[dict[str, Any]], bool]:
+        return lambda row: row["shape"].startswith(prefix)
+
+    lines = ["| on a CPU | against the strongest of | float32 | bfloat16 |", "|---|---|--:|--:|"]
+    for what, file, mode, wanted, peers in (
+        ("random-shift attention, forward", "attn", "forward", shapes(""), "SDPA over views, unfold or copies"),
+        ("the same with gradients", "attn", "both", shapes(""), "the same"),
+        ("dilated residual block, forward", "conv", "forward", shapes("block"), "eager, channels last, compiled"),
+        ("the same with gradients", "conv", "both", shapes("block"), "the same"),
+        (
+            "the coupled U-Net, forward",
+            "unet",
+            "forward",
+            shapes(""),
+            "the published composition, autocast in bfloat16",
+        ),
+        ("the same with gradients", "unet", "both", shapes(""), "the same"),
+    ):
+        path = results / f"{file}-cpu.json"
+        if not path.exists():
+            continue
+        header, rows = report.read_json(path)
+        cells = []
+        for dtype in ("float32", "bfloat16"):
+            speeds = [
+                min(
+                    x
+                    for peer, x in row["speed"].items()
+                    if x is not None and not report.is_own(header, peer) and peer not in header["other_result"]
+                )
+                for row in rows
+                if row["provider"] == report.own_of(header) and row["mode"] == mode and row["dtype"] == dtype
+                if wanted(row) and row.get("speed")
+            ]
+            cells.append(_mean_and_range(speeds))
+        lines.append(f"| {what} | {peers} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines) + "\n"
+
+
+def _mean_and_range(speeds: list[float]) -> str:
+    if not speeds:
+        return "-"
+    mean = math.exp(sum(map(math.log, speeds)) / len(speeds))
+    return f"{mean:.2f}x" + (f" ({min(speeds):.2f}-{max(speeds):.2f})" if len(speeds) > 1 else "")
+
+
 def rewrite(text: str, results: Path) -> str:
-    """The README's text with every block replaced by the table of its results file."""
-    return BLOCK.sub(lambda found: f"{found[1]}{block(results / f'{found[2]}.json')}{found[4]}", text)
+    """A document's text with every block replaced by its table."""
+
+    def table(name: str) -> str:
+        return summary(results) if name == "summary" else block(results / f"{name}.json")
+
+    return BLOCK.sub(lambda found: f"{found[1]}{table(found[2])}{found[4]}", text)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python bench/tables.py", description="Generates README's benchmark tables.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if README.md differs")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="default: the repository's")
+    parser = argparse.ArgumentParser(prog="python bench/tables.py", description="Generates the documents' tables.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a document differs")
+    parser.add_argument("--readme", type=Path, nargs="+", default=DOCUMENTS, help="default: README and docs/benchmarks")
     parser.add_argument("--results", type=Path, default=ROOT / "bench/results", help="default: bench/results")
     args = parser.parse_args(argv)
-    if not args.readme.exists():
-        print(f"{args.readme} does not exist", file=sys.stderr)
+    return max(_update(path, args.results, only_check=args.check) for path in args.readme)
+
+
+def _update(path: Path, results: Path, *, only_check: bool) -> int:
+    """Rewrite or compare one document; the exit status."""
+    if not path.exists():
+        print(f"{path} does not exist", file=sys.stderr)
         return 1
-    old = args.readme.read_text()
+    old = path.read_text()
     opened = len(re.findall(r"<!-- bench:", old))
     if opened != len(BLOCK.findall(old)):
-        print(f"{args.readme}: a <!-- bench:NAME --> marker has no line of its own or no end", file=sys.stderr)
+        print(f"{path}: a <!-- bench:NAME --> marker has no line of its own or no end", file=sys.stderr)
         return 1
-    new = rewrite(old, args.results)
+    new = rewrite(old, results)
     if new == old:
-        print(f"{args.readme}: {opened} blocks, up to date")
+        print(f"{path}: {opened} blocks, up to date")
         return 0
-    if args.check:
-        print(f"{args.readme} differs from {args.results}; run `python bench/tables.py`", file=sys.stderr)
+    if only_check:
+        print(f"{path} differs from {results}; run `python bench/tables.py`", file=sys.stderr)
         return 1
-    args.readme.write_text(new)
-    print(f"{args.readme}: rewritten")
+    path.write_text(new)
+    print(f"{path}: rewritten")
     return 0
 
 

@@ -2,7 +2,6 @@
 """MM-Diffusion (arXiv 2212.09478): joint diffusion of video and its sound, on mmattn."""
 
 try:
-    import av  # noqa: F401
     import diffusers  # noqa: F401
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(

@@ -7,14 +7,28 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def test_example_runs():
-    pytest.importorskip("diffusers")
+def examples(begin: str, end: str) -> list[str]:
     text = (ROOT / "README.md").read_text()
-    ops, unet = re.findall(r"```python\n(.*?)```", text[text.index("<!-- example") :], re.DOTALL)
+    return re.findall(r"```python\n(.*?)```", text[text.index(begin) : text.index(end)], re.DOTALL)
+
+
+def test_the_first_screen_is_short_and_runs():
+    (code,) = examples("**I have a model**", "**I want clips**")
+    text = (ROOT / "README.md").read_text()
+    assert text[: text.index("## Install")].count("\n") < 55
+    names = {"model": torch.nn.Module(), "video": torch.randn(1, 4, 256, 4, 4), "audio": torch.randn(1, 256, 40)}
+    exec(code, names)
+    assert names["video"].shape == (1, 4, 256, 4, 4) and names["audio"].shape == (1, 256, 40)
+
+
+def test_examples_run():
+    pytest.importorskip("diffusers")
+    ops, unet, training = examples("## mmattn", "### Sampling")
     names: dict = {}
     exec(ops, names)
     assert names["video"].shape == (1, 16, 256, 8, 8) and names["audio"].shape == (1, 256, 400)
@@ -22,6 +36,19 @@ def test_example_runs():
     assert all(names[name].isfinite().all() for name in ("video", "audio", "video_out", "audio_out"))
     exec(unet, names)
     assert names["video_noise"].shape == (1, 16, 3, 16, 16) and names["audio_noise"].shape == (1, 1, 4096)
+    before = [p.detach().clone() for p in names["unet"].parameters()]
+    exec(training, names)
+    assert names["clip"].video.shape == (1, 16, 3, 64, 64) and names["clip"].audio.shape == (1, 1, 25600)
+    assert names["loss"].isfinite()
+    assert any(not torch.equal(p, was) for p, was in zip(names["unet"].parameters(), before, strict=True))
+
+
+def test_the_api_page_is_that_of_the_docstrings():
+    pytest.importorskip("diffusers")
+    check = subprocess.run(
+        [sys.executable, ROOT / "docs/make_api.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert check.returncode == 0, check.stderr
 
 
 def test_tables_match_the_results():
@@ -32,5 +59,6 @@ def test_tables_match_the_results():
 
 
 def test_every_link_is_there():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / "README.md").read_text()):
-        assert (ROOT / target).exists(), target
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page}: {target}"

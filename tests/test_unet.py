@@ -706,7 +706,7 @@ def test_command_line(tmp_path, capsys):
     assert re.search(r"mmdiffusion convert: .*out\.pt exists; --force overwrites it\n$", capsys.readouterr().err)
     half = ["--force", "--dtype", "bfloat16"]
     cli.main(["convert", str(tmp_path / "in.pt"), str(tmp_path / "ours"), *config, *half])
-    saved = safetensors.torch.load_file(tmp_path / "ours" / "diffusion_pytorch_model.safetensors")
+    saved = safetensors.torch.load_file(tmp_path / "ours" / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(x.dtype == torch.bfloat16 for x in saved.values())
     capsys.readouterr()
     cli.main(["info", str(tmp_path / "in.pt"), *config])

@@ -36,7 +36,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 def build_record() -> dict[str, Any]:
-    """What setup.py noted of the build: "reason" it failed for, or None, and instruction sets "left_out" with reasons."""
+    """What setup.py noted: the "reason" that the build failed for, or None; instruction sets "left_out", with why."""
     try:
         record = json.loads((pathlib.Path(__file__).parent.parent / "_cpu.json").read_text())
     except (OSError, ValueError):
