@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,23 +11,14 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from mmattn import _checks, dispatch
+from mmattn import _checks
 
 _library = torch.library.Library("mmattn", "IMPL")
 _functions: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Callable[..., Any]]] = {}
+_flop_formulas: dict[str, Callable[..., int]] = {}
 _differentiable: dict[str, type[torch.autograd.Function]] = {}
-
-
-def kernels(op: str, impl: str, like: Tensor) -> Any:
-    """The module of kernels of `op`; RuntimeError where it cannot run on tensors like `like`."""
-    if impl not in dispatch.IMPLS:
-        raise ValueError(f"impl is {impl!r}; expected one of {', '.join(map(repr, dispatch.IMPLS))}")
-    reason = dispatch.unavailable(op, impl, like.device.type, like.dtype, like.shape[-1])
-    if impl == "reference" or reason is not None:
-        raise RuntimeError(f"impl {impl!r} has no kernel here: {reason or 'it is plain torch'}")
-    return importlib.import_module(f"mmattn_kernels.{impl}.{op}")
 
 
 def can_skip_dispatcher(*tensors: Tensor | None) -> bool:
@@ -38,7 +29,10 @@ def can_skip_dispatcher(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._len_torch_dispatch_stack():
+        _tell_flop_counters()
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     if forward_ad._current_level >= 0 or torch.autograd.profiler._is_profiler_enabled:
         return False
@@ -147,8 +141,26 @@ def count_flops(name: str, forward: Callable[..., int], backward: Callable[..., 
 
     As of torch's own ops: two for a multiplication and an addition, of matrix products and convolutions alone.
     """
-    register_flop_formula(getattr(torch.ops.mmattn, name))(forward)
-    register_flop_formula(getattr(torch.ops.mmattn, f"{name}_backward"))(backward)
+    _flop_formulas[name], _flop_formulas[f"{name}_backward"] = forward, backward
+
+
+def _tell_flop_counters() -> None:
+    """Register the formulas, also with the counters that count now, which have copied the registry before.
+
+    Its module imports Triton, so it is not imported for those who do not count.
+    """
+    counting = sys.modules.get("torch.utils.flop_counter")
+    if counting is None:
+        return
+    formulas = {getattr(torch.ops.mmattn, name): formula for name, formula in _flop_formulas.items()}
+    if not formulas.keys() <= counting.flop_registry.keys():
+        for packet, formula in formulas.items():
+            counting.register_flop_formula(packet)(formula)
+    for mode in _get_current_dispatch_mode_stack():
+        counter = getattr(mode, "counter", None)
+        if isinstance(counter, counting.FlopCounterMode):
+            for packet in formulas:
+                counter.flop_registry.setdefault(packet, counting.flop_registry[packet])
 
 
 def gradients_of(name: str) -> Callable[..., Any]:

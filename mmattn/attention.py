@@ -19,7 +19,6 @@ from mmattn._library import (
     count_flops,
     gradients_of,
     is_autocast,
-    kernels,
     register,
     register_autograd,
     to_autocast,
@@ -220,13 +219,13 @@ def _geometry(a: _Arguments) -> dict[str, Any]:
 
 def _compute(*args: Any) -> tuple[Tensor, ...]:
     a = _Arguments(*args)
-    return kernels("attention", a.impl, a.video_q).forward(*a.tensors, **_geometry(a))
+    return dispatch.kernels("attention", a.impl, a.video_q).forward(*a.tensors, **_geometry(a))
 
 
 def _compute_gradients(*args: Any) -> tuple[Tensor, ...]:
     given, a = _Gradients.split(args)
     d_video_out, d_audio_out = given.d_out
-    backward = kernels("attention", a.impl, a.video_q).backward
+    backward = dispatch.kernels("attention", a.impl, a.video_q).backward
     return backward(d_video_out, d_audio_out, *a.tensors, *given.out, *given.lse, **_geometry(a))
 
 

@@ -13,7 +13,7 @@ import torch
 import mmattn
 from mmattn import dispatch
 
-_OPS = ("attention", "self_attention", "norm", "conv")
+_OPS = ("attention", "self_attention", "norm", "conv", "spatial_conv2d")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _VARIABLES = ("MMATTN_IMPL", "MMATTN_CPU_ISA", "TRITON_INTERPRET")
 
@@ -33,7 +33,7 @@ def _machine() -> list[str]:
         ("mmattn", mmattn.__version__),
         ("python", platform.python_version()),
         ("torch", torch.__version__),
-        ("triton", _version("triton")),
+        ("triton", _triton()),
         ("cpu", _cpu_model()),
         ("threads", str(torch.get_num_threads())),
         ("cpu extension", _extension()),
@@ -56,7 +56,8 @@ def _choice(op: str, device: str, dtype: torch.dtype) -> list[str]:
             chosen = dispatch.explain(op, requested, device, dtype)[0]
         except Exception as error:
             chosen = f"error: {error}"
-    lines = [f"{op} {device} {str(dtype).removeprefix('torch.')}: {chosen}"]
+    parts = dispatch.parts(op, chosen)
+    lines = [f"{op} {device} {str(dtype).removeprefix('torch.')}: {chosen}{f' {parts}' if parts else ''}"]
     for impl, reason in reasons.items():
         if impl != chosen:
             lines.append(f"    {impl:<10} {f'no: {reason}' if reason else 'on request'}")
@@ -65,7 +66,7 @@ def _choice(op: str, device: str, dtype: torch.dtype) -> list[str]:
 
 def _unavailable(op: str, impl: str, device: str, dtype: torch.dtype) -> str | None:
     try:
-        return dispatch.unavailable(op, impl, device, dtype)
+        return dispatch.support(op, impl, device, dtype).reason
     except Exception as error:  # a report is wanted most where something is broken
         return str(error)
 
@@ -75,6 +76,13 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _triton() -> str:
+    import mmattn_kernels.triton
+
+    reason = mmattn_kernels.triton.missing()
+    return _version("triton") + (f"; {reason}" if reason and "not installed (pip install triton)" not in reason else "")
 
 
 def _cpu_model() -> str:

@@ -19,7 +19,6 @@ from mmattn._library import (
     call,
     gradients_of,
     is_autocast,
-    kernels,
     register,
     register_autograd,
 )
@@ -161,13 +160,13 @@ def _check_gradients(d_out: Tensor, x: Tensor, *args: Any) -> None:
 
 def _compute(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *parameters, groups, silu, eps, impl = args
-    return kernels("norm", impl, x).forward(x, *parameters, groups=groups, silu=silu, eps=eps)
+    return dispatch.kernels("norm", impl, x).forward(x, *parameters, groups=groups, silu=silu, eps=eps)
 
 
 def _compute_gradients(d_out: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *parameters, stats, groups, silu, impl = args
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
-    return kernels("norm", impl, x).backward(d_out, x, *parameters, stats, groups=groups, silu=silu)
+    return dispatch.kernels("norm", impl, x).backward(d_out, x, *parameters, stats, groups=groups, silu=silu)
 
 
 register("group_norm", _check, _compute, _check_gradients, _compute_gradients)

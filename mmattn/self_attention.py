@@ -20,7 +20,6 @@ from mmattn._library import (
     count_flops,
     gradients_of,
     is_autocast,
-    kernels,
     register,
     register_autograd,
     to_autocast,
@@ -102,13 +101,15 @@ def _check_gradients(
 
 
 def _compute(q: Tensor, k: Tensor, v: Tensor, segments: int, scale: float, impl: str) -> tuple[Tensor, Tensor]:
-    return kernels("attention", impl, q).self_forward(q, k, v, segments=segments, scale=scale)
+    return dispatch.kernels("self_attention", impl, q).self_forward(q, k, v, segments=segments, scale=scale)
 
 
 def _compute_gradients(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: int, scale: float, impl: str
 ) -> Tensor:
-    return kernels("attention", impl, q).self_backward(d_out, q, k, v, out, lse, segments=segments, scale=scale)
+    return dispatch.kernels("attention", impl, q).self_backward(
+        d_out, q, k, v, out, lse, segments=segments, scale=scale
+    )
 
 
 register("self_attention", _check, _compute, _check_gradients, _compute_gradients)

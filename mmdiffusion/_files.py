@@ -6,24 +6,36 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import secrets
 from collections.abc import Iterator
 
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """A path beside `path` to write to, which becomes `path` at the end; on an error neither is left.
+    """A fresh file beside `path` to write to, which becomes `path` at the end; on an error neither is left.
+
+    Its name is its own, so that processes which write the same file leave that of one of them, whole. It has the
+    permissions that any new file has, also if whoever writes to it makes a file of its own in its place.
 
     Raises:
         OSError: what went wrong, with the name of `path`, which errors of writing (no space) lack.
     """
     path = pathlib.Path(path)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{secrets.token_hex(8)}.part")
+    is_ours = False
     try:
+        # Exclusively: what is there under that name, a link above all, is not followed.
+        descriptor = os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        is_ours = True
+        permissions = os.fstat(descriptor).st_mode & 0o777
+        os.close(descriptor)
         yield part
+        part.chmod(permissions)
         os.replace(part, path)
     except OSError as error:
         if error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        part.unlink(missing_ok=True)
+        if is_ours:
+            part.unlink(missing_ok=True)

@@ -48,7 +48,20 @@ _LANDSCAPE: dict[str, Any] = {
 _DEFAULT_HEADS = {"num_heads": 1, "num_head_channels": -1}
 
 # The released 64x64 models; dropout is that of their training.
-PRESETS: dict[str, dict[str, Any]] = {"landscape": _LANDSCAPE, "aist++": _LANDSCAPE}
+PRESETS: dict[str, dict[str, Any]] = {
+    "landscape": _LANDSCAPE,
+    "aist++": _LANDSCAPE,
+    # To try things: a clip in a second or two on a CPU.
+    "tiny": {
+        **_LANDSCAPE,
+        "video_size": (16, 3, 32, 32),
+        "model_channels": 32,
+        "num_res_blocks": 1,
+        "num_head_channels": 32,
+    },
+}
+
+_MAX_LEVELS = 16  # of which each halves height and width
 
 # Our submodules of a module under their published names, with the trailing dimensions of size 1 that their weights have
 # and ours have not.
@@ -133,6 +146,8 @@ def load(
     """See `CoupledUNet.from_published`."""
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}; expected one of {', '.join(map(repr, PRESETS))}")
+    if isinstance(source, Mapping):
+        _check_state_dict(source)
     tensors = source if isinstance(source, Mapping) else read(source)
     tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
     known = _infer(tensors) if preset is None else PRESETS[preset]
@@ -161,10 +176,22 @@ def read(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
     except (OSError, ImportError):
         raise
     except Exception as error:  # of many kinds, for a file that is cut off, or something else
-        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
-    if not isinstance(tensors, Mapping) or not all(isinstance(x, Tensor) for x in tensors.values()):
-        raise TypeError(f"{path} holds a {type(tensors).__name__}; expected a state dict, names to tensors")
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
+    try:
+        _check_state_dict(tensors)
+    except TypeError as error:
+        raise TypeError(f"{path} holds {error}") from error
     return tensors
+
+
+def _check_state_dict(tensors: Any) -> None:
+    expected = "expected a state dict, names to tensors"
+    if not isinstance(tensors, Mapping):
+        raise TypeError(f"a {type(tensors).__name__}; {expected}")
+    for key, x in tensors.items():
+        if not isinstance(key, str) or not isinstance(x, Tensor):
+            raise TypeError(f"a {type(x).__name__} under the key {key!r}; {expected}")
 
 
 def write(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
@@ -186,24 +213,24 @@ def write(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
 def _infer(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """What keys and shapes tell of the configuration."""
 
-    def shape(key: str) -> torch.Size:
+    def size(key: str, axis: int) -> int:
         if key not in tensors:
             raise ValueError(
                 f"the checkpoint has no {key} among its {len(tensors)} keys; expected the published U-Net's"
             )
-        return tensors[key].shape
+        shape = tensors[key].shape
+        if axis >= len(shape) or shape[axis] == 0:
+            raise ValueError(f"{key} has shape {list(shape)}; expected that of the published U-Net's")
+        return shape[axis]
 
     streams = tuple(stream for stream in ("video", "audio") if f"{stream}_out.0.GroupNorm.weight" in tensors)
     stream = streams[0] if streams else "video"
-    decoder = [re.match(r"output_blocks\.(\d+)\.(\d+)\.(emb_layers)?", key) for key in tensors]
-    places = sorted({(int(m[1]), int(m[2])) for m in decoder if m and m[3]})  # of residual blocks; an up block is last
-    blocks = 1 + max((i for i, _ in places), default=0)
-    per_level = min((i + 1 for i, j in places if j), default=blocks)
+    blocks, per_level = _decoder_blocks(tensors)
     starts = {2**level: f"input_blocks.{1 + level * per_level}" for level in range(blocks // per_level)}
-    model_channels = shape("time_embed.0.weight")[1]
-    widths = [shape(f"{start}.0.{stream}_out_layers.0.GroupNorm.weight")[0] for start in starts.values()]
+    model_channels = size("time_embed.0.weight", 1)
+    widths = [size(f"{start}.0.{stream}_out_layers.0.GroupNorm.weight", 0) for start in starts.values()]
     factors = [width / model_channels for width in widths]
-    embedded = shape(f"{starts[1]}.0.emb_layers.1.weight")[0]
+    embedded = size(f"{starts[1]}.0.emb_layers.1.weight", 0)
 
     def rates(key: str) -> tuple[int, ...]:
         return tuple(rate for rate, start in starts.items() if f"{start}.{key}" in tensors)
@@ -216,20 +243,33 @@ def _infer(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
     if "video" in streams:
         config["video_attention_resolutions"] = rates("0.spatial_attention_block.qkv.weight") or (-1,)
-        channels = shape("input_blocks.0.0.video_conv.video_conv_spatial.weight")[1]
-        frames, _, *size = _LANDSCAPE["video_size"]
-        config["video_size"] = (frames, channels, *size)
-        config["video_out_channels"] = shape("video_out.2.video_conv.weight")[0]
+        channels = size("input_blocks.0.0.video_conv.video_conv_spatial.weight", 1)
+        frames, _, *height_and_width = _LANDSCAPE["video_size"]
+        config["video_size"] = (frames, channels, *height_and_width)
+        config["video_out_channels"] = size("video_out.2.video_conv.weight", 0)
     if "audio" in streams:
         config["audio_attention_resolutions"] = rates("0.audio_attention_block.qkv.weight") or (-1,)
-        config["audio_size"] = (shape("input_blocks.0.0.audio_conv.audio_conv.weight")[1], _LANDSCAPE["audio_size"][1])
-        config["audio_out_channels"] = shape("audio_out.2.audio_conv.weight")[0]
+        config["audio_size"] = (size("input_blocks.0.0.audio_conv.audio_conv.weight", 1), _LANDSCAPE["audio_size"][1])
+        config["audio_out_channels"] = size("audio_out.2.audio_conv.weight", 0)
     if len(streams) == 1:
         return config | {"streams": streams}
     crossed = rates("1.v_qkv.weight")
     config["cross_attention_resolutions"] = crossed
     config["middle_cross_attention"] = "middle_blocks.1.v_qkv.weight" in tensors
     return config if crossed else config | {"cross_attention_windows": ()}
+
+
+def _decoder_blocks(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """The residual blocks of the decoder, and those of a level, behind the last of which comes an up block."""
+    decoder = [re.match(r"output_blocks\.(\d{1,9})\.(\d{1,9})\.(emb_layers)?", key) for key in tensors]
+    places = sorted({(int(m[1]), int(m[2])) for m in decoder if m and m[3]})
+    blocks = 1 + max((i for i, _ in places), default=0)
+    per_level = min((i + 1 for i, j in places if j), default=blocks)
+    if blocks > max(1, len({i for i, _ in places})):
+        raise ValueError(f"the checkpoint has output_blocks up to {blocks - 1}, of which some have no keys")
+    if blocks // per_level > _MAX_LEVELS:
+        raise ValueError(f"the checkpoint has {blocks // per_level} levels; expected at most {_MAX_LEVELS}")
+    return blocks, per_level
 
 
 def _refuse_what_does_not_fit(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:

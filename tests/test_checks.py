@@ -2,6 +2,9 @@
 """What reaches the kernels: every way in which a tensor may not be what it was, or not be its memory."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +12,11 @@ import pytest
 import torch
 from helpers import needs_extension
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils import flop_counter
 
 import mmattn
-from mmattn import _checks
+from mmattn import _checks, dispatch
+from mmattn_kernels import Question, up_to
 
 pytestmark = needs_extension
 
@@ -236,12 +240,14 @@ def test_a_second_derivative_by_torch_func_is_refused(op):
         torch.func.grad(lambda x: inner(x).square().sum())(first)
 
 
-def test_flops_are_counted(op):
+def test_flops_are_counted(op, monkeypatch):
+    for name in [packet for packet in flop_counter.flop_registry if str(packet).startswith("mmattn.")]:
+        monkeypatch.delitem(flop_counter.flop_registry, name)  # as in a process whose first call this is
     leaves = [t.requires_grad_() for t in op.tensors()]
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter.FlopCounterMode(display=False) as counter:
         out = op(*leaves)
     assert counter.get_total_flops() == op.flops
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter.FlopCounterMode(display=False) as counter:
         out.sum().backward()
     assert counter.get_total_flops() == op.backward_flops
 
@@ -401,3 +407,34 @@ def test_eps_is_a_finite_number(eps):
         mmattn.group_norm(x, w, w, 4, eps=eps, impl="cpu")
     with pytest.raises((ValueError, TypeError), match=r"eps is .*expected"):
         mmattn.dilated_conv1d(x, _random(16, 16, 1), norm=(w, w, 4), eps=eps, impl="cpu")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("import no_such_setuptools", "triton does not load: no_such_setuptools is not installed"),
+        ("raise ImportError('no libtriton')", "triton does not load (ImportError: no libtriton)"),
+    ],
+    ids=["something it imports is missing", "broken"],
+)
+def test_a_triton_that_does_not_load_is_a_reason(content, reason, tmp_path):
+    (tmp_path / "triton.py").write_text(content)
+    program = (
+        "import torch; from mmattn import dispatch; "
+        "print(dispatch.support('attention', 'triton', 'cuda', torch.float32, 64).reason); "
+        "print(dispatch.explain('conv', 'auto', 'cuda', torch.float32)[0])"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert reason in run.stdout and run.stdout.splitlines()[-1] == "reference"
+
+
+def test_a_refusal_has_a_reason():
+    question = Question("cpu", torch.float32, 300)
+    for impl in ("cpu", "triton"):
+        for op in ("attention", "self_attention", "norm", "conv", "spatial_conv2d"):
+            for device, dtype in (("cpu", torch.float32), ("cpu", torch.float64), ("cuda", torch.half), ("meta", None)):
+                found = dispatch.support(op, impl, device, dtype, 64)
+                assert bool(found) == (found.reason is None) and (found or len(found.reason) > 20)
+    assert not up_to(question, 256) and up_to(question, 300) and not Question("cpu", None).channels

@@ -18,7 +18,7 @@ av = pytest.importorskip("av")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from mmdiffusion import CoupledUNet, MMDiffusionPipeline, checkpoints, cli, media  # noqa: E402
+from mmdiffusion import CoupledUNet, MMDiffusionPipeline, _files, checkpoints, cli, media  # noqa: E402
 from mmdiffusion.diffusion.schedulers import make_scheduler  # noqa: E402
 from mmdiffusion.runs import folder  # noqa: E402
 
@@ -39,7 +39,10 @@ def small_and_here(monkeypatch, tmp_path, threads):
     monkeypatch.setattr(checkpoints, "_LANDSCAPE", TINY)
     monkeypatch.setitem(checkpoints.PRESETS, "landscape", TINY)
     monkeypatch.setattr(cli.mmattn, "keep_freed_memory", lambda: True)
+    umask = os.umask(0o022)
     threads(1)
+    yield
+    os.umask(umask)
 
 
 @pytest.fixture
@@ -225,21 +228,123 @@ def test_records_of_processes_are_merged(tmp_path):
     """Also of one that was interrupted, and is of no more use."""
     clip = media.Clip(torch.zeros(2, 3, 16, 16), torch.zeros(1, 3200))
     options = {"settings": {"steps": 2}, "frame_rate": 10, "sample_rate": 16000, "formats": ["mp4"]}
-    folders = [folder.Folder(tmp_path / "out", rank=rank, **options) for rank in (0, 1)]
+    folders = [folder.Folder.create(tmp_path / "out", rank=rank, **options) for rank in (0, 1)]
     for number, rank in enumerate((0, 1, 0)):
         folders[rank].add(number, clip, {"seed": number})
-    again = folder.Folder(tmp_path / "out", **options)
+    again = folder.Folder.open(tmp_path / "out", **options)
     assert [again.lacks(number) for number in range(4)] == [False, False, False, True]
     again.merge()
     assert records(tmp_path / "out").keys() == {0, 1, 2}
     assert names(tmp_path / "out") == ["clip-0000.mp4", "clip-0001.mp4", "clip-0002.mp4", "samples.json"]
 
 
+def test_two_samplers_of_one_folder(tmp_path):
+    """They know nothing of each other, and neither loses what the other recorded."""
+    clip = media.Clip(torch.zeros(2, 3, 16, 16), torch.zeros(1, 3200))
+    options = {"settings": {"steps": 2}, "frame_rate": 10, "sample_rate": 16000, "formats": ["wav"]}
+    folders = [folder.Folder.create(tmp_path / "out", **options) for _ in range(2)]
+    for number in (0, 1, 2, 3):
+        folders[number % 2].add(number, clip, {"seed": number})
+    for x in folders:
+        x.merge()
+    assert records(tmp_path / "out").keys() == {0, 1, 2, 3}
+
+
+def test_open_writes_nothing(tmp_path):
+    options = {"frame_rate": 10, "sample_rate": 16000, "formats": ["wav"]}
+    assert folder.Folder.open(tmp_path / "out", {"steps": 2}, **options).lacks(0)
+    assert not (tmp_path / "out").exists()
+    folder.Folder.create(tmp_path / "out", {"steps": 2}, **options)
+    before = (tmp_path / "out" / "samples.json").stat()
+    folder.Folder.open(tmp_path / "out", {"steps": 2}, **options)
+    assert (tmp_path / "out" / "samples.json").stat() == before
+    with pytest.raises(FileExistsError, match="steps 2 instead of 3"):
+        folder.Folder.open(tmp_path / "out", {"steps": 3}, **options)
+
+
+def test_only_files_of_our_own_are_touched(model):
+    sample("out", "--formats", "wav")
+    others = {
+        "samples.backup.json": "{",
+        "samples.01.json": "{",
+        "samples.json.old": "{",
+        "clip-0000 my best cut.mp4": "film",
+        "clip-00000.mp4": "film",
+        "clip-0000.wav.bak": "sound",
+        "clip-1.png": "picture",
+        "clip-0000.txt": "notes",
+    }
+    for name, text in others.items():
+        pathlib.Path("out", name).write_text(text)
+    sample("out", "--formats", "wav")
+    sample("out", "--formats", "wav", "--force", steps=1)
+    assert {name: pathlib.Path("out", name).read_text() for name in others} == others
+    assert names("out") == sorted({*others, "clip-0000.wav", "samples.json"})
+
+
+def test_a_clip_that_was_emptied_is_made_again(model):
+    sample("out", "--formats", "wav")
+    pathlib.Path("out/clip-0000.wav").write_bytes(b"")
+    sample("out", "--formats", "wav")
+    assert sound("out/clip-0000.wav").shape == (1, 6400)
+
+
+def test_what_is_refused_leaves_nothing(model, capsys):
+    command = ["sample", "--model", model, "--num", "1", "--out", "out", "--formats", "wav", "--steps"]
+    assert "num_inference_steps is 1001" in refused(capsys, *command, "1001")
+    assert not pathlib.Path("out").exists()
+    cli.main([*command, "1"])
+    assert names("out") == ["clip-0000.wav", "samples.json"]
+
+
+def test_permissions_are_those_of_any_new_file(model):
+    """Of everything that is written, safetensors too, whose library makes files that only their owner can read."""
+    os.umask(0o027)
+    sample("out", "--formats", "mp4", "wav", "png")
+    cli.main(["random", "new.safetensors"])
+    cli.main(["convert", "new.safetensors", "new"])
+    files = [pathlib.Path("new.safetensors"), *(x for top in ("out", "new") for x in pathlib.Path(top).rglob("*"))]
+    assert len(files) > 8
+    for file in files:
+        assert file.stat().st_mode & 0o777 == (0o750 if file.is_dir() else 0o640), file
+
+
+def test_a_whole_file_follows_no_link(monkeypatch, tmp_path):
+    """Not even one under the very name of its temporary file; and two of them at once leave one of them whole."""
+    monkeypatch.setattr(_files.secrets, "token_hex", lambda _: "guessed")
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / ".guessed.part").symlink_to(tmp_path / "precious")
+    with pytest.raises(FileExistsError, match=r"new'$"), _files.whole_file(tmp_path / "new") as part:
+        part.write_text("theirs")
+    assert (tmp_path / "precious").read_text() == "mine" and (tmp_path / ".guessed.part").is_symlink()
+    monkeypatch.undo()
+    with _files.whole_file(tmp_path / "a") as one, _files.whole_file(tmp_path / "a") as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert (tmp_path / "a").read_text() == "one"  # the last to end
+
+
 BAD = {
-    "num": ("--num 0", "--num is 0; expected 1 or more"),
-    "steps": ("--steps -2", "--steps is -2; expected 1 or more"),
-    "batch": ("--batch-size 0", "--batch-size is 0; expected 1 or more"),
-    "scheduler": ("--scheduler euler", "'euler'; expected one of 'ddpm', 'ddim', 'dpmsolver++', 'dpmsolver', 'unipc'"),
+    "num": ("--num 0", "num is 0; expected 1 to 1000000"),
+    "many": ("--num 1000000000", "num is 1000000000; expected 1 to 1000000"),
+    "steps": ("--steps -2", "steps is -2; expected 1 or more"),
+    "batch": ("--batch-size 0", "batch_size is 0; expected 1 or more"),
+    "seed": ("--seed 18446744073709551616", "seed is 18446744073709551616; expected -9223372036854775808 to"),
+    "start, infinite": ("--start inf", "start is inf; expected 0 to 1000000"),
+    "start, no number": ("--start nan", "start is nan; expected 0 to 1000000"),
+    "start, far": ("--start 1e300", "start is 1e+300; expected 0 to 1000000"),
+    "seconds, infinite": ("--seconds inf", "seconds is inf; expected at least one frame, 0.1 s, and at most 3600"),
+    "seconds, no number": ("--seconds nan", "seconds is nan; expected"),
+    "seconds, far": ("--seconds 1e300", "seconds is 1e+300; expected"),
+    "seconds, many": ("--seconds 1e9", "seconds is 1000000000.0; expected"),
+    "overlap, infinite": ("--seconds 1 --overlap inf", "overlap is inf; expected a share"),
+    "overlap, no number": ("--seconds 1 --overlap nan", "overlap is nan; expected a share"),
+    "empty model": ("--model empty.pt", "empty.pt cannot be read as a checkpoint: EOFError"),
+    "numbered model": ("--model numbered.pt", "numbered.pt holds a Tensor under the key 3; expected a state dict"),
+    "scalar model": ("--model scalar.pt", "time_embed.0.weight has shape []; expected that of the published U-Net's"),
+    "holes": ("--model holes.pt", "the checkpoint has output_blocks up to 3000000, of which some have no keys"),
+    "other device": ("--device xpu", "device is 'xpu'; expected cpu, cuda or cuda:N"),
+    "CUDA that is not there": ("--device cuda:99", "device is 'cuda:99'; expected cpu, cuda or cuda:N, of which"),
     "seconds": ("--seconds -1", "seconds is -1.0; expected at least one frame"),
     "overlap": ("--seconds 1 --overlap 2", "overlap is 2.0"),
     "both streams": ("--audio-from a --video-from b", "both given"),
@@ -259,8 +364,8 @@ BAD = {
     "four channels": ("--model rgba", "makes video [4, 4, 16, 16] and audio [1, 6400]; expected 3 channels"),
     "configuration is no JSON": ("--config text.pt", "text.pt is no JSON: "),
     "unknown argument": ("--config unknown.json", "unexpected keyword argument 'wide'"),
-    "device": ("--device tpu", "device"),
-    "folder is a file": ("--out text.pt", "File exists: 'text.pt'"),
+    "no device": ("--device tpu", "device is 'tpu'; expected cpu, cuda or cuda:N"),
+    "folder is a file": ("--out text.pt", "text.pt is no folder"),
     "folder below a file": ("--out text.pt/out", "Not a directory: 'text.pt/out'"),
 }
 
@@ -273,12 +378,19 @@ def test_bad_input(model, capsys, options, expected):
     pathlib.Path("text.pt").write_text("no checkpoint\nat all")
     pathlib.Path("wide.json").write_text('{"model_channels": 64}')
     pathlib.Path("unknown.json").write_text('{"wide": 64}')
+    pathlib.Path("empty.pt").write_bytes(b"")
+    for name, extra in (
+        ("numbered", {3: torch.zeros(2)}),
+        ("scalar", {"time_embed.0.weight": torch.tensor(1.0)}),
+        ("holes", {"output_blocks.3000000.0.emb_layers.1.weight": torch.zeros(2)}),
+    ):
+        torch.save({**torch.load(model, weights_only=True), **extra}, f"{name}.pt")
     media.write_audio("short.wav", torch.zeros(1, 1600))
     if "rgba" in options:
         CoupledUNet(**{**TINY, "video_size": (4, 4, 16, 16), "video_out_channels": 4}).save_pretrained("rgba")
     command = ["sample", "--model", model, "--num", "1", "--steps", "2", "--out", "out", *shlex.split(options)]
     assert expected in refused(capsys, *command)
-    assert not pathlib.Path("out").exists() or names("out") == ["samples.json"]
+    assert not pathlib.Path("out").exists()
 
 
 def test_no_space(model, capsys, small_files):
@@ -305,6 +417,25 @@ def test_no_permission(model, capsys):
     finally:
         os.seteuid(user)
     assert message.endswith("Permission denied: 'out/samples.json'")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"mmdiffusion {cli.mmattn.__version__}\n"
+
+
+def test_choices_are_listed(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["sample", "--model", "tiny.pt", "--out", "out", "--scheduler", "euler"])
+    assert re.search("euler.*ddpm.*ddim.*dpmsolver.*unipc", capsys.readouterr().err)
+
+
+def test_tiny_preset(capsys):
+    """It samples from its keys alone, at the rates of the released models."""
+    cli.main(["random", "small.pt", "--preset", "tiny"])
+    cli.main(shlex.split("sample --model small.pt --preset tiny --num 1 --steps 1 --out out --formats wav"))
+    assert sound("out/clip-0000.wav").shape == (1, 25600)
 
 
 def test_help_has_examples(capsys):

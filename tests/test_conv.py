@@ -34,7 +34,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mmattn
-from mmattn import dispatch
 from mmattn.testing import assert_close_to_fp64, relative_error
 
 NAMES = ("x", "weight", "bias", "norm_weight", "norm_bias", "scale", "shift", "residual")
@@ -346,16 +345,6 @@ def test_a_nan_or_an_infinity_reaches_whoever_reads_it(isa, instruction_set):
 
 
 @needs_extension
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_inputs_are_unchanged(dtype):
-    case = CASES["several blocks, everything"]
-    tensors, d_out = inputs(case, dtype)
-    before, d_before = {name: x.clone() for name, x in tensors.items()}, d_out.clone()
-    with_gradients(lambda t: convolve(case, t), tensors, d_out)
-    assert torch.equal(d_out, d_before) and all(torch.equal(x, before[name]) for name, x in tensors.items())
-
-
-@needs_extension
 def test_expanded_and_transposed_output_gradients(poisoned_memory):
     case = Case(batch=2, **BLOCK)
     tensors, d_out = inputs(case)
@@ -414,17 +403,6 @@ def test_only_the_weights_require_grad_of_a_plain_convolution(poisoned_memory):
         assert {key for key, x in leaves.items() if x.grad is not None} == set(wanted)
         for key in wanted:
             assert_close_to_fp64(leaves[key].grad, exact[f"d_{key}"], plain[f"d_{key}"], name=key, rounding=4.0)
-
-
-@needs_extension
-def test_no_grad_and_inference_mode(poisoned_memory):
-    case = Case(**BLOCK)
-    leaves = {name: x.detach().requires_grad_() for name, x in inputs(case)[0].items()}
-    definition = convolve(case, leaves, "reference").detach()
-    for context in (torch.no_grad(), torch.inference_mode()):
-        with context:
-            out = convolve(case, leaves)
-        assert not out.requires_grad and relative_error(out, definition) < 1e-6
 
 
 class Packing:
@@ -785,26 +763,6 @@ def test_weights_used_by_two_threads(packing):
         list(pool.map(work, range(3)))
 
 
-@needs_extension
-def test_a_second_derivative_is_refused():
-    for case in (Case(), Case(**BLOCK)):
-        tensors = {name: x.detach().requires_grad_() for name, x in inputs(case)[0].items()}
-        out = convolve(case, tensors)
-        (grad,) = torch.autograd.grad(out.square().sum(), tensors["weight"], create_graph=True)
-        with pytest.raises(RuntimeError, match="conv is differentiable once; impl='reference'"):
-            grad.sum().backward()
-
-
-@needs_extension
-def test_forward_mode_is_refused():
-    tensors, _ = inputs(Case())
-    x = tensors.pop("x")
-    with pytest.raises(RuntimeError):
-        torch.func.jvp(lambda t: convolve(Case(), {"x": t, **tensors}), (x,), (x,))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"(?i)forward"):
-        convolve(Case(), {"x": torch.autograd.forward_ad.make_dual(x, x), **tensors})
-
-
 @pytest.mark.parametrize("impl", REFERENCE_AND_CPU)
 @pytest.mark.parametrize("options", ({}, BLOCK), ids=("plain", "everything"))
 def test_empty_batch(options, impl, poisoned_memory):
@@ -813,20 +771,6 @@ def test_empty_batch(options, impl, poisoned_memory):
     assert found.pop("out").shape == (0, 37, 20)
     assert all(found[f"d_{name}"].shape == x.shape for name, x in inputs(case)[0].items())
     assert not found["d_weight"].any() and not found["d_bias"].any()
-
-
-@pytest.mark.parametrize("dtype", (torch.float64, torch.float16), ids=("fp64", "fp16"))
-@pytest.mark.filterwarnings("ignore:mmattn computes conv by its slow reference")
-def test_other_dtypes_on_the_cpu_run_the_reference(dtype):
-    case = Case(**BLOCK)
-    found, definition = outputs(case, dtype, "auto"), outputs(case, dtype, "reference")
-    assert found["out"].dtype == dtype and all(torch.equal(found[name], definition[name]) for name in found)
-
-
-def test_the_slow_reference_is_announced(monkeypatch):
-    monkeypatch.setattr(dispatch, "_announced", set())
-    with pytest.warns(UserWarning, match=r"computes conv by its slow reference: .*torch\.float16"):
-        outputs(Case(), torch.float16, "auto")
 
 
 def op_tensors(case, requires_grad=False):
@@ -966,26 +910,6 @@ def test_autocast(fp32_parameters):
     assert double.dtype == torch.float64
 
 
-@needs_extension
-def test_a_missing_tensor_is_refused_under_autocast():
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="x is a NoneType"):
-        mmattn.dilated_conv1d(None, torch.zeros(1, 1, 1))
-
-
-@needs_extension
-@pytest.mark.parametrize("reentrant", (False, True))
-def test_checkpoint(reentrant):
-    case = Case(**BLOCK)
-    tensors, d_out = inputs(case)
-
-    def call(*values):
-        return convolve(case, dict(zip(tensors, values, strict=True)))
-
-    plain = outputs(case, torch.float32)
-    found = with_gradients(lambda t: checkpoint(call, *t.values(), use_reentrant=reentrant), tensors, d_out)
-    assert all(torch.equal(x, plain[name]) for name, x in found.items())
-
-
 def set_to(name, value):
     return lambda t: {**t, name: value(t[name]) if callable(value) else value}
 
@@ -1096,15 +1020,6 @@ def test_compiled_frames(name, fresh_dynamo):
     compiled = torch.compile(lambda t: convolve(case, t, "auto"), fullgraph=True, backend="aot_eager")
     found, plain = with_gradients(compiled, tensors, d_out), outputs(case, torch.float32)
     assert all(relative_error(found[key], plain[key]) < 1e-6 for key in plain)
-
-
-def test_a_named_impl_that_cannot_run_says_why(monkeypatch):
-    tensors, _ = inputs(Case(), torch.float64)
-    with pytest.raises(RuntimeError, match=r"impl 'cpu' cannot run conv here: the dtype is torch.float64"):
-        convolve(Case(), tensors)
-    monkeypatch.setenv("MMATTN_IMPL", "cpu")
-    with pytest.raises(RuntimeError, match="impl 'cpu' cannot run conv"):
-        convolve(Case(), tensors, "auto")
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))

@@ -7,6 +7,7 @@ import socket
 import struct
 import subprocess
 import sys
+import zlib
 from fractions import Fraction
 
 import pytest
@@ -560,3 +561,110 @@ def test_only_files_are_read(tmp_path):
             read_clip(path)
     with pytest.raises(TypeError):
         open_film(0)  # not what is on the standard input
+
+
+def test_what_timestamps_alone_make_long(tmp_path):
+    """A gap of hours is what it is where frames are asked for, and refused where all are: they would take gigabytes."""
+    times, parts = [*every("0.1", 10), 30000], [(0, tone(1)), (300000, tone(0.1))]
+    path = film(tmp_path / "gap.mkv", times=times, parts=parts)
+    clip = read_clip(path, num_frames=20)
+    assert numbers(clip.video) == [*range(10), *10 * [9]] and not clip.audio[:, 16100:].any()
+    with pytest.raises(ValueError, match=r"gap\.mkv goes on for 3e\+05 frames of 64 x 64 from .*expected num_frames"):
+        read_clip(path)
+    with pytest.raises(ValueError, match=r"gap\.mkv goes on for 4\.8e\+09 samples from .*expected num_frames"):
+        read_clip(path, need=["audio"])
+
+
+def test_lengths_are_not_those_of_the_header(tmp_path):
+    path = film(tmp_path / "film.mkv", times=every("0.1", 20), parts=[(0, tone(2))])
+    data = path.read_bytes()
+    at = data.index(b"\x44\x89\x88") + 3  # Duration, a double
+    path.write_bytes(data[:at] + struct.pack(">d", 1e12) + data[at + 8 :])
+    with open_film(path) as opened_film:
+        assert opened_film.durations == {"video": 2, "audio": 2}
+        assert numbers(opened_film.read_clip().video) == list(range(20))
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"film\.mkv has \d\.\d+ s of"):
+        read_clip(path, num_frames=20)
+
+
+def test_samples_that_are_no_numbers(tmp_path):
+    with av.open(str(tmp_path / "film.wav"), "w") as container:
+        stream = container.add_stream("pcm_f32le", rate=16000, layout="mono")
+        samples = tone(0.2)
+        samples[0, 1000] = math.nan
+        frame = av.AudioFrame.from_ndarray(samples.numpy(), format="flt", layout="mono")
+        frame.sample_rate, frame.pts = 16000, 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(ValueError, match=r"film\.wav has samples that are no numbers"):
+        read_clip(tmp_path / "film.wav", need=["audio"])
+
+
+def test_the_cover_of_a_sound_is_no_film(tmp_path):
+    sound(tmp_path / "sound.mp3", tone(1, 44100), "libmp3lame", "mono", 44100)
+    write_image(tmp_path / "cover.png", smooth_video(1)[0])
+    picture = b"\0image/png\0\x03\0" + (tmp_path / "cover.png").read_bytes()
+    frame = b"APIC" + struct.pack(">IH", len(picture), 0) + picture
+    length = bytes(len(frame) >> 7 * i & 127 for i in (3, 2, 1, 0))
+    path = tmp_path / "covered.mp3"
+    path.write_bytes(b"ID3\x03\0\0" + length + frame + (tmp_path / "sound.mp3").read_bytes())
+    with av.open(str(path)) as container:
+        assert len(container.streams.video) == 1
+    assert read_clip(path, need=["audio"]).audio.abs().max() > 0.4
+    with pytest.raises(ValueError, match=r"covered\.mp3 has no video stream"):
+        read_clip(path)
+
+
+def test_absurd_sizes(tmp_path):
+    """A picture of 65535 x 65535 in 60 bytes, and one of 20000 x 20000 that says so in its header."""
+    screen, picture = struct.pack("<HHBBB", 65535, 65535, 0x80, 0, 0), struct.pack("<HHHHB", 0, 0, 65535, 65535, 0)
+    gif = b"GIF89a" + screen + bytes(6) + b"," + picture + b"\x02\x02\x44\x01\x00;"
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 20000, 20000, 1, 0, 0, 0, 0))
+    png = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(2501 * 20000))) + chunk(b"IEND", b"")
+    for name, data in {"huge.gif": gif, "huge.png": png}.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=name):
+            read_clip(tmp_path / name, need=["video"])
+
+
+FUZZ = """
+import pathlib, random, signal, sys
+from mmdiffusion.media import open_film
+rng, read, refused = random.Random(0), 0, 0
+sources = [pathlib.Path(x) for x in sys.argv[1:]]
+for i in range(120):
+    source = sources[i % len(sources)]
+    data = bytearray(source.read_bytes())
+    for _ in range(rng.choice((1, 4, 16, 64))):
+        data[rng.randrange(len(data) if i % 3 else 1000)] = rng.randrange(256)
+    if i % 5 == 0:
+        del data[rng.randrange(len(data)) :]
+    path = source.with_name(f"mutated-{i}{source.suffix}")
+    path.write_bytes(data)
+    signal.alarm(20)
+    for need in (["video"], ["audio"]):
+        for num_frames in (None, 4):
+            try:
+                with open_film(path) as film:
+                    clip = film.read_clip(need=need, num_frames=num_frames, start=0.1)
+                    assert all(x is None or x.abs().max() <= 1 for x in clip) and film.durations
+                read += 1
+            except (ValueError, OSError) as error:
+                assert path.name in str(error), (path, error)
+                refused += 1
+    path.unlink()
+print(read, refused)
+"""
+
+
+def test_mutated_films_are_read_or_refused_by_name(tmp_path):
+    write_video(tmp_path / "film.mp4", smooth_video(8, 32), tone(0.8))
+    film(tmp_path / "film.mkv", times=every("0.1", 8), size=(32, 32), parts=[(0, tone(0.8))])
+    sound(tmp_path / "film.flac", tone(0.8, 48000).expand(6, -1), "flac")
+    read, refused = map(int, in_a_process(FUZZ, *sorted(tmp_path.iterdir())).split())
+    assert read > 20 and refused > 100 and read + refused == 480

@@ -14,7 +14,6 @@ from helpers import (
     GPU_DTYPES,
     INSTRUCTION_SETS,
     ON_DEVICE,
-    REFERENCE_AND_AUTO,
     REFERENCE_AND_CPU,
     enough_memory,
     far_apart,
@@ -29,7 +28,6 @@ from helpers import (
 from torch.utils.checkpoint import checkpoint
 
 import mmattn
-from mmattn import dispatch
 from mmattn.testing import assert_close_to_fp64, relative_error
 
 FILM = ("scale", "shift")
@@ -290,16 +288,6 @@ def test_silu_of_large_arguments(isa, instruction_set):
 
 
 @needs_extension
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_inputs_are_unchanged(dtype):
-    case = CASES["strided"]
-    tensors, d_out = inputs(case, dtype)
-    before, d_before = {name: x.clone() for name, x in tensors.items()}, d_out.clone()
-    with_gradients(lambda t: normalise(case, t), tensors, d_out)
-    assert torch.equal(d_out, d_before) and all(torch.equal(x, before[name]) for name, x in tensors.items())
-
-
-@needs_extension
 def test_expanded_and_transposed_output_gradients(poisoned_memory):
     case = Case(batch=2)
     tensors, d_out = inputs(case)
@@ -337,59 +325,6 @@ def test_only_some_inputs_require_grad(poisoned_memory):
         assert {name for name, x in leaves.items() if x.grad is not None} == set(wanted)
         for name in wanted:
             assert_close_to_fp64(leaves[name].grad, exact[f"d_{name}"], plain[f"d_{name}"], name=name)
-
-
-@needs_extension
-def test_no_grad_and_inference_mode(poisoned_memory):
-    case = Case()
-    leaves = {name: x.requires_grad_() for name, x in inputs(case)[0].items() if name not in FILM}
-    definition = normalise(case, leaves, "reference").detach()
-    for context in (torch.no_grad(), torch.inference_mode()):
-        with context:
-            out = normalise(case, leaves)
-        assert not out.requires_grad and relative_error(out, definition) < 1e-6
-
-
-@needs_extension
-def test_a_second_derivative_is_refused():
-    tensors, _ = inputs(Case())
-    x = tensors.pop("x").requires_grad_()
-    (grad,) = torch.autograd.grad(normalise(Case(), {"x": x, **tensors}).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="group_norm is differentiable once; impl='reference'"):
-        grad.sum().backward()
-
-
-@needs_extension
-def test_forward_mode_is_refused():
-    tensors, _ = inputs(Case())
-    x = tensors.pop("x")
-    with pytest.raises(RuntimeError):
-        torch.func.jvp(lambda t: normalise(Case(), {"x": t, **tensors}), (x,), (x,))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"(?i)forward"):
-        normalise(Case(), {"x": torch.autograd.forward_ad.make_dual(x, x), **tensors})
-
-
-@pytest.mark.parametrize("impl", REFERENCE_AND_CPU)
-def test_empty_batch(impl, poisoned_memory):
-    case = Case(batch=0)
-    found = outputs(case, torch.float32, impl)
-    tensors, _ = inputs(case)
-    assert found.pop("out").shape == (0, 37, 64)
-    assert all(found[f"d_{name}"].shape == x.shape for name, x in tensors.items())
-    assert not found["d_weight"].any() and not found["d_bias"].any()
-
-
-@pytest.mark.parametrize("dtype", (torch.float64, torch.float16), ids=("fp64", "fp16"))
-@pytest.mark.filterwarnings("ignore:mmattn computes norm by its slow reference")
-def test_other_dtypes_on_the_cpu_run_the_reference(dtype):
-    found, definition = outputs(Case(), dtype, "auto"), outputs(Case(), dtype, "reference")
-    assert found["out"].dtype == dtype and all(torch.equal(found[name], definition[name]) for name in found)
-
-
-def test_the_slow_reference_is_announced(monkeypatch):
-    monkeypatch.setattr(dispatch, "_announced", set())
-    with pytest.warns(UserWarning, match=r"computes norm by its slow reference: .*torch\.float16"):
-        outputs(Case(), torch.float16, "auto")
 
 
 def op_arguments(case, requires_grad=False):
@@ -449,20 +384,6 @@ def test_the_op_refuses_what_kernels_would_trust():
             torch.ops.mmattn.group_norm(*arguments)
 
 
-@pytest.mark.parametrize("impl", REFERENCE_AND_AUTO)
-def test_compile(impl, fresh_dynamo):
-    """And a new length compiles nothing anew."""
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda t: normalise(Case(), t, impl), fullgraph=True, backend=counter)
-    for length in (37, 50, 23, 61):
-        tensors, d_out = inputs(Case(length=length, batch=2))
-        eager = with_gradients(lambda t: normalise(Case(), t, impl), tensors, d_out)
-        found = with_gradients(compiled, tensors, d_out)
-        for name, x in found.items():
-            assert relative_error(x, eager[name]) < 1e-6, name
-    assert counter.frame_count <= 2
-
-
 @needs_extension
 def test_autocast():
     """It keeps the dtype of x, as normalisations do."""
@@ -473,18 +394,6 @@ def test_autocast():
         with torch.autocast("cpu", torch.bfloat16):
             found = with_gradients(lambda t: normalise(case, t, "auto"), tensors, d_out)
         assert all(torch.equal(x, plain[name]) and x.dtype == plain[name].dtype for name, x in found.items())
-
-
-@needs_extension
-@pytest.mark.parametrize("reentrant", (False, True))
-def test_checkpoint(reentrant):
-    def call(*values):
-        return normalise(Case(), dict(zip(inputs(Case())[0], values, strict=True)))
-
-    tensors, d_out = inputs(Case())
-    plain = outputs(Case(), torch.float32)
-    found = with_gradients(lambda t: checkpoint(call, *t.values(), use_reentrant=reentrant), tensors, d_out)
-    assert all(torch.equal(x, plain[name]) for name, x in found.items())
 
 
 def set_to(name, value):
@@ -524,15 +433,6 @@ def test_bad_argument(name):
     overrides = {key: value for key, value in overrides.items() if key != "groups"}
     with pytest.raises(error, match=message):
         normalise(case, alter(inputs(case)[0]), **{"impl": "auto", **overrides})
-
-
-def test_a_named_impl_that_cannot_run_says_why(monkeypatch):
-    tensors, _ = inputs(Case(), torch.float64)
-    with pytest.raises(RuntimeError, match=r"impl 'cpu' cannot run norm here: the dtype is torch.float64"):
-        normalise(Case(), tensors)
-    monkeypatch.setenv("MMATTN_IMPL", "cpu")
-    with pytest.raises(RuntimeError, match="impl 'cpu' cannot run norm"):
-        normalise(Case(), tensors, "auto")
 
 
 @pytest.mark.parametrize("impl", REFERENCE_AND_CPU)

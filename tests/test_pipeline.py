@@ -298,6 +298,8 @@ def test_one_generator():
     fewer = pipeline(2, 3, generator=torch.Generator().manual_seed(1))
     assert relative_error(more.video[:2], fewer.video) < 1e-4
     assert relative_error(more.video[0], more.video[1]) > 0.1
+    own = pipeline(1, 3, generator=seeded(1)[0])
+    assert torch.equal(own.video, pipeline(1, 3, generator=seeded(1)).video)  # one for one sample is that sample's
     torch.manual_seed(7)
     first = pipeline(1, 3)
     torch.manual_seed(7)
@@ -481,6 +483,17 @@ def test_callback():
     assert found.audio.eq(0).all() and found.video.std() > 0
 
 
+def test_callback_gets_what_it_asks_for():
+    seen = []
+    small()(
+        1,
+        1,
+        callback_on_step_end=lambda *call: seen.append(set(call[-1])),
+        callback_on_step_end_tensor_inputs=["audio"],
+    )
+    assert seen == [{"audio"}] and MMDiffusionPipeline.model_cpu_offload_seq == "unet"
+
+
 def test_outputs():
     pipeline = small()
     tensors, arrays = (pipeline(2, 3, generator=seeded(1, 2), output_type=kind) for kind in ("pt", "np"))
@@ -554,10 +567,23 @@ REFUSED = {
     "num_inference_steps is 1001; expected at most the 1000": {"num_inference_steps": 1001},
     "scheduler is 'fast'; expected one of 'ddpm', 'ddim', 'dpmsolver": {"scheduler": "fast"},
     "scheduler is a int": {"scheduler": 3},
-    "scheduler has prediction_type 'v_prediction'": {
+    "scheduler is a DDIMScheduler with prediction_type 'v_prediction'": {
         "scheduler": diffusers.DDIMScheduler(prediction_type="v_prediction")
     },
-    "scheduler has prediction_type None": {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()},
+    "scheduler is a FlowMatchEulerDiscreteScheduler, of another process": {
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler()
+    },
+    "scheduler is a EDMEulerScheduler, of another process": {"scheduler": diffusers.EDMEulerScheduler()},
+    "scheduler is a EDMDPMSolverMultistepScheduler, of": {"scheduler": diffusers.EDMDPMSolverMultistepScheduler()},
+    "scheduler is a UniPCMultistepScheduler, of another process": {
+        "scheduler": diffusers.UniPCMultistepScheduler(use_flow_sigmas=True)
+    },
+    "callback_on_step_end_tensor_inputs is 'latents'; expected some of 'video', 'audio'": {
+        "callback_on_step_end_tensor_inputs": ["video", "latents"]
+    },
+    "callback_on_step_end returned 'latents'; expected": {
+        "callback_on_step_end": lambda *_: {"latents": torch.zeros(1)}
+    },
     "guidance is 'none'; expected one of 'replacement', 'gradient'": {"guidance": "none"},
     "guidance_scale is -1": {"guidance_scale": -1},
     "guidance_scale is nan": {"guidance_scale": math.nan},

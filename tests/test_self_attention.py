@@ -10,14 +10,12 @@ from helpers import (
     DTYPES,
     GPU_DTYPES,
     INSTRUCTION_SETS,
-    REFERENCE_AND_CPU,
     needs_extension,
     on_a_side_stream,
     on_device,
     replays,
     with_gradients,
 )
-from torch.utils.checkpoint import checkpoint
 
 import mmattn
 from mmattn.testing import assert_close_to_fp64, relative_error
@@ -124,73 +122,6 @@ def test_two_runs_are_bitwise_equal(name, poisoned_memory):
     tensors, d_out = inputs(case)
     one, two = (with_gradients(lambda t: attend(case, t), tensors, d_out) for _ in range(2))
     assert all(torch.equal(one[key], two[key]) for key in one)
-
-
-@pytest.mark.parametrize("impl", REFERENCE_AND_CPU)
-def test_empty_batch(impl):
-    case = Case(3, 5, batch=0)
-    tensors, d_out = inputs(case)
-    found = with_gradients(lambda t: attend(case, t, impl), tensors, d_out)
-    assert found["out"].shape == (0, 15, 2, 32) and found["d_qkv"].shape == tensors["qkv"].shape
-
-
-@needs_extension
-@pytest.mark.parametrize("requires_grad", (False, True), ids=("inference", "training"))
-def test_opcheck(requires_grad):
-    case = Case(3, 5)
-    q, k, v = (t.clone().requires_grad_(requires_grad) for t in inputs(case)[0]["qkv"].unbind(2))
-    torch.library.opcheck(torch.ops.mmattn.self_attention.default, (q, k, v, 3, 0.2, "cpu"))
-
-
-@needs_extension
-def test_opcheck_of_the_backward_op():
-    tensors, d_out = inputs(Case(3, 5))
-    q, k, v = (t.clone() for t in tensors["qkv"].unbind(2))
-    out, lse = torch.ops.mmattn.self_attention(q, k, v, 3, 0.2, "cpu")
-    arguments = (d_out, q, k, v, out, lse, 3, 0.2, "cpu")
-    torch.library.opcheck(torch.ops.mmattn.self_attention_backward.default, arguments)
-
-
-@needs_extension
-def test_compile(fresh_dynamo):
-    case = CASES["frames of 33 tokens"]
-    tensors, d_out = inputs(case)
-    compiled = torch.compile(lambda t: attend(case, t, "auto"), fullgraph=True, backend="aot_eager")
-    found = with_gradients(compiled, tensors, d_out)
-    plain = with_gradients(lambda t: attend(case, t), tensors, d_out)
-    assert all(torch.equal(found[key], plain[key]) for key in plain)
-
-
-@needs_extension
-def test_autocast():
-    case = CASES["frames of 33 tokens"]
-    tensors, _ = inputs(case)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = attend(case, tensors, "auto")
-    low = {name: x.bfloat16() for name, x in tensors.items()}
-    assert found.dtype == torch.bfloat16 and torch.equal(found, attend(case, low))
-
-
-@needs_extension
-def test_checkpoint():
-    case = CASES["frames of 33 tokens"]
-    tensors, d_out = inputs(case)
-    plain = with_gradients(lambda t: attend(case, t), tensors, d_out)
-
-    def call(qkv):
-        return attend(case, {"qkv": qkv})
-
-    found = with_gradients(lambda t: checkpoint(call, t["qkv"], use_reentrant=False), tensors, d_out)
-    assert all(torch.equal(found[key], plain[key]) for key in plain)
-
-
-@needs_extension
-def test_a_second_derivative_is_refused():
-    tensors, _ = inputs(Case(3, 5))
-    qkv = tensors["qkv"].requires_grad_()
-    (grad,) = torch.autograd.grad(attend(Case(3, 5), tensors).square().sum(), qkv, create_graph=True)
-    with pytest.raises(RuntimeError, match="self_attention is differentiable once"):
-        grad.sum().backward()
 
 
 def on_the_device(case, tensors):

@@ -15,7 +15,8 @@ pytest.importorskip("diffusers")
 safetensors = pytest.importorskip("safetensors")
 
 from mmattn.testing import assert_close_to_fp64, relative_error  # noqa: E402
-from mmdiffusion import CoupledUNet, checkpoints, cli  # noqa: E402
+from mmdiffusion import CoupledUNet, MMDiffusionPipeline, checkpoints, cli  # noqa: E402
+from mmdiffusion.diffusion.schedulers import make_scheduler  # noqa: E402
 from mmdiffusion.model import blocks  # noqa: E402
 from mmdiffusion.model.unet import _lay_out_weights  # noqa: E402
 
@@ -698,6 +699,9 @@ def test_command_line(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(metadata["config"]))
     config = ["--config", str(tmp_path / "config.json")]
     cli.main(["convert", str(tmp_path / "in.pt"), str(tmp_path / "ours"), *config])
+    pipeline = MMDiffusionPipeline.from_pretrained(tmp_path / "ours", low_cpu_mem_usage=False)
+    assert all(torch.equal(x, state[key]) for key, x in pipeline.unet.to_published().items())
+    assert type(pipeline.scheduler) is type(make_scheduler("dpmsolver++"))
     cli.main(["convert", str(tmp_path / "ours"), str(tmp_path / "out.pt")])
     written = torch.load(tmp_path / "out.pt", weights_only=True)
     assert written.keys() == state.keys() and all(torch.equal(x, state[key]) for key, x in written.items())
@@ -706,7 +710,7 @@ def test_command_line(tmp_path, capsys):
     assert re.search(r"mmdiffusion convert: .*out\.pt exists; --force overwrites it\n$", capsys.readouterr().err)
     half = ["--force", "--dtype", "bfloat16"]
     cli.main(["convert", str(tmp_path / "in.pt"), str(tmp_path / "ours"), *config, *half])
-    saved = safetensors.torch.load_file(tmp_path / "ours" / "diffusion_pytorch_model.safetensors")
+    saved = safetensors.torch.load_file(tmp_path / "ours" / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(x.dtype == torch.bfloat16 for x in saved.values())
     capsys.readouterr()
     cli.main(["info", str(tmp_path / "in.pt"), *config])

@@ -1,2 +1,35 @@
 # SPDX-License-Identifier: MIT
-"""Device code of mmattn: Triton kernels and the CPU extension. Import `mmattn`, not this."""
+"""Device code of mmattn: Triton kernels and the CPU extension. Import `mmattn`, not this.
+
+`mmattn_kernels.cpu` and `mmattn_kernels.triton` each have `supports(op, question)`, and so has each of their modules
+what concerns it alone. Nothing is loaded before it may run.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Question(NamedTuple):
+    """What kernels are asked to run on: a device type, a torch.dtype, the size of the last dimension if it is known."""
+
+    device: str
+    dtype: Any
+    channels: int | None = None
+
+
+class Support(NamedTuple):
+    """Whether kernels run on something: they do, unless there is a reason why not."""
+
+    reason: str | None = None
+
+    def __bool__(self) -> bool:
+        return not self.reason
+
+
+def up_to(question: Question, largest: int, smallest: int = 1) -> Support:
+    """Of kernels that take so many channels of a head."""
+    if question.channels is None or smallest <= question.channels <= largest:
+        return Support()
+    limits = f"up to {largest}" if smallest == 1 else f"{smallest} to {largest}"
+    return Support(f"the head dimension is {question.channels}, and it takes {limits}")

@@ -8,8 +8,8 @@ import copy
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -47,6 +47,9 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         >>> video, audio = pipeline(num_inference_steps=10, return_dict=False)
     """
 
+    model_cpu_offload_seq = "unet"  # type: ignore[assignment]
+    _callback_tensor_inputs: ClassVar = list(STREAMS)
+
     def __init__(self, unet: CoupledUNet, scheduler: SchedulerMixin) -> None:
         super().__init__()
         if len(unet.config["streams"]) != 2:
@@ -77,6 +80,7 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         overlap: float = 0.5,
         output_type: Literal["pt", "np"] = "pt",
         callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = STREAMS,
         return_dict: bool = True,
     ) -> MMDiffusionOutput | tuple[Any, Any]:
         """Sample clips of the sizes in the model's configuration, or longer ones.
@@ -85,8 +89,9 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             batch_size: B.
             num_inference_steps: calls of the model, of each window.
             scheduler: a name of `schedulers.SCHEDULERS`, or an object, in place of the pipeline's own.
-            generator: a list of B, one for each sample, or one, from which each sample in turn draws the seed of its
-                own; None is torch's default. Either way a sample is the same in a batch of any size, but for rounding.
+            generator: a list of B, one for each sample: then a sample is the same in a batch of any size, but for
+                rounding. One for a batch of 1 is that of the sample; of more, each sample in turn draws the seed of its
+                own from it. None is torch's default, from which seeds are drawn.
             shift_seed: seed of the shifts of random-shift attention, which the samples of a batch share. They are drawn
                 from it alone, so that they are the same in every call.
             audio: [B or 1, C, T], floating point, in [-1, 1]: sound to find the video of, without training. It is
@@ -110,10 +115,17 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         Raises:
             ValueError, TypeError: on an argument outside of what is above, naming it, its value and what was expected.
         """
-        if isinstance(scheduler, str):
-            scheduler = make_scheduler(scheduler)
-        scheduler = self.scheduler if scheduler is None else scheduler
-        _check_options(batch_size, num_inference_steps, scheduler, guidance, guidance_scale, output_type)
+        scheduler = self.check_inputs(
+            batch_size,
+            num_inference_steps,
+            scheduler=scheduler,
+            guidance=guidance,
+            guidance_scale=guidance_scale,
+            seconds=seconds,
+            overlap=overlap,
+            output_type=output_type,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
         if audio is not None and video is not None:
             raise ValueError("audio and video are both given; expected one of them, to find the other")
         streams = self.clip_format.streams(batch_size)
@@ -124,18 +136,22 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         ]
         generators = _generators(generator, batch_size)
         is_guided = guidance == "gradient"
-        clips: list[Any] = [torch.empty(stream.resized(0), device=self.device) for stream in streams]
+        device = self._execution_device
+        clips: list[Any] = [torch.empty(stream.resized(0), device=device) for stream in streams]
         schedulers = for_streams(scheduler, num_inference_steps)
         calls = len(starts) * len(schedulers[0].timesteps)
         with _frozen(self.unet), self.progress_bar(total=calls) as progress_bar:
-            model = self._model(shift_seed, is_recorded=self.device.type == "cuda" and not is_guided)
+            model = self._model(shift_seed, is_recorded=self._is_recorded and not is_guided)
             steps = itertools.count()
 
             def on_step(_: int, t: Tensor, states: list[Tensor]) -> list[Tensor]:
                 progress_bar.update()
                 named = dict(zip(STREAMS, states, strict=True))
                 if callback_on_step_end is not None:
-                    named.update(callback_on_step_end(self, next(steps), t, dict(named)) or {})
+                    seen = {name: named[name] for name in callback_on_step_end_tensor_inputs}
+                    returned = callback_on_step_end(self, next(steps), t, seen) or {}
+                    _refuse_unknown("callback_on_step_end returned", returned)
+                    named.update(returned)
                 return [named["video"], named["audio"]]
 
             for start in starts:
@@ -145,7 +161,7 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
                 ]
                 sampled = sample(
                     model,
-                    [randn_tensor(stream.shape, generators, self.device, torch.float32) for stream in streams],
+                    [randn_tensor(stream.shape, generators, device, torch.float32) for stream in streams],
                     copy.deepcopy(schedulers),
                     known=known,
                     generators=generators,
@@ -157,16 +173,48 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
                     torch.cat([stream.before(clip, start), x.clamp(-1, 1)], stream.axis)
                     for stream, clip, x in zip(streams, clips, sampled, strict=True)
                 ]
+        self.maybe_free_model_hooks()
         if seconds is not None:
             clips = [stream.before(clip, frames) for stream, clip in zip(streams, clips, strict=True)]
         if output_type == "np":
             clips = [x.cpu().numpy() for x in clips]
         return MMDiffusionOutput(*clips) if return_dict else (clips[0], clips[1])
 
+    def check_inputs(
+        self,
+        batch_size: int = 1,
+        num_inference_steps: int = 20,
+        *,
+        scheduler: str | Scheduler | None = None,
+        guidance: str = "replacement",
+        guidance_scale: float = 1e-4,
+        seconds: float | None = None,
+        overlap: float = 0.5,
+        output_type: str = "pt",
+        callback_on_step_end_tensor_inputs: Sequence[str] = STREAMS,
+    ) -> Scheduler:
+        """Refuse what a call with these arguments would refuse before it begins, and return its scheduler.
+
+        Raises:
+            ValueError, TypeError: naming the argument, its value and what was expected.
+        """
+        if isinstance(scheduler, str):
+            scheduler = make_scheduler(scheduler)
+        scheduler = self.scheduler if scheduler is None else scheduler
+        _check_options(batch_size, num_inference_steps, scheduler, guidance, guidance_scale, output_type)
+        _refuse_unknown("callback_on_step_end_tensor_inputs is", callback_on_step_end_tensor_inputs)
+        self.clip_format.windows(seconds, overlap)
+        return scheduler
+
     @property
     def clip_format(self) -> ClipFormat:
         """Sizes and rates of the clips of the model."""
         return ClipFormat.of(self.unet.config)
+
+    @property
+    def _is_recorded(self) -> bool:
+        """Whether the model runs as a CUDA graph; one that is moved to and fro has no place of its own."""
+        return self.device.type == "cuda" and not hasattr(self.unet, "_hf_hook")
 
     def _checked(self, clip: Tensor, stream: StreamWindow, frames: int | None) -> Tensor:
         """What is given for clips of that many frames, as large as the batch, where and in what they are sampled."""
@@ -184,7 +232,7 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         largest = float(clip.abs().max())
         if not largest <= 1:
             raise ValueError(f"{name} has values up to {largest}; expected -1 to 1")
-        return clip.to(self.device, torch.float32).expand(expected)
+        return clip.to(self._execution_device, torch.float32).expand(expected)
 
     def _model(
         self, shift_seed: int, *, is_recorded: bool
@@ -219,6 +267,8 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
 
 def _generators(generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> list[torch.Generator]:
     """One for each sample."""
+    if isinstance(generator, torch.Generator) and batch_size == 1:
+        return [generator]
     if generator is None or isinstance(generator, torch.Generator):
         device = torch.device("cpu") if generator is None else generator.device
         seeds = [int(torch.randint(2**63 - 1, (), generator=generator, device=device)) for _ in range(batch_size)]
@@ -258,9 +308,18 @@ def _check_options(
     if not isinstance(scheduler, SchedulerMixin):
         raise TypeError(f"scheduler is a {type(scheduler).__name__}; expected a name, or a scheduler of diffusers")
     config: Any = scheduler.config  # type: ignore[attr-defined]
+    kind = type(scheduler).__name__
     predicted, trained = config.get("prediction_type"), config.get("num_train_timesteps", math.inf)
+    # Flow matching and EDM give the model other inputs, and take its output for something else.
+    if not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor) or config.get("use_flow_sigmas"):
+        raise ValueError(
+            f"scheduler is a {kind}, of another process than the model was trained with; expected one with betas, that "
+            "adds noise as sqrt(alpha_bar) x + sqrt(1 - alpha_bar) noise"
+        )
     if predicted != "epsilon":
-        raise ValueError(f"scheduler has prediction_type {predicted!r}; expected 'epsilon', what the model predicts")
+        raise ValueError(
+            f"scheduler is a {kind} with prediction_type {predicted!r}; expected 'epsilon', what the model predicts"
+        )
     if num_inference_steps > trained:
         raise ValueError(f"num_inference_steps is {num_inference_steps}; expected at most the {trained} of training")
     if not 0 <= guidance_scale < math.inf:
@@ -271,3 +330,9 @@ def _check_options(
     ):
         if choice not in choices:
             raise ValueError(f"{name} is {choice!r}; expected one of {', '.join(map(repr, choices))}")
+
+
+def _refuse_unknown(what: str, names: Iterable[str]) -> None:
+    unknown = [name for name in names if name not in STREAMS]
+    if unknown:
+        raise ValueError(f"{what} {', '.join(map(repr, unknown))}; expected some of {', '.join(map(repr, STREAMS))}")

@@ -336,6 +336,7 @@ class Film:
         end = begin
         for piece in self._decode("audio", begin):
             if until is not None and piece.time >= until:
+                end = until  # of a gap that reaches beyond what is read
                 break
             is_silent = False
             end = max(end, piece.end)

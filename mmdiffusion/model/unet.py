@@ -429,7 +429,9 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 raise TypeError(f"{name} is a {type(x).__name__}; expected a tensor {letters}")
             at, channels = (2, expected_sizes[name]) if name == "video" else (1, expected_sizes[name])
             if x.dim() != letters.count(",") + 1 or x.shape[at] != channels or 0 in x.shape:
-                raise ValueError(f"{name} has shape {list(x.shape)}; expected {letters} with C = {channels}")
+                raise ValueError(
+                    f"{name} has shape {list(x.shape)}; expected {letters} with C = {channels}, none of them 0"
+                )
             is_cast = is_autocast(x.device.type)
             if not x.is_floating_point() or (own not in (None, x.dtype) and not is_cast):
                 raise TypeError(f"{name} has dtype {x.dtype}; expected {own}, the dtype of the parameters")

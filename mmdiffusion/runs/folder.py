@@ -1,49 +1,40 @@
 # SPDX-License-Identifier: MIT
-"""A folder of sampled clips: which it has, of which settings, and the making of those it lacks."""
+"""A folder of sampled clips: which it has, and of which settings."""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
+import os
 import pathlib
-import platform
-import time
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import av
-import diffusers
-import torch
-from tqdm import tqdm
-
-import mmattn
 from mmdiffusion._files import whole_file
 from mmdiffusion.clips import Clip
-from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
-from mmdiffusion.diffusion.schedulers import Scheduler, for_streams
 from mmdiffusion.media import contact_sheet, write_audio, write_image, write_video
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
 
 FORMATS = ("mp4", "wav", "png")
 """What a clip is written as: film, sound, and contact sheet."""
+
+_RECORDS = re.compile(r"samples(\.[1-9][0-9]*)?\.json")
+_CLIP = re.compile(rf"clip-([0-9]{{4}}|[1-9][0-9]{{4,}})\.({'|'.join(FORMATS)})")
 
 
 class Folder:
     """Clips by number, and the record of each, in samples.json.
 
     Processes may share a folder: each keeps the records of its clips in a file of its own until `merge`, and all are
-    read. The record of a clip is written after its files, so what has one is whole.
+    read; those that have the same number, in samplers that know nothing of each other, add to one file in turn. The
+    record of a clip is written after its files, so what has one is whole. Files of other names are not touched.
 
-    Args:
-        path: made if it is not there.
-        settings: all that the clips depend on besides their number, for JSON.
-        frame_rate, sample_rate: of the clips.
-        formats: those of FORMATS that are written.
-        rank: the number of this process.
-
-    Raises:
-        FileExistsError: if there are clips of other settings, naming the difference.
-        ValueError: if the records cannot be read.
-        OSError: if the folder cannot be written to.
+    `open` and `create` make one.
     """
 
     def __init__(
@@ -60,19 +51,45 @@ class Folder:
         self.rates: dict[str, Any] = {"fps": frame_rate, "sample_rate": sample_rate}
         self.settings = json.loads(json.dumps(settings))
         self._file = path / ("samples.json" if rank == 0 else f"samples.{rank}.json")
-        path.mkdir(parents=True, exist_ok=True)
         self._clips: dict[int, dict[str, Any]] = {}  # of all processes
-        self._own: dict[int, dict[str, Any]] = {}
-        for file in sorted(path.glob("samples*.json")):
-            clips = self._read(file)
-            self._clips.update(clips)
-            if file == self._file:
-                self._own = clips
-        self._write(self._own)  # whether that is possible is better known now
+
+    @classmethod
+    def open(cls, path: pathlib.Path, settings: Mapping[str, Any], **options: Any) -> Folder:
+        """The clips of these settings that a folder has, or would have if it were there; nothing is written.
+
+        Args:
+            path: of the folder.
+            settings: all that the clips depend on besides their number, for JSON.
+            options: frame_rate and sample_rate of the clips; formats, those of FORMATS that are written; rank, the
+                number of this process.
+
+        Raises:
+            FileExistsError: if there are clips of other settings, naming the difference.
+            NotADirectoryError: if there is something else.
+            ValueError: if the records cannot be read.
+        """
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(f"{path} is no folder; expected one, or nothing there yet")
+        found = cls(path, settings, **options)
+        for file in found._records():
+            found._clips.update(found._read(file))
+        return found
+
+    @classmethod
+    def create(cls, path: pathlib.Path, settings: Mapping[str, Any], **options: Any) -> Folder:
+        """The same, where the folder and this process's records are made if they are not there.
+
+        Raises:
+            OSError: also if the folder cannot be written to.
+        """
+        found = cls.open(path, settings, **options)
+        path.mkdir(parents=True, exist_ok=True)
+        found._add({})  # whether that is possible is better known now
+        return found
 
     def lacks(self, number: int) -> bool:
-        files = [f"{self._name(number)}.{suffix}" for suffix in self.formats]
-        return number not in self._clips or not all((self.path / file).exists() for file in files)
+        """Whether a clip has no record, or one of its files is not there or empty."""
+        return number not in self._clips or not all(self._has(f"{_name(number)}.{x}") for x in self.formats)
 
     def add(self, number: int, clip: Clip, record: Mapping[str, Any]) -> None:
         """Write a clip of both streams, on the CPU, and its record.
@@ -80,7 +97,7 @@ class Folder:
         Raises:
             OSError: if it cannot be written; files are whole or not there.
         """
-        name, (video, audio) = self._name(number), clip
+        name, (video, audio) = _name(number), clip
         assert video is not None and audio is not None
         if "mp4" in self.formats:
             write_video(self.path / f"{name}.mp4", video, audio, **self.rates)
@@ -90,34 +107,38 @@ class Folder:
             sheet = contact_sheet(clip, [f"{name}, seed {record['seed']}"], **self.rates)
             write_image(self.path / f"{name}.png", sheet)
         files = [f"{name}.{suffix}" for suffix in self.formats]
-        self._own[number] = self._clips[number] = {"number": number, "files": files, **record}
-        self._write(self._own)
+        self._clips[number] = {"number": number, "files": files, **record}
+        self._add({number: self._clips[number]})
 
     def merge(self) -> None:
         """Put the records of all processes, when they are done, into samples.json."""
-        files = sorted(self.path.glob("samples*.json"))
-        merged = {number: clip for file in files for number, clip in self._read(file).items()}
-        self._write(merged)
+        files = [file for file in self._records() if file != self._file]
+        self._add({number: clip for file in files for number, clip in self._read(file).items()})
         for file in files:
-            if file != self._file:
-                file.unlink()
+            file.unlink(missing_ok=True)
 
     @staticmethod
     def clear(path: pathlib.Path) -> None:
         """Remove the clips and the records."""
-        for pattern in ("samples*.json", *(f"clip-[0-9]*.{suffix}" for suffix in FORMATS)):
-            for file in path.glob(pattern):
-                file.unlink()
+        for file in path.iterdir() if path.is_dir() else ():
+            if _RECORDS.fullmatch(file.name) or _CLIP.fullmatch(file.name):
+                file.unlink(missing_ok=True)
 
-    @staticmethod
-    def _name(number: int) -> str:
-        return f"clip-{number:04d}"
+    def _has(self, name: str) -> bool:
+        try:
+            return (self.path / name).stat().st_size > 0
+        except FileNotFoundError:
+            return False
+
+    def _records(self) -> list[pathlib.Path]:
+        files = self.path.iterdir() if self.path.is_dir() else ()
+        return sorted(file for file in files if _RECORDS.fullmatch(file.name))
 
     def _read(self, file: pathlib.Path) -> dict[int, dict[str, Any]]:
         try:
             content = json.loads(file.read_text())
-            found, clips = dict(content["settings"]), {clip["number"]: clip for clip in content["clips"]}
-        except (ValueError, KeyError, TypeError) as error:
+            found, clips = dict(content["settings"]), {int(clip["number"]): dict(clip) for clip in content["clips"]}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{file} is no record of clips; --force makes the folder anew") from error
         names = [x for x in {**self.settings, **found} if found.get(x) != self.settings.get(x)]
         if names:
@@ -125,85 +146,28 @@ class Folder:
             raise FileExistsError(f"{self.path} has clips of other settings: {others}; --force makes the folder anew")
         return clips
 
-    def _write(self, clips: Mapping[int, Mapping[str, Any]]) -> None:
-        content = {"settings": self.settings, "clips": [clips[number] for number in sorted(clips)]}
-        with whole_file(self._file) as part:
-            part.write_text(json.dumps(content, indent=2) + "\n")
+    def _add(self, clips: Mapping[int, Mapping[str, Any]]) -> None:
+        """Add to this process's records, which another sampler may have added to since they were read."""
+        with _locked(self.path):
+            records = {**(self._read(self._file) if self._file.exists() else {}), **clips}
+            content = {"settings": self.settings, "clips": [records[number] for number in sorted(records)]}
+            with whole_file(self._file) as part:
+                part.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def fill(
-    folder: Folder,
-    pipeline: MMDiffusionPipeline,
-    numbers: Iterable[int],
-    *,
-    seed: int,
-    steps: int,
-    scheduler: Scheduler,
-    batch_size: int = 1,
-    is_quiet: bool = False,
-    seconds: float | None = None,
-    overlap: float = 0.5,
-    **options: Any,
-) -> int:
-    """Sample the clips that a folder lacks among `numbers`, and return how many those were.
-
-    A clip depends on `seed` and its number alone, not on what is sampled beside or before it.
-
-    Args:
-        is_quiet: without a bar of the steps done and the time left.
-        steps, scheduler, seconds, overlap, options: of the pipeline's call.
-    """
-    lacking = [number for number in numbers if folder.lacks(number)]
-    windows = len(pipeline.clip_format.windows(seconds, overlap)[1])
-    calls = windows * len(for_streams(scheduler, steps)[0].timesteps)
-    record = {"batch_size": batch_size, "device": str(pipeline.device), "versions": versions()}
-    pipeline.set_progress_bar_config(disable=True)
-    with tqdm(total=calls * len(lacking), unit="step", disable=is_quiet or not lacking) as bar:
-        for at in range(0, len(lacking), batch_size):
-            batch = lacking[at : at + batch_size]
-            bar.set_description(f"clip {batch[0]}")
-            seeds = [clip_seed(seed, number) for number in batch]
-
-            def count(*_: Any, clips: int = len(batch)) -> None:
-                bar.update(clips)
-
-            begun = time.perf_counter()
-            made: Any = pipeline(
-                len(batch),
-                steps,
-                scheduler=scheduler,
-                generator=[torch.Generator().manual_seed(x) for x in seeds],
-                shift_seed=seed,
-                seconds=seconds,
-                overlap=overlap,
-                callback_on_step_end=count,
-                **options,
-            )
-            video, audio = made.video.cpu(), made.audio.cpu()
-            elapsed = time.perf_counter() - begun
-            times = {"seconds": round(elapsed / len(batch), 3), "seconds_per_step": round(elapsed / calls, 4)}
-            for row, number in enumerate(batch):
-                folder.add(number, Clip(video[row], audio[row]), {"seed": seeds[row], **times, **record})
-    return len(lacking)
+def _name(number: int) -> str:
+    return f"clip-{number:04d}"
 
 
-def clip_seed(seed: int, number: int) -> int:
-    """The seed of a clip's own generator."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:8], "big") >> 1
-
-
-def digest(path: pathlib.Path) -> str:
-    """SHA-256 of a file, or of the model in a directory."""
-    files = sorted(x for x in path.rglob("*") if x.suffix in (".json", ".safetensors")) if path.is_dir() else [path]
-    total = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as content:
-            while piece := content.read(1 << 20):
-                total.update(piece)
-    return total.hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Of what a clip is made with."""
-    packages = {module.__name__: module.__version__ for module in (mmattn, torch, diffusers, av)}
-    return {"python": platform.python_version(), **packages}
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[None]:
+    """Alone among the processes that take this lock, where the system has locks of folders."""
+    descriptor = os.open(folder, os.O_RDONLY) if fcntl is not None else None
+    try:
+        if descriptor is not None:
+            with contextlib.suppress(OSError):  # some network file systems have none
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)

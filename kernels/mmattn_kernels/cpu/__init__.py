@@ -11,6 +11,8 @@ import pathlib
 from types import ModuleType
 from typing import Any
 
+from mmattn_kernels import Question, Support
+
 BUILD_HINT = "install a C++17 compiler and pybind11, then `pip install -e .` from a checkout of the repository"
 
 
@@ -42,6 +44,18 @@ def build_record() -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def supports(op: str, question: Question) -> Support:
+    """Whether the kernels of a module run on something, and why not."""
+    import torch
+
+    device, dtype, _ = question
+    if device != "cpu":
+        return Support(f"the tensors are on {device}, and it runs on the CPU")
+    if dtype not in (torch.float32, torch.bfloat16):
+        return Support(f"the dtype is {dtype}, and it computes torch.float32 and torch.bfloat16")
+    return importlib.import_module(f"{__name__}.{op}").supports(question) and Support(missing())
 
 
 def missing() -> str | None:

@@ -10,7 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmattn_kernels import Question, Support, up_to
 from mmattn_kernels.cpu import extension
+
+
+def supports(question: Question) -> Support:
+    return up_to(question, 256)
 
 
 def forward(

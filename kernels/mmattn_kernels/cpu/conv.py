@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from mmattn_kernels import Question, Support
 from mmattn_kernels.cpu import extension
 from mmattn_kernels.cpu import norm as norm_kernels
 from mmattn_kernels.cpu.norm import norm_arguments, parameter, readable, tokens
@@ -22,6 +23,11 @@ from mmattn_kernels.cpu.norm import norm_arguments, parameter, readable, tokens
 # whose packing is padded: the packing in both dtypes, and views of the weight, need 2 to 4.
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _COPIES, _SPARE_BYTES = 4, 1 << 20
+
+
+def supports(question: Question) -> Support:
+    """Any number of channels."""
+    return Support()
 
 
 def forward(

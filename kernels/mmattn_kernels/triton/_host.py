@@ -3,6 +3,8 @@
 
 import contextlib
 import functools
+import json
+import pathlib
 
 import torch
 import triton
@@ -10,6 +12,12 @@ import triton
 # Before 3.3 a compiled kernel is called without its constants; on HIP it also depends on the size of the storage.
 _KEEPS_COMPILED = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3) and not torch.version.hip
 _caches = []
+
+
+@functools.cache
+def tables(module):
+    """The configurations of a file of kernels: what lies beside it as JSON."""
+    return json.loads(pathlib.Path(module).with_suffix(".json").read_text())
 
 
 def lookup(tables, kernel, dtype, device_name, *bucket):

@@ -18,13 +18,12 @@ Scores and sums are fp32, the exponential is base 2, P and dS are rounded to the
 """
 
 import functools
-import json
-import pathlib
 
 import torch
 import triton
 import triton.language as tl
 
+from mmattn_kernels import up_to
 from mmattn_kernels.triton import _host
 
 # Changing a length or the shift must not compile anew, not even for a value of 1 or a multiple of 16.
@@ -398,9 +397,7 @@ def _backward_dkdv_kernel(
     _store(p_dv, o_n, dv_sl, m_n, b_dv, HEAD_DIM, BLOCK_D)
 
 
-@functools.cache
-def _tables():
-    return json.loads(pathlib.Path(__file__).with_suffix(".json").read_text())
+_tables = functools.partial(_host.tables, __file__)
 
 
 def _config(kernel, head_dim, dtype, device_name):
@@ -453,6 +450,10 @@ def _launch(name, inputs, others, frames, window, shift, scale, is_self=False):
     )  # fmt: skip
     with _host.on_device(video_q):
         launch(*inputs, *others, shift if shift_is_tensor else int(shift), float(scale))
+
+
+def supports(question):
+    return up_to(question, 128, smallest=16)
 
 
 def forward(video_q, video_k, video_v, audio_q, audio_k, audio_v, *, frames, window, shift, scale):

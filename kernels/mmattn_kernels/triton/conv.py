@@ -18,14 +18,13 @@ is torch's.
 """
 
 import functools
-import json
 import math
-import pathlib
 
 import torch
 import triton
 import triton.language as tl
 
+from mmattn_kernels import Support
 from mmattn_kernels.triton import _host, norm
 from mmattn_kernels.triton.norm import load_coefficients, pointers, sigmoid
 
@@ -161,9 +160,7 @@ def _merge_weight_kernel(
     tl.store(d_weight + o_oc * TAPS + o_w // (out_channels * in_channels), tl.sum(b_sum, 0), mask=m_w)
 
 
-@functools.cache
-def _tables():
-    return json.loads(pathlib.Path(__file__).with_suffix(".json").read_text())
+_tables = functools.partial(_host.tables, __file__)
 
 
 def _config(kernel, channels, dtype, device_name):
@@ -259,6 +256,11 @@ def _weight_gradient(d_out, y, d_weight, *, dilation):
     with _host.on_device(y):
         partial(d_out, y, partials)
         merge(partials, d_weight)
+
+
+def supports(question):
+    """Any number of channels."""
+    return Support()
 
 
 def forward(x, weight, bias, norm_weight, norm_bias, scale, shift, residual, *, groups, dilation, silu, eps):

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: MIT
+"""The job behind `mmdiffusion convert`: between published checkpoints and directories of diffusers."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import tempfile
+from typing import ClassVar
+
+import torch
+
+from mmdiffusion import checkpoints
+from mmdiffusion._files import whole_file
+from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
+from mmdiffusion.diffusion.schedulers import make_scheduler
+from mmdiffusion.runs.models import DTYPES, ModelJob, load, refuse_to_overwrite
+from mmdiffusion.runs.options import option
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Convert(ModelJob):
+    """Convert a published checkpoint (.pt, .safetensors) into a directory that
+    MMDiffusionPipeline.from_pretrained loads; a directory of save_pretrained back into a published checkpoint.
+    """
+
+    summary: ClassVar = "a published checkpoint into a directory of a pipeline, and back"
+    examples: ClassVar = (
+        "convert landscape.pt landscape --preset landscape",
+        "convert ours.pt ours --config ours.json --dtype bfloat16",
+        "convert landscape landscape.pt",
+    )
+
+    source: pathlib.Path = option("what is converted", metavar="IN", is_positional=True)
+    target: pathlib.Path = option("what is written", metavar="OUT", is_positional=True)
+    dtype: str | None = option(
+        "of the result; if not given, that of a published checkpoint, float32 from a directory",
+        default=None,
+        choices=tuple(DTYPES),
+    )
+    force: bool = option("overwrite OUT", default=False)
+
+
+def run(job: Convert) -> str:
+    """Convert, and say what was done."""
+    refuse_to_overwrite(job.target, job.force)
+    is_back = job.source.is_dir()
+    if is_back and job.target.suffix not in (".pt", ".safetensors"):
+        raise ValueError(f"OUT is {job.target}; expected a .pt or .safetensors file, as IN is a directory")
+    unet = load(job.source, job)
+    if job.dtype:
+        torch.nn.Module.to(unet, DTYPES[job.dtype])  # that of diffusers warns of modules that are not here
+    if is_back:
+        checkpoints.write(unet.to_published(), job.target)
+    else:
+        _save(MMDiffusionPipeline(unet, make_scheduler("dpmsolver++")), job.target)
+    return f"{job.source} -> {job.target}"
+
+
+def _save(pipeline: MMDiffusionPipeline, target: pathlib.Path) -> None:
+    """save_pretrained, each of whose files is there whole or not at all; that of the pipeline comes last."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as name:
+        made = pathlib.Path(name)
+        pipeline.save_pretrained(made)
+        files = [file for file in made.rglob("*") if file.is_file()]
+        for file in sorted(files, key=lambda file: (file.name == "model_index.json", file)):
+            path = target / file.relative_to(made)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as part:
+                file.replace(part)

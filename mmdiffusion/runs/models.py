@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: MIT
+"""Models that jobs read: where one is, and its configuration where that is not with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import torch
+
+from mmdiffusion import checkpoints
+from mmdiffusion.model.unet import CoupledUNet
+from mmdiffusion.runs.options import check, option
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelJob:
+    """Options that all jobs with a model have."""
+
+    preset: str | None = option(
+        "configuration of a released model, or a tiny one", default=None, choices=tuple(checkpoints.PRESETS)
+    )
+    config: pathlib.Path | None = option(
+        "JSON with arguments of CoupledUNet, over what is inferred", default=None, metavar="FILE"
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.preset and self.config:
+            raise ValueError(f"preset is {self.preset} and config {self.config}; expected one of them")
+
+
+def load(source: pathlib.Path, job: ModelJob) -> CoupledUNet:
+    """The model of a published checkpoint, or of a directory of save_pretrained, of its own or of a pipeline."""
+    if source.is_dir():
+        if job.preset or job.config:
+            raise ValueError(f"{source} has its own configuration; expected neither --preset nor --config")
+        folder = source / "unet" if (source / "model_index.json").exists() else source
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{source} is a directory without config.json; expected one of save_pretrained")
+        # Otherwise accelerate is needed.
+        return CoupledUNet.from_pretrained(folder, low_cpu_mem_usage=False)
+    return CoupledUNet.from_published(source, preset=job.preset, **read_config(job.config))
+
+
+def read_config(path: pathlib.Path | None) -> dict[str, Any]:
+    """Arguments of CoupledUNet in a JSON file.
+
+    Raises:
+        OSError, ValueError: if it cannot be read, or holds something else.
+    """
+    if path is None:
+        return {}
+    try:
+        config = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}; expected arguments of CoupledUNet by name")
+    return config
+
+
+def refuse_to_overwrite(target: pathlib.Path, is_forced: bool) -> None:
+    """Raises FileExistsError if there is something, unless that is what was asked for."""
+    if target.exists() and not is_forced:
+        raise FileExistsError(f"{target} exists; --force overwrites it")

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: MIT
+"""The job behind `mmdiffusion sample`: the clips that a folder lacks."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import pathlib
+import platform
+import time
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import av
+import diffusers
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import mmattn
+from mmdiffusion import media
+from mmdiffusion.clips import Clip, ClipFormat
+from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
+from mmdiffusion.diffusion.schedulers import SCHEDULERS, for_streams, make_scheduler
+from mmdiffusion.runs.folder import FORMATS, Folder
+from mmdiffusion.runs.models import DTYPES, ModelJob, load
+from mmdiffusion.runs.options import SEEDS, option
+from mmdiffusion.runs.processes import Processes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample(ModelJob):
+    """Sample clips into a folder: clip-0000.mp4 and on, a contact sheet of each, and samples.json with all settings,
+    seeds, versions and seconds. The same command again makes what is missing, and --num can grow: a clip depends on the
+    seed and its number alone.
+    """
+
+    summary: ClassVar = "clips of video and sound, or one from the other"
+    examples: ClassVar = (
+        "sample --model landscape.pt --num 4 --steps 20 --seed 7 --out out",
+        "sample --model landscape.pt --audio-from rain.mp4 --guidance gradient --out rain",
+        "sample --model landscape --seconds 8 --dtype bfloat16 --out long",
+        "sample --model landscape.pt --out out    # several: accelerate launch --num_processes 2 -m mmdiffusion ...",
+    )
+
+    model: pathlib.Path = option("a published checkpoint, or a directory of save_pretrained")
+    out: pathlib.Path = option("the folder; made if it is not there")
+    num: int = option("clips in the folder at the end", default=4, minimum=1, maximum=1_000_000)
+    steps: int = option("calls of the model for each window of a clip", default=20, minimum=1)
+    scheduler: str = option("how noise becomes clips", default="dpmsolver++", choices=tuple(SCHEDULERS))
+    seed: int = option("of all clips", default=0, **SEEDS)
+    seconds: float | None = option("length of a clip; by default that of the model, 1.6", default=None)
+    overlap: float = option("share of a window that is the end of the one before, in longer clips", default=0.5)
+    audio_from: pathlib.Path | None = option("find the video of this file's sound", default=None)
+    video_from: pathlib.Path | None = option("find the sound of this file's video", default=None)
+    start: float = option("where to begin in that file", default=0.0, minimum=0, maximum=1_000_000, metavar="SECONDS")
+    guidance: str = option(
+        "how what is given acts; gradient follows it more closely and takes three times as long",
+        default="replacement",
+        choices=("replacement", "gradient"),
+    )
+    guidance_scale: float = option("weight of the gradient", default=1e-4, metavar="SCALE")
+    batch_size: int = option("clips sampled together", default=1, minimum=1)
+    dtype: str | None = option(
+        "of the model: bfloat16 on CUDA, float32 on a CPU; with AMX bfloat16 is about 3 times as fast there too",
+        default=None,
+        choices=tuple(DTYPES),
+    )
+    device: str | None = option("cpu, cuda, cuda:1; by default CUDA where there is one", default=None)
+    formats: tuple[str, ...] = option("files of a clip", default=("mp4", "png"), choices=FORMATS)
+    force: bool = option("remove the clips in the folder first, and those of other settings", default=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.audio_from and self.video_from:
+            raise ValueError("audio_from and video_from are both given; expected one of them, to find the other")
+
+    @property
+    def given_stream(self) -> str | None:
+        """The stream that is read from a file."""
+        return "audio" if self.audio_from else "video" if self.video_from else None
+
+
+def run(job: Sample) -> str:
+    """Sample into the folder the clips that it lacks; nothing is written before all arguments are known to be good."""
+    processes = Processes(job.device)
+    if processes.device.type == "cpu":
+        mmattn.keep_freed_memory()
+    dtype = job.dtype or ("float32" if processes.device.type == "cpu" else "bfloat16")
+    unet = load(job.model, job)
+    pipeline = MMDiffusionPipeline(
+        torch.nn.Module.to(unet, processes.device, DTYPES[dtype]), make_scheduler(job.scheduler)
+    )
+    pipeline.check_inputs(**_of_the_call(job))
+    clips = pipeline.clip_format
+    _check_clips(job, clips)
+    given = _read(job, clips)
+    settings = _settings(job, dtype, unet.config)
+    rates = {"frame_rate": clips.frame_rate, "sample_rate": clips.sample_rate}
+    options: dict[str, Any] = {**rates, "formats": job.formats, "rank": processes.rank}
+    if job.force and processes.rank == 0:
+        Folder.clear(job.out)
+    processes.wait()
+    folder = Folder.create(job.out, settings, **options)
+    numbers = range(processes.rank, job.num, processes.count)
+    fill(folder, pipeline, numbers, job, is_quiet=processes.rank > 0, **given)
+    processes.wait()
+    if processes.rank:
+        return ""
+    folder.merge()
+    return f"{job.out}: {job.num} clips"
+
+
+def fill(
+    folder: Folder,
+    pipeline: MMDiffusionPipeline,
+    numbers: Iterable[int],
+    job: Sample,
+    *,
+    is_quiet: bool = False,
+    **given: Any,
+) -> int:
+    """Sample the clips that a folder lacks among `numbers`, and return how many those were.
+
+    A clip depends on the job's seed and its number alone, not on what is sampled beside or before it.
+
+    Args:
+        is_quiet: without a bar of the steps done and the time left.
+        given: a tensor audio or video, as of the pipeline's call.
+    """
+    lacking = [number for number in numbers if folder.lacks(number)]
+    windows = len(pipeline.clip_format.windows(job.seconds, job.overlap)[1])
+    calls = windows * len(for_streams(pipeline.scheduler, job.steps)[0].timesteps)
+    record = {"batch_size": job.batch_size, "device": str(pipeline.device), "versions": versions()}
+    pipeline.set_progress_bar_config(disable=True)
+    with tqdm(total=calls * len(lacking), unit="step", disable=is_quiet or not lacking) as bar:
+        for at in range(0, len(lacking), job.batch_size):
+            batch = lacking[at : at + job.batch_size]
+            bar.set_description(f"clip {batch[0]}")
+            seeds = [clip_seed(job.seed, number) for number in batch]
+
+            def count(*_: Any, clips: int = len(batch)) -> None:
+                bar.update(clips)
+
+            begun = time.perf_counter()
+            made: Any = pipeline(
+                len(batch),
+                generator=[torch.Generator().manual_seed(x) for x in seeds],
+                shift_seed=job.seed,
+                callback_on_step_end=count,
+                **_of_the_call(job),
+                **given,
+            )
+            video, audio = made.video.cpu(), made.audio.cpu()
+            elapsed = time.perf_counter() - begun
+            times = {"seconds": round(elapsed / len(batch), 3), "seconds_per_step": round(elapsed / calls, 4)}
+            for row, number in enumerate(batch):
+                folder.add(number, Clip(video[row], audio[row]), {"seed": seeds[row], **times, **record})
+    return len(lacking)
+
+
+def clip_seed(seed: int, number: int) -> int:
+    """The seed of a clip's own generator."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:8], "big") >> 1
+
+
+def digest(path: pathlib.Path) -> str:
+    """SHA-256 of a file, or of the model in a directory."""
+    files = sorted(x for x in path.rglob("*") if x.suffix in (".json", ".safetensors")) if path.is_dir() else [path]
+    total = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as content:
+            while piece := content.read(1 << 20):
+                total.update(piece)
+    return total.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of what a clip is made with."""
+    packages = {module.__name__: module.__version__ for module in (mmattn, torch, diffusers, av)}
+    return {"python": platform.python_version(), **packages}
+
+
+def _of_the_call(job: Sample) -> dict[str, Any]:
+    return {
+        "num_inference_steps": job.steps,
+        "guidance": job.guidance,
+        "guidance_scale": job.guidance_scale,
+        "seconds": job.seconds,
+        "overlap": job.overlap,
+    }
+
+
+def _check_clips(job: Sample, clips: ClipFormat) -> None:
+    if clips.video_size[1] != 3 or clips.audio_size[0] > 2:
+        raise ValueError(
+            f"{job.model} makes video {list(clips.video_size)} and audio {list(clips.audio_size)}; expected 3 channels "
+            "of video, and 1 or 2 of audio"
+        )
+    clips.check_rates()
+
+
+def _read(job: Sample, clips: ClipFormat) -> dict[str, Tensor]:
+    stream, source = job.given_stream, job.audio_from or job.video_from
+    if stream is None or source is None:
+        return {}
+    clip = media.read_clip(
+        source,
+        num_frames=max(clips.frames, clips.windows(job.seconds, job.overlap)[0]),
+        fps=clips.frame_rate,
+        sample_rate=clips.sample_rate,
+        size=(clips.video_size[2], clips.video_size[3]),
+        start=job.start,
+        need=[stream],
+    )
+    return {stream: getattr(clip, stream)[None]}
+
+
+def _settings(job: Sample, dtype: str, config: Any) -> dict[str, Any]:
+    """All that a clip depends on besides its number."""
+    source = job.audio_from or job.video_from
+    return {
+        "model": digest(job.model),
+        "config": {name: value for name, value in config.items() if not name.startswith("_")},
+        "dtype": dtype,
+        "seed": job.seed,
+        "steps": job.steps,
+        "scheduler": job.scheduler,
+        "seconds": job.seconds,
+        "overlap": job.overlap,
+        "guidance": job.guidance if source or job.seconds else None,
+        "guidance_scale": job.guidance_scale if job.guidance == "gradient" else None,
+        f"{job.given_stream or 'video'}_from": digest(source) if source else None,
+        "start": job.start,
+    }
