@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmattn
+import mmattn._layers
 import mmattn.modules
 
 DTYPE = torch.bfloat16
@@ -128,9 +129,9 @@ def random_shift_attention(
 
 
 PLACES = {
-    dilated_conv1d: (mmattn, mmattn.modules),
-    spatial_conv2d: (mmattn,),
-    group_norm: (mmattn,),
+    dilated_conv1d: (mmattn, mmattn._layers),
+    spatial_conv2d: (mmattn, mmattn._layers),
+    group_norm: (mmattn, mmattn._layers),
     self_attention: (mmattn,),
     random_shift_attention: (mmattn, mmattn.modules),
 }

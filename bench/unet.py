@@ -271,6 +271,7 @@ def places_of_own() -> list[Place]:
         (blocks.TemporalAttention, "forward", OVER_FRAMES),
         (mmattn.RandomShiftAttention, "forward", CROSS),
         (mmattn, "group_norm", NORM),
+        (blocks.VideoBlock, "_project", ONE),
         (blocks.VideoBlock, "_pool", RESAMPLE),
         (blocks.VideoBlock, "_repeat", RESAMPLE),
         (torch, "cat", RESAMPLE),

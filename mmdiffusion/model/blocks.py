@@ -123,8 +123,11 @@ class _StreamBlock(nn.Module):
             film = scale, shift
         else:
             h = h + embedding.view(len(h), *(1,) * (h.dim() - 2), -1)
-        out = project_residual(self, h.flatten(1, -2), x.flatten(1, -2), film).unflatten(1, h.shape[1:-1])
+        out = self._project(h, x, film)
         return self._repeat(out) if is_last else out
+
+    def _project(self, h: Tensor, x: Tensor, film: tuple[Tensor, Tensor] | None) -> Tensor:
+        return project_residual(self, h.flatten(1, -2), x.flatten(1, -2), film).unflatten(1, h.shape[1:-1])
 
     def _is_plain(self) -> bool:
         return all(layer is None or _layers.is_plain(layer) for layer in (self.norm2, self.conv2, self.skip))
