@@ -189,8 +189,8 @@ def check_valid(draw: Draw, case: int) -> None:
     plain = results(name, arguments, "reference", case)
     for i, (x, y, z) in enumerate(zip(found, exact, plain, strict=True)):
         label = f"{name} of {[tuple(t.shape) for t in tensors]}, {dtype}, {options.keys()}: result {i}"
-        # Sums that cancel have no digits of their own: what is left is of the size of what was added, as in the gradient
-        # of a query whose keys are all the same.
+        # Sums that cancel have no digits of their own, as the gradient of a query whose keys are all the same: what is
+        # left is of the size of what was added.
         absolute = max(2e-5, torch.finfo(x.dtype).eps / 2)
         assert_close_to_fp64(x, y, z, name=label, rounding=8.0, absolute=absolute)
 
