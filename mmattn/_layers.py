@@ -51,12 +51,13 @@ def has_hooks(layer: nn.Module) -> bool:
 
 def has_own_hooks(layer: nn.Module) -> bool:
     """The same, but for the hooks of all modules."""
+    return bool(layer._forward_pre_hooks) or _changes_its_result(layer)
+
+
+def _changes_its_result(layer: nn.Module) -> bool:
+    """Whether hooks stand behind its forward or on its gradients, or another forward in its place."""
     return bool(
-        layer._forward_pre_hooks
-        or layer._forward_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-        or "forward" in layer.__dict__
+        layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks or "forward" in layer.__dict__
     )
 
 
@@ -223,9 +224,7 @@ def _computed_parameters(layer: nn.Module) -> Parameters | None:
     pre_hooks = list(layer._forward_pre_hooks.values())
     if not all(isinstance(hook, _WEIGHT_HOOKS) for hook in pre_hooks):
         return None
-    if layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks or "forward" in layer.__dict__:
-        return None
-    if _has_any_global_hook():
+    if _changes_its_result(layer) or _has_any_global_hook():
         return None
     for hook in pre_hooks:
         hook(layer, ())
