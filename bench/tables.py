@@ -48,8 +48,7 @@ def block(path: Path) -> str:
         cells = [shape, dtype, name, report.number(own["ms_p50"]), report.rate(header, own)]
         cells += [report.percent(own.get(f"share_of_{bound}"))]
         for peer in header["versus"]:
-            same = [p for p in providers if not report.is_own(header, p) and p not in header["other_result"]]
-            cells.append(_best(own, same) if peer == report.BEST else _times(own, peer))
+            cells.append(_best(header, own) if peer == report.BEST else _times(own, peer))
         lines.append("| " + " | ".join([*cells, ", ".join(memory)]) + " |")
     rates = report.describe_ceilings(header)
     caption = f"{report.describe(header)}. Ceilings in the same run: {rates}. `{header['command']}`"
@@ -61,13 +60,19 @@ def _times(row: dict[str, Any], peer: str) -> str:
     return "-" if speed is None else f"{speed:.2f}x"
 
 
-def _best(row: dict[str, Any], peers: list[str]) -> str:
+def _best(header: dict[str, Any], row: dict[str, Any]) -> str:
     """The ratio to the fastest of the peers."""
-    measured = {peer: row["speed"][peer] for peer in peers if row["speed"].get(peer) is not None}
+    measured = _measured(header, row)
     if not measured:
         return "-"
     best = min(measured, key=lambda peer: measured[peer])
     return f"{measured[best]:.2f}x ({best})"
+
+
+def _measured(header: dict[str, Any], row: dict[str, Any]) -> dict[str, float]:
+    """The ratios to the peers that give the same result."""
+    peers = {p: x for p, x in row["speed"].items() if not report.is_own(header, p) and p not in header["other_result"]}
+    return {peer: x for peer, x in peers.items() if x is not None}
 
 
 def summary(results: Path) -> str:
@@ -98,11 +103,7 @@ def summary(results: Path) -> str:
         cells = []
         for dtype in ("float32", "bfloat16"):
             speeds = [
-                min(
-                    x
-                    for peer, x in row["speed"].items()
-                    if x is not None and not report.is_own(header, peer) and peer not in header["other_result"]
-                )
+                min(_measured(header, row).values())
                 for row in rows
                 if row["provider"] == report.own_of(header) and row["mode"] == mode and row["dtype"] == dtype
                 if wanted(row) and row.get("speed")
