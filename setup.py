@@ -92,15 +92,17 @@ class build_kernels(build_ext):
 
     def _known_sets(self):
         """Flags by instruction set, of those that the compiler knows all flags of."""
-        known = {}
         if platform.machine().lower() not in ("x86_64", "amd64"):
-            return known
+            return {}
+        asked = {flag for flags in (*X86_SETS.values(), *TUNING.values()) for flag in flags}
+        unknown = {flag for flag in asked if not self._knows([flag])}
+        known = {}
         for isa, flags in X86_SETS.items():
-            unknown = [flag for flag in flags if not self._knows([flag])]
-            if unknown:
-                self.record["left_out"][isa] = f"the compiler does not know {', '.join(unknown)}"
+            missing = [flag for flag in flags if flag in unknown]
+            if missing:
+                self.record["left_out"][isa] = f"the compiler does not know {', '.join(missing)}"
             else:
-                known[isa] = [*flags, *(flag for flag in TUNING.get(isa, []) if self._knows([flag]))]
+                known[isa] = [*flags, *(flag for flag in TUNING.get(isa, []) if flag not in unknown)]
         return known
 
     def _knows(self, flags):
