@@ -167,34 +167,33 @@ Norm norm(const NormArgs& args) {
   return {parameter(p[0]), parameter(p[1]), parameter(p[2]), parameter(p[3]), floats(stats), groups, eps, silu};
 }
 
-void group_norm_forward(const TokensArgs& x, const TokensArgs& out, const NormArgs& args, int64_t batch, int64_t length,
-                        int64_t channels, bool is_bf16, int threads) {
+GroupNorm group_norm(const TokensArgs& x, const NormArgs& args, int64_t batch, int64_t length, int64_t channels,
+                     bool is_bf16, int threads) {
   GroupNorm p{};
   p.x = tokens(x);
-  p.out = tokens(out);
   p.norm = norm(args);
   p.batch = batch;
   p.length = length;
   p.channels = channels;
   p.is_bf16 = is_bf16;
   p.threads = threads;
+  return p;
+}
+
+void group_norm_forward(const TokensArgs& x, const TokensArgs& out, const NormArgs& args, int64_t batch, int64_t length,
+                        int64_t channels, bool is_bf16, int threads) {
+  GroupNorm p = group_norm(x, args, batch, length, channels, is_bf16, threads);
+  p.out = tokens(out);
   py::gil_scoped_release release;
   active().group_norm_forward(p);
 }
 
 void group_norm_backward(const TokensArgs& x, const TokensArgs& d_out, const TokensArgs& d_x, const NormArgs& args,
                          uintptr_t sums, int64_t batch, int64_t length, int64_t channels, bool is_bf16, int threads) {
-  GroupNorm p{};
-  p.x = tokens(x);
+  GroupNorm p = group_norm(x, args, batch, length, channels, is_bf16, threads);
   p.d_out = tokens(d_out);
   p.d_x = tokens(d_x);
-  p.norm = norm(args);
   p.sums = floats(sums);
-  p.batch = batch;
-  p.length = length;
-  p.channels = channels;
-  p.is_bf16 = is_bf16;
-  p.threads = threads;
   py::gil_scoped_release release;
   active().group_norm_backward(p);
 }
