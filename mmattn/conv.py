@@ -213,7 +213,8 @@ def _may_overwrite(x: Tensor, weight: Tensor, others: tuple[Tensor | None, ...])
     """Whether the result may take the memory of x: it has the same shape, and nothing else reads or watches it."""
     if weight.shape[::2] != (x.shape[2], 1) or not x.is_contiguous():
         return False
-    if not can_skip_dispatcher(x, *others) or wants_gradients(x, *others) or x.is_inference():
+    # In training `call` asks can_skip_dispatcher, so that it is not asked here; a trace knows no is_inference.
+    if wants_gradients(x, *others) or not can_skip_dispatcher(x, *others) or x.is_inference():
         return False
     return not any(_shares_memory(x, t) for t in others if t is not None)
 
