@@ -193,6 +193,7 @@ def _attention_results(names: Sequence[str], tensors: Sequence[Tensor], q: Tenso
 
 
 def shift_in_range(shift: int | Tensor, largest: int, like: Tensor) -> int | Tensor:
+    """Refuse a shift that is not 0..largest; returns it, as an int where it can be read."""
     if isinstance(shift, Tensor):
         if shift.numel() != 1 or shift.dtype not in (torch.int32, torch.int64):
             found = f"a {shift.dtype} tensor of shape {list(shift.shape)}"
