@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
+import diffusers
 import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -231,6 +232,10 @@ class SuperResolutionPipeline(DiffusionPipeline):  # type: ignore[misc]
             predicted = out if is_learned else out[:, :channels]
             x = on_step(t, scheduler.step(predicted, t, x, **options).prev_sample)
         return x.clamp(-1, 1)
+
+
+# As of MMDiffusionPipeline: DiffusionPipeline.from_pretrained looks here for the class that a directory names.
+diffusers.SuperResolutionPipeline = SuperResolutionPipeline  # type: ignore[attr-defined]
 
 
 def _of_frames(generator: torch.Generator, frames: int, *, is_shared: bool) -> list[torch.Generator]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import av
 import numpy
+import torch
 from torch import Tensor
 
 from mmdiffusion._files import whole_file
@@ -41,18 +42,18 @@ def write_video(
         ValueError: on another shape or rate, or a stream with NaN.
         OSError: if the file cannot be written.
     """
-    if video.dim() != 4 or video.shape[1] != 3 or 0 in video.shape or video.shape[2] % 2 or video.shape[3] % 2:
-        raise ValueError(f"video has shape {list(video.shape)}; expected [F, 3, H, W] with H and W even")
-    if audio is not None:
-        _check_audio(audio)
-    rate, sample_rate = frame_rate(fps), whole_number("sample_rate", sample_rate, most=_HIGHEST_RATE)
-    what = f"H.264 and AAC take no clip with fps {fps} and sample_rate {sample_rate}"
-    with _container(path, what) as container:
-        pictures = _picture_stream(container, rate, *video.shape[2:])
-        sound = None if audio is None else _sound_stream(container, sample_rate, len(audio))
-        _encode_pictures(container, pictures, video)
-        if audio is not None:
-            _encode_sound(container, sound, audio, sample_rate)
+    film = _film(video, audio, fps, sample_rate)
+    with whole_file(path) as part:
+        part.write_bytes(film)
+
+
+def check_film(size: tuple[int, int], channels: int, *, fps: Rate = FRAME_RATE, sample_rate: int = SAMPLE_RATE) -> None:
+    """Refuse what `write_video` would refuse of clips with pictures of size (H, W) and `channels` of sound.
+
+    Raises:
+        ValueError: as of `write_video`, before there is a clip.
+    """
+    _film(torch.zeros(1, 3, *size), torch.zeros(channels, _AAC_FRAME), fps, sample_rate)
 
 
 def write_film(path: Path, pictures: Iterable[Tensor], *, fps: Rate, sound_of: Film | None = None) -> None:
@@ -77,13 +78,16 @@ def write_film(path: Path, pictures: Iterable[Tensor], *, fps: Rate, sound_of: F
     sound = None if sound_of is None else sound_of.sound_packets()
     source = None if sound is None else next(sound)
     what = f"MP4 takes no pictures with fps {fps}" + (f" and sound of {source.codec_context.name}" if source else "")
-    with _container(path, what) as container:
+    buffer = io.BytesIO()
+    with _container(buffer, what) as container:
         stream = _picture_stream(container, rate, *first.shape[1:])
         copied = None if source is None else container.add_stream_from_template(source)
         _encode_pictures(container, stream, itertools.chain([first], pictures))
         for packet in sound or ():
             packet.stream = copied
             container.mux(packet)
+    with whole_file(path) as part:
+        part.write_bytes(buffer.getvalue())
 
 
 def write_audio(path: Path, audio: Tensor, *, sample_rate: int = SAMPLE_RATE) -> None:
@@ -121,17 +125,30 @@ def write_image(path: Path, image: Tensor) -> None:
         imsave(part, to_bytes(image), format="png")
 
 
+def _film(video: Tensor, audio: Tensor | None, fps: Rate, sample_rate: int) -> bytes:
+    if video.dim() != 4 or video.shape[1] != 3 or 0 in video.shape or video.shape[2] % 2 or video.shape[3] % 2:
+        raise ValueError(f"video has shape {list(video.shape)}; expected [F, 3, H, W] with H and W even")
+    if audio is not None:
+        _check_audio(audio)
+    rate, sample_rate = frame_rate(fps), whole_number("sample_rate", sample_rate, most=_HIGHEST_RATE)
+    buffer, refusal = io.BytesIO(), f"H.264 and AAC take no clip with fps {fps} and sample_rate {sample_rate}"
+    with _container(buffer, refusal) as container:
+        pictures = _picture_stream(container, rate, *video.shape[2:])
+        sound = None if audio is None else _sound_stream(container, sample_rate, len(audio))
+        _encode_pictures(container, pictures, video)
+        if audio is not None:
+            _encode_sound(container, sound, audio, sample_rate)
+    return buffer.getvalue()
+
+
 @contextlib.contextmanager
-def _container(path: Path, refusal: str) -> Iterator[Any]:
-    """An MP4 to write to, which becomes the file at `path` when it is whole."""
-    buffer = io.BytesIO()
+def _container(buffer: io.BytesIO, refusal: str) -> Iterator[Any]:
+    """An MP4 to write to, whole in the buffer at the end."""
     try:
         with av.open(buffer, "w", format="mp4") as container:
             yield container
     except av.error.FFmpegError as error:
         raise ValueError(f"{refusal}: {error.strerror}") from error
-    with whole_file(path) as part:
-        part.write_bytes(buffer.getvalue())
 
 
 def _picture_stream(container: Any, fps: Fraction, height: int, width: int) -> Any:
