@@ -96,7 +96,7 @@ class SuperResolutionPipeline(DiffusionPipeline):  # type: ignore[misc]
         Raises:
             ValueError, TypeError: on an argument outside of what is above, naming it, its value and what was expected.
         """
-        scheduler = self.check_inputs(
+        checked = self.check_inputs(
             low_res,
             num_inference_steps,
             scheduler=scheduler,
@@ -115,11 +115,11 @@ class SuperResolutionPipeline(DiffusionPipeline):  # type: ignore[misc]
         images = low_res.flatten(0, 1).to(device, torch.float32)
         begun = None if noise is None else noise.to(device, torch.float32).expand(len(low_res), frames, *size)
         begun = None if begun is None else begun.flatten(0, 1)
-        scheduler = prepared(scheduler, num_inference_steps)
+        ready = prepared(checked, num_inference_steps)
         count = frames_per_call or self.frames_that_fit(*size[1:])
         pieces = [slice(first, first + count) for first in range(0, len(images), count)]
         steps, sampled = itertools.count(), []
-        with frozen(self.unet), self.progress_bar(total=len(pieces) * len(scheduler.timesteps)) as progress_bar:
+        with frozen(self.unet), self.progress_bar(total=len(pieces) * len(ready.timesteps)) as progress_bar:
 
             def on_step(t: Tensor, x: Tensor) -> Tensor:
                 progress_bar.update()
@@ -133,7 +133,7 @@ class SuperResolutionPipeline(DiffusionPipeline):  # type: ignore[misc]
             for piece in pieces:
                 own = generators[piece]
                 x = randn_tensor((len(own), *size), own, device, torch.float32) if begun is None else begun[piece]
-                sampled.append(self._sample(images[piece], x, copy.deepcopy(scheduler), own, on_step))
+                sampled.append(self._sample(images[piece], x, copy.deepcopy(ready), own, on_step))
         self.maybe_free_model_hooks()
         video: Any = torch.cat(sampled).unflatten(0, low_res.shape[:2])
         if output_type == "np":

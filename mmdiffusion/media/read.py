@@ -135,6 +135,11 @@ class Film:
         self._refuse_closed()
         return 1 / _period(self._stream("video"))
 
+    @property
+    def has_sound(self) -> bool:
+        """Whether there is a sound that can be decoded."""
+        return "audio" in self._first
+
     def sound_packets(self) -> Iterator[Any]:
         """The stream of the sound, and then its packets as they are, with times that count from time 0.
 

@@ -77,7 +77,7 @@ def write_film(path: Path, pictures: Iterable[Tensor], *, fps: Rate, sound_of: F
         raise ValueError(f"pictures has {found}; expected [3, H, W] with H and W even")
     sound = None if sound_of is None else sound_of.sound_packets()
     source = None if sound is None else next(sound)
-    what = f"MP4 takes no pictures with fps {fps}" + (f" and sound of {source.codec_context.name}" if source else "")
+    what = f"MP4 takes no pictures with fps {fps}" if source is None else _refusal_of_sound(sound_of, source)
     buffer = io.BytesIO()
     with _container(buffer, what) as container:
         stream = _picture_stream(container, rate, *first.shape[1:])
@@ -88,6 +88,25 @@ def write_film(path: Path, pictures: Iterable[Tensor], *, fps: Rate, sound_of: F
             container.mux(packet)
     with whole_file(path) as part:
         part.write_bytes(buffer.getvalue())
+
+
+def check_sound(film: Film) -> None:
+    """Refuse a film whose sound, if it has any, MP4 has no place for, as `write_film` would.
+
+    Raises:
+        ValueError: naming the film and its codec.
+    """
+    if not film.has_sound:
+        return
+    packets = film.sound_packets()
+    source = next(packets)
+    with _container(io.BytesIO(), _refusal_of_sound(film, source)) as container:
+        container.add_stream_from_template(source)
+        container.start_encoding()
+
+
+def _refusal_of_sound(film: Film | None, source: Any) -> str:
+    return f"{film.path if film else None} has sound of {source.codec_context.name}, which MP4 does not hold"
 
 
 def write_audio(path: Path, audio: Tensor, *, sample_rate: int = SAMPLE_RATE) -> None:

@@ -169,7 +169,7 @@ def fill(
             sampled = time.perf_counter() - begun
             if enlarge is not None:
                 generators = [torch.Generator().manual_seed(x) for x in seeds]
-                video = enlarge(video, job.superres_steps, generator=generators).video
+                (video,) = enlarge(video, job.superres_steps, generator=generators, return_dict=False)
             video = video.cpu()
             elapsed = time.perf_counter() - begun
             times = {"seconds": round(elapsed / len(batch), 3), "seconds_per_step": round(sampled / calls, 4)}

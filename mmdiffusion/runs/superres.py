@@ -112,11 +112,10 @@ class _Output:
         self.film, self.path = film, folder / f"{film.stem}.mp4"
         self.record, self._frames = folder / f"{film.stem}.json", folder / f"{film.stem}.frames"
         if self.path.exists() and self.path.samefile(film):
-            raise ValueError(
-                f"{film} would be overwritten by what is made of it; expected another folder than {folder}"
-            )
+            raise ValueError(f"out is {folder}, where {film} would be overwritten; expected another folder")
         with media.open_film(film) as opened:
             self.frame_rate: Fraction = opened.frame_rate
+            media.check_sound(opened)
         self.settings = json.loads(json.dumps({"film": digest(film), **settings}))
         if is_forced:
             self._clear()
@@ -137,8 +136,8 @@ class _Output:
     def finish(self, count: int, details: dict[str, Any]) -> None:
         """Put the frames and the sound together; the frames go when the film is there."""
         with media.open_film(self.film) as film:
-            sound = film if "audio" in film.durations else None
-            media.write_film(self.path, self._pictures(count), fps=self.frame_rate, sound_of=sound)
+            sound_of = film if film.has_sound else None
+            media.write_film(self.path, self._pictures(count), fps=self.frame_rate, sound_of=sound_of)
         self._write({"frames": count, **details})
         self._clear_frames()
 
@@ -186,7 +185,7 @@ def _make(output: _Output, pipeline: SuperResolutionPipeline, job: SuperResolve,
     config = pipeline.unet.config
     size = config["image_size"] // config["scale"]
     with media.open_film(output.film) as film:
-        small = film.read_clip(fps=output.frame_rate, size=(size, size), fit=job.fit, need=["video"]).video
+        small = film.read_clip(fps=output.frame_rate, size=(size, size), fit=job.fit, need=["video"]).video  # type: ignore[arg-type]
     assert small is not None
     output.begin()
     lacking = [number for number in range(len(small)) if output.lacks(number)]
@@ -201,17 +200,18 @@ def _make(output: _Output, pipeline: SuperResolutionPipeline, job: SuperResolve,
 
             # Each frame is a video of its own, so that it does not depend on what it is made beside.
             seeds = [clip_seed(job.seed, 0 if job.noise == "shared" else number) for number in numbers]
-            made: Any = pipeline(
+            (made,) = pipeline(
                 small[numbers].unsqueeze(1),
                 job.steps,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 frames_per_call=count,
                 callback_on_step_end=on_step,
-            ).video
+                return_dict=False,
+            )
             for number, picture in zip(numbers, made[:, 0].cpu(), strict=True):
                 media.write_image(output.frame(number), picture)
     elapsed = time.perf_counter() - begun
-    details = {"device": str(pipeline.device), "versions": versions()}
+    details: dict[str, Any] = {"device": str(pipeline.device), "versions": versions()}
     if lacking:
         details["seconds_per_frame"] = round(elapsed / len(lacking), 3)
     output.finish(len(small), details)
