@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""What all tests share. Triton reads TRITON_INTERPRET once, so it is set before anything can import Triton."""
+"""What all tests share. The environment is set first: torch and Triton read it once, when they are imported."""
 
 import contextlib
 import os
 import sys
 from importlib import metadata
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core: a thread each, and to whatever it starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
