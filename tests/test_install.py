@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers import needs_git
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -118,7 +119,7 @@ def test_without_the_extra_packages_the_remedy_is_named(package, call):
     assert f"needs {package}, which" in done.stderr and "pip install 'mmattn[diffusion]'" in done.stderr
 
 
-@pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="needs a checkout of git")
+@needs_git
 def test_the_source_distribution_has_every_file(tmp_path):
     pytest.importorskip("pybind11")
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
