@@ -114,7 +114,7 @@ def test_calls_take_the_table_as_it_is_changed(key, monkeypatch):
         return config
 
     tables = json.loads(text_of(task.op))
-    monkeypatch.setattr(task.module, "_tables", lambda: tables)
+    monkeypatch.setattr(task.module._config, "tables", tables)
     monkeypatch.setattr(_host, "lookup", noting)
     call = tasks.make_call(task, SMALL[key], "cpu")
     for config in [c.config for c in tasks.make_candidates(task, GPU)][:2]:
@@ -278,7 +278,7 @@ def test_prepare_compares_with_the_first_candidate(monkeypatch):
         {},
         {1: torch.ones(4), 2: torch.ones(4) * 1.001, 3: torch.ones(4) * 2, 4: torch.full((4,), torch.nan)},
     )
-    monkeypatch.setattr(task.module, "_tables", lambda: table)
+    monkeypatch.setattr(task.module._config, "tables", table)
 
     def call():
         speed = task.lookup("X")["speed"]
@@ -424,7 +424,7 @@ def made_up_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "compile_candidates", lambda run: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     tables = json.loads(text_of("attention"))
-    monkeypatch.setattr(task_of("forward").module, "_tables", lambda: tables)
+    monkeypatch.setattr(task_of("forward").module._config, "tables", tables)
 
     def run(speed_of, *arguments):
         def prepare(task, shape, candidates, **_):

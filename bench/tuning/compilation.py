@@ -90,7 +90,7 @@ def _compile_loop(connection: Any, target: Target) -> None:
         tuned = job.tasks[0].jit
         wanted[:] = () if job.everything else tuned
         kernels.clear()
-        tables = job.tasks[0].module._tables()
+        tables = job.tasks[0].module._config.tables
         own = copy.deepcopy(tables.get(target.device_name, {}))  # or later jobs' companions would be this one's
         try:
             for task in job.tasks:

@@ -93,11 +93,11 @@ class Task:
         return JIT.get((self.op, self.kernel), (f"_{self.kernel}_kernel",))
 
     def lookup(self, device_name: str) -> Config:
-        return tables.lookup(self.module._tables(), self.keys, self.dtype, device_name)
+        return tables.lookup(self.module._config.tables, self.keys, self.dtype, device_name)
 
     def override(self, device_name: str, config: Config) -> None:
         """From here on, launches on a device of this name take this configuration."""
-        tables.put(self.module._tables(), device_name, self.keys, config)
+        tables.put(self.module._config.tables, device_name, self.keys, config)
         _host.forget()
 
     def configs(self) -> list[Config]:
