@@ -532,7 +532,9 @@ def test_a_named_impl_that_cannot_run_says_why(monkeypatch):
 
 def test_a_head_too_wide_for_the_kernels_runs_the_reference():
     case = Case(head_dim=257, heads=1)
-    assert_within_budget(packed_gradients(case, torch.float32, "auto"), case, torch.float32)
+    with pytest.warns(UserWarning, match="slow reference: .*the head dimension is 257, and it takes up to 256"):
+        found = packed_gradients(case, torch.float32, "auto")
+    assert_within_budget(found, case, torch.float32)
 
 
 PUBLISHED = {
