@@ -644,8 +644,8 @@ def test_superres_refuses(here, capsys):
     pathlib.Path("large/clip.json").write_text("[]")
     assert "large/clip.json is no record of a film" in refusal(capsys)
     assert "no media file" in refusal(capsys, film="sr/config.json")
-    film_with_sound("odd.wmv", "wmav2")
-    assert "odd.wmv has sound of wmav2, which MP4 does not hold" in refusal(capsys, film="odd.wmv", out="other")
+    film_with_sound("odd.mkv", "wavpack")
+    assert "odd.mkv has sound of wavpack, which MP4 does not hold" in refusal(capsys, film="odd.mkv", out="other")
     media.write_audio("clip.wav", torch.zeros(1, 100))
     assert "clip.wav has no video stream" in refusal(capsys, film="clip.wav", out="other")
     twice = "films has clip more than once; expected names that differ"

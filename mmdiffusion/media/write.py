@@ -22,6 +22,7 @@ from mmdiffusion.media._checks import Path, Rate, frame_rate, whole_number
 from mmdiffusion.media.read import Film
 
 _AAC_FRAME = 1024  # samples
+_AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 _AAC_BITS = 6  # for each sample, the most that AAC allows
 _HIGHEST_RATE = 1_000_000  # samples a second
 
@@ -36,7 +37,8 @@ def write_video(
         video: [F, 3, H, W], any floating dtype and device, clamped to [-1, 1]; H and W even.
         audio: [1 or 2, T], likewise, or None for a silent film.
         fps: frames per second, kept exactly; Fraction(30000, 1001) too.
-        sample_rate: one that AAC has, 8000 to 96000.
+        sample_rate: one that AAC has, 8000 to 96000, or below 8000 a divisor of one, at which the same sound is
+            written: 4000 at 8000.
 
     Raises:
         ValueError: on another shape or rate, or a stream with NaN.
@@ -75,15 +77,13 @@ def write_film(path: Path, pictures: Iterable[Tensor], *, fps: Rate, sound_of: F
     if first is None or first.dim() != 3 or first.shape[0] != 3 or first.shape[1] % 2 or first.shape[2] % 2:
         found = "none" if first is None else f"one of shape {list(first.shape)}"
         raise ValueError(f"pictures has {found}; expected [3, H, W] with H and W even")
-    sound = None if sound_of is None else sound_of.sound_packets()
-    source = None if sound is None else next(sound)
-    what = f"MP4 takes no pictures with fps {fps}" if source is None else _refusal_of_sound(sound_of, source)
     buffer = io.BytesIO()
-    with _container(buffer, what) as container:
+    with _container(buffer, f"MP4 takes no film with fps {fps}") as container:
         stream = _picture_stream(container, rate, *first.shape[1:])
-        copied = None if source is None else container.add_stream_from_template(source)
+        sound = iter(()) if sound_of is None else sound_of.sound_packets()
+        copied = None if sound_of is None else _copied_stream(container, sound_of, next(sound))
         _encode_pictures(container, stream, itertools.chain([first], pictures))
-        for packet in sound or ():
+        for packet in sound:
             packet.stream = copied
             container.mux(packet)
     with whole_file(path) as part:
@@ -96,17 +96,10 @@ def check_sound(film: Film) -> None:
     Raises:
         ValueError: naming the film and its codec.
     """
-    if not film.has_sound:
-        return
-    packets = film.sound_packets()
-    source = next(packets)
-    with _container(io.BytesIO(), _refusal_of_sound(film, source)) as container:
-        container.add_stream_from_template(source)
-        container.start_encoding()
-
-
-def _refusal_of_sound(film: Film | None, source: Any) -> str:
-    return f"{film.path if film else None} has sound of {source.codec_context.name}, which MP4 does not hold"
+    if film.has_sound:
+        with _container(io.BytesIO(), "MP4 takes no sound alone") as container:
+            _copied_stream(container, film, next(film.sound_packets()))
+            container.start_encoding()
 
 
 def write_audio(path: Path, audio: Tensor, *, sample_rate: int = SAMPLE_RATE) -> None:
@@ -151,6 +144,7 @@ def _film(video: Tensor, audio: Tensor | None, fps: Rate, sample_rate: int) -> b
         _check_audio(audio)
     rate, sample_rate = frame_rate(fps), whole_number("sample_rate", sample_rate, most=_HIGHEST_RATE)
     buffer, refusal = io.BytesIO(), f"H.264 and AAC take no clip with fps {fps} and sample_rate {sample_rate}"
+    audio, sample_rate = _at_a_rate_of_aac(audio, sample_rate)
     with _container(buffer, refusal) as container:
         pictures = _picture_stream(container, rate, *video.shape[2:])
         sound = None if audio is None else _sound_stream(container, sample_rate, len(audio))
@@ -190,12 +184,29 @@ def _encode_pictures(container: Any, stream: Any, video: Iterable[Tensor]) -> No
     container.mux(stream.encode(None))
 
 
+def _copied_stream(container: Any, film: Film, source: Any) -> Any:
+    try:
+        return container.add_stream_from_template(source)
+    except ValueError as error:
+        codec = source.codec_context.name
+        raise ValueError(f"{film.path} has sound of {codec}, which MP4 does not hold; expected AAC or such") from error
+
+
 def _encode_sound(container: Any, stream: Any, audio: Tensor, sample_rate: int) -> None:
     for i, piece in enumerate(clamped(audio).split(_AAC_FRAME, dim=1)):
         frame = av.AudioFrame.from_ndarray(piece.contiguous().numpy(), format="fltp", layout=stream.layout.name)
         frame.sample_rate, frame.time_base, frame.pts = sample_rate, Fraction(1, sample_rate), i * _AAC_FRAME
         container.mux(stream.encode(frame))
     container.mux(stream.encode(None))
+
+
+def _at_a_rate_of_aac(audio: Tensor | None, sample_rate: int) -> tuple[Tensor | None, int]:
+    """The sound, and its rate; below the lowest rate at a multiple, with nothing above what it had."""
+    factors = [rate // sample_rate for rate in _AAC_RATES if rate % sample_rate == 0]
+    if audio is None or sample_rate >= _AAC_RATES[0] or not factors:
+        return audio, sample_rate
+    spectrum = torch.fft.rfft(clamped(audio))
+    return factors[0] * torch.fft.irfft(spectrum, factors[0] * audio.shape[1]), factors[0] * sample_rate
 
 
 def _check_audio(audio: Tensor) -> None:
