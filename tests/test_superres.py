@@ -19,8 +19,14 @@ pytest.importorskip("tqdm")
 
 from mmattn.testing import relative_error  # noqa: E402
 from mmdiffusion import CoupledUNet, SuperResolutionPipeline, SuperResolutionUNet, cli, media  # noqa: E402
-from mmdiffusion.data import degrade  # noqa: E402
+from mmdiffusion.clips import ClipFormat  # noqa: E402
+from mmdiffusion.data import SyntheticClips, degrade  # noqa: E402
+from mmdiffusion.data.items import joined  # noqa: E402
+from mmdiffusion.diffusion.process import GaussianDiffusion  # noqa: E402
 from mmdiffusion.diffusion.schedulers import make_scheduler, prepared  # noqa: E402
+from mmdiffusion.training import Recipe, train  # noqa: E402
+from mmdiffusion.training.losses import denoising_losses  # noqa: E402
+from mmdiffusion.training.superres import FrameNetwork, Frames, small_images  # noqa: E402
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "bench"))
 
@@ -739,3 +745,77 @@ def test_degradations_one_by_one(monkeypatch):
         degrade.degraded(image, scale=3, generator=torch.Generator())
     with pytest.raises(ValueError, match=r"image has shape \[3, 64, 64\] and dtype torch.float32"):
         degrade.degraded(image.float(), generator=torch.Generator())
+
+
+# Training
+
+
+def test_published_loss_terms():
+    """MSE and the variational bound of each sample, two gradients, and the norm of all."""
+    metadata, tensors = reference("sampling")
+    unet = network_of(metadata)
+    given = {name.removeprefix("train."): x for name, x in tensors.items() if name.startswith("train.")}
+    losses = denoising_losses(
+        FrameNetwork(unet),
+        GaussianDiffusion(),
+        {"video": given["x0"][:, None]},
+        {"video": given["noise"][:, None]},
+        given["t"],
+        low_res=given["low_res"],
+    )
+    assert given["t"].tolist() == [0, 1, 250, 999]
+    for i in range(4):
+        assert relative_error(losses["video_vb"][i], given["vb"][i]) < 1e-5, i
+        mse = losses["video"][i] - losses["video_vb"][i]
+        assert relative_error(mse, given["mse"][i]) < 1e-5, i
+        assert relative_error(losses["video"][i], given["loss"][i]) < 1e-5, i
+    losses["video"].mean().backward()
+    named = unet.to_published()
+    gradients = {x.data_ptr(): x.grad for x in unet.parameters()}
+    for key in ("input_blocks.0.0.weight", "out.2.weight"):
+        assert relative_error(gradients[named[key].data_ptr()], given[f"grad.{key}"]) < 3e-5, key
+    norm = torch.stack([x.grad.double().norm() for x in unet.parameters()]).norm()
+    assert relative_error(norm, given["grad_norm"]) < 3e-5
+
+
+def frames(count=4):
+    return Frames(SyntheticClips(ClipFormat((4, 3, 24, 32), (1, 6400)), length=count), 16)
+
+
+def test_frames_and_their_small_images():
+    data = frames()
+    item = data[1]
+    assert len(data) == 4
+    assert item.video.shape == (1, 3, 16, 16)
+    assert not item.video[:, :, :2].any() and item.video[:, :, 2:14].any()
+    assert torch.equal(item.video, data[1].video)
+    batch = joined([data[i] for i in range(3)])
+    small = small_images(batch, seeded(1, 2, 3))["low_res"]
+    assert small.shape == (3, 3, 4, 4)
+    assert small.abs().max() <= 1
+    assert torch.equal(small[1:2], small_images(joined([data[1]]), seeded(2))["low_res"])
+
+
+def test_training_in_the_loop():
+    """The loss falls, a state goes on to the bit, and micro-batches change nothing but rounding."""
+
+    def run(steps, state=None, **options):
+        recipe = Recipe(**{"batch_size": 4, "micro_batch": None, "lr": 2e-3, "ema_rates": (0.9,), **options})
+        torch.manual_seed(0)
+        network = FrameNetwork(SuperResolutionUNet(**SMALL)) if state is None else state.unet
+        made = train(network, frames(), recipe, given=small_images, state=state)
+        return [next(made) for _ in range(steps)][-1]
+
+    begun = run(2)
+    losses = begun.meter.means()
+    assert losses["video"] > losses["video_vb"] > 0
+    begun.meter.clear()
+    later = run(30, state=begun)
+    assert later.step == 32
+    assert later.meter.means()["video"] < 0.8 * losses["video"]
+    again = run(32)
+    assert all(torch.equal(a, b) for a, b in zip(again.unet.parameters(), later.unet.parameters(), strict=True))
+    whole, halves = run(1), run(1, micro_batch=2)
+    for (name, a), b in zip(whole.unet.named_parameters(), halves.unet.parameters(), strict=True):
+        moved = whole.optimizer.state[a]["exp_avg"]
+        assert relative_error(halves.optimizer.state[b]["exp_avg"], moved) < 1e-3 or moved.norm() < 1e-6, name
