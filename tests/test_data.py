@@ -101,7 +101,7 @@ def test_index_looks_at_a_file_once_until_it_changes(folder, monkeypatch):
         return media.open_film(path)
 
     monkeypatch.setattr(index, "open_film", open_film)
-    monkeypatch.setattr(index, "DataLoader", lambda dataset, **_: map(dataset.__getitem__, range(len(dataset))))
+    monkeypatch.setattr(index, "read_by", lambda _, dataset: map(dataset.__getitem__, range(len(dataset))))
     assert index_folder(folder) == first and opened == []
     film(folder / "long.mp4", 30, 9)
     (folder / "notes.txt").unlink()
@@ -221,6 +221,22 @@ def test_a_film_that_changes_is_named(folder):
         clips[20]
 
 
+def test_workers_begin_while_films_are_open(folder):
+    """Forked, they inherit films whose decoders have threads elsewhere, live ones and garbage, and close none."""
+    clips = ClipDataset(folder, FORM, processes=1)
+    expected = [clips[0], clips[25]]
+    garbage: list = [media.open_film(folder / "long.mp4")]
+    garbage[0].read_clip(num_frames=4)
+    garbage.append(garbage)
+    del garbage
+    batches = Batches(clips, 32, workers=1)
+    found = next(batches)
+    order = {name: k for k, name in enumerate(found.name)}
+    for item in expected:
+        assert torch.equal(found.video[order[item.name]], item.video)
+    batches.close()
+
+
 def test_bad_folders(folder, tmp_path):
     with pytest.raises(NotADirectoryError, match="nowhere'; expected a folder of films"):
         ClipDataset(tmp_path / "nowhere", FORM)
@@ -306,7 +322,7 @@ def test_a_pack_is_whole_or_absent(folder, tmp_path):
     clips = ClipDataset(folder, FORM, processes=1)
     (folder / "rain" / "deep" / "short.mp4").unlink()
     (tmp_path / "out").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"short\.mp4"):
+    with pytest.raises(ValueError, match=r"rain/deep/short\.mp4 cannot be read: No such file or directory"):
         pack(clips, tmp_path / "out" / "films.pack")
     assert list((tmp_path / "out").iterdir()) == []
 

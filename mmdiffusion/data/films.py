@@ -116,10 +116,10 @@ class ClipDataset(FilmClips):
             raise ValueError(f"folder is {str(folder)!r}, with {_without_a_film(entries, self.refused)}")
         super().__init__(clip_format, [x.name for x in good], [x.clips(clip_format) for x in good], flip)
         self._open: collections.OrderedDict[int, Film] = collections.OrderedDict()
-        self._owner = os.getpid()
+        self._inherited, self._owner = self._open, os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": collections.OrderedDict()}
+        return {**self.__dict__, "_open": collections.OrderedDict(), "_inherited": None}
 
     def _read(self, film: int, frame: int) -> Item:
         form = self.clip_format
@@ -140,8 +140,8 @@ class ClipDataset(FilmClips):
 
     def _film(self, number: int) -> Film:
         """The film, opened, and the longest unused of several closed."""
-        if self._owner != os.getpid():  # a fork shares the files' positions with its parent
-            self._open, self._owner = collections.OrderedDict(), os.getpid()
+        if self._owner != os.getpid():  # a fork shares the files' positions with its parent, and cannot close films
+            self._inherited, self._open, self._owner = self._open, collections.OrderedDict(), os.getpid()
         if number not in self._open:
             self._open[number] = open_film(self.folder / self.names[number])
         self._open.move_to_end(number)

@@ -11,13 +11,13 @@ import os
 import pathlib
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from mmdiffusion._files import whole_file
 from mmdiffusion.clips import STREAMS, ClipFormat
+from mmdiffusion.data.workers import read_by
 from mmdiffusion.media import open_film
 
 _VERSION = 1  # of what is kept; another one is made anew
@@ -101,8 +101,8 @@ def index_folder(
     changed = [name for name, entry in found.items() if not _is_same(known.get(name), entry)]
     entries = {name: known[name] for name in found.keys() - set(changed)}
     workers = min(processes or min(os.cpu_count() or 1, 16), len(changed))
-    loader = DataLoader(_Looking(root, changed), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
-    for entry in tqdm(loader, "films", unit="", disable=not progress or not changed):
+    looked_at = read_by(workers, _Looking(root, changed))
+    for entry in tqdm(looked_at, "films", len(changed), unit="", disable=not progress or not changed):
         entries[entry.name] = entry
     if entries != known:
         _write(kept, entries)
@@ -117,8 +117,6 @@ class _Looking(Dataset[FilmEntry]):
         return len(self._names)
 
     def __getitem__(self, i: int) -> FilmEntry:
-        if i >= len(self):
-            raise IndexError(i)
         entry = _stat(self._root, self._names[i])
         if entry.fault:
             return entry
@@ -185,7 +183,3 @@ def _write(kept: pathlib.Path, entries: Mapping[str, FilmEntry]) -> None:
             part.write_text(json.dumps(content, indent=1) + "\n")
     except OSError as error:
         warnings.warn(f"the index of films is not kept, and is made anew next time: {error}", stacklevel=3)
-
-
-def _as_it_is(found: Any) -> Any:
-    return found

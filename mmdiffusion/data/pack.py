@@ -53,7 +53,7 @@ def pack(clips: ClipDataset, path: str | os.PathLike[str], *, progress: bool = F
         file.write(MAGIC)
         for name in tqdm(clips.names, "films", unit="", disable=not progress):
             begin, digest, sound, frames = file.tell(), hashlib.sha256(), [], 0
-            for item in _pieces(clips, name):
+            for item in _named(_pieces(clips, name), name):
                 content = item.video.numpy().tobytes()
                 file.write(content)
                 digest.update(content)
@@ -126,7 +126,7 @@ class PackedClips(FilmClips):
         middle = film["begin"] + film["frames"] * math.prod(size)
         end = middle + 2 * film["samples"]
         if number not in self._checked:
-            if hashlib.sha256(self._bytes[film["begin"] : end]).hexdigest() != film["sha256"]:
+            if hashlib.sha256(self._bytes[film["begin"] : end].data).hexdigest() != film["sha256"]:
                 raise ValueError(
                     f"{self.path} has changed since it was written, in {film['name']}; pack the films again"
                 )
@@ -143,6 +143,14 @@ class PackedClips(FilmClips):
         found = audio[begin : begin + samples]
         sound[: len(found)] = found
         return Item(torch.from_numpy(video[frame : frame + frames].copy()), torch.from_numpy(sound)[None], "")
+
+
+def _named(pieces: Iterator[Item], name: str) -> Iterator[Item]:
+    """An error of the disk with the name of the film, where whole_file would give it that of the pack."""
+    try:
+        yield from pieces
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error.strerror or error}") from error
 
 
 def _pieces(clips: ClipDataset, name: str) -> Iterator[Item]:

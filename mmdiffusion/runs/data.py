@@ -150,7 +150,7 @@ def show_synthetic(job: Synthetic) -> str:
     for file in (*files, job.out / "sheet.png"):
         refuse_to_overwrite(file, job.force)
     job.out.mkdir(parents=True, exist_ok=True)
-    rates = {"fps": form.frame_rate, "sample_rate": form.sample_rate}
+    rates: dict[str, Any] = {"fps": form.frame_rate, "sample_rate": form.sample_rate}
     for i, file in enumerate(files):
         video, audio = to_clip(world[i])
         assert video is not None
