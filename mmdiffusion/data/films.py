@@ -118,6 +118,16 @@ class ClipDataset(FilmClips):
         self._open: collections.OrderedDict[int, Film] = collections.OrderedDict()
         self._inherited, self._owner = self._open, os.getpid()
 
+    def close(self) -> None:
+        """Close the films that this process has opened; what is read next opens its own."""
+        if self._owner == os.getpid():  # a fork cannot close those of its parent
+            while self._open:
+                self._open.popitem()[1].close()
+
+    def __del__(self) -> None:
+        if "_owner" in self.__dict__:
+            self.close()
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": collections.OrderedDict(), "_inherited": None}
 
