@@ -421,8 +421,8 @@ def test_a_triton_that_does_not_load_is_a_reason(content, reason, tmp_path):
     (tmp_path / "triton.py").write_text(content)
     program = (
         "import torch; from mmattn import dispatch; "
-        "print(dispatch.support('attention', 'triton', 'cuda', torch.float32, 64).reason); "
-        "print(dispatch.explain('conv', 'auto', 'cuda', torch.float32)[0])"
+        "print(dispatch.support('random_shift_attention', 'triton', 'cuda', torch.float32, 64).reason); "
+        "print(dispatch.explain('dilated_conv1d', 'auto', 'cuda', torch.float32)[0])"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
@@ -433,7 +433,7 @@ def test_a_triton_that_does_not_load_is_a_reason(content, reason, tmp_path):
 def test_a_refusal_has_a_reason():
     question = Question("cpu", torch.float32, 300)
     for impl in ("cpu", "triton"):
-        for op in ("attention", "self_attention", "norm", "conv", "spatial_conv2d"):
+        for op in dispatch.OPS:
             for device, dtype in (("cpu", torch.float32), ("cpu", torch.float64), ("cuda", torch.half), ("meta", None)):
                 found = dispatch.support(op, impl, device, dtype, 64)
                 assert bool(found) == (found.reason is None) and (found or len(found.reason) > 20)
