@@ -232,11 +232,11 @@ class Task:
         return JIT.get((self.op, self.kernel), (f"_{self.kernel}_kernel",))
 
     def lookup(self, device_name: str) -> Config:
-        return _lookup(self.module._tables(), self.keys, self.dtype, device_name)
+        return _lookup(self.module._config.tables, self.keys, self.dtype, device_name)
 
     def override(self, device_name: str, config: Config) -> None:
         """From here on, launches on a device of this name take this configuration."""
-        _put(self.module._tables(), device_name, self.keys, config)
+        _put(self.module._config.tables, device_name, self.keys, config)
         _host.forget()
 
     def configs(self) -> list[Config]:
@@ -497,7 +497,7 @@ def _compile_loop(connection: Any, target: Target) -> None:
         tuned = job.tasks[0].jit
         wanted[:] = () if job.everything else tuned
         kernels.clear()
-        tables = job.tasks[0].module._tables()
+        tables = job.tasks[0].module._config.tables
         own = copy.deepcopy(tables.get(target.device_name, {}))  # or later jobs' companions would be this one's
         try:
             for task in job.tasks:

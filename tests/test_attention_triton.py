@@ -324,17 +324,17 @@ def test_configuration_is_found_by_the_longest_name(monkeypatch):
         return {"forward": {"16-bit": {"64": {"num_warps": warps}}}}
 
     tables = {"default": table(1), "NVIDIA": table(2), "NVIDIA H": table(4), "AMD": {}}
-    monkeypatch.setattr(attention, "_tables", lambda: tables)
+    monkeypatch.setattr(attention._config, "tables", tables)
     for name, warps in {"NVIDIA H200": 4, "NVIDIA B200": 2, "AMD Instinct MI300X": 1, "cpu": 1}.items():
-        assert attention._config("forward", 48, torch.bfloat16, name) == {"num_warps": warps}
+        assert attention._config("forward", torch.bfloat16, name, 48) == {"num_warps": warps}
 
 
 def test_every_configuration_is_complete():
-    for device_name in attention._tables():
+    for device_name in attention._config.tables:
         for kernel in ("forward", "backward_dq", "backward_dkdv"):
             for dtype in (torch.float16, torch.bfloat16, torch.float32):
                 for head_dim in (16, 20, 32, 48, 64, 96, 128):
-                    config = attention._config(kernel, head_dim, dtype, device_name)
+                    config = attention._config(kernel, dtype, device_name, head_dim)
                     assert config.keys() - {"maxnreg"} == {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages"}
 
 

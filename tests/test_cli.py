@@ -183,6 +183,22 @@ def test_clips_have_the_rates_of_the_model(capsys):
     assert message.endswith("last equally long, as with a sample_rate of 24000") and "frame_rate 16" in message
 
 
+def test_rates_that_no_film_has_are_refused_before_sampling(capsys, monkeypatch):
+    CoupledUNet(**{**TINY, "sample_rate": 12000, "audio_size": (1, 4800), "channel_mult": (1, 1)}).save_pretrained(
+        "slow"
+    )
+    CoupledUNet(**{**TINY, "sample_rate": 16020, "audio_size": (1, 6408), "channel_mult": (1, 1)}).save_pretrained(
+        "odd"
+    )
+    command = ["sample", "--num", "1", "--steps", "1", "--out", "out", "--model"]
+    with monkeypatch.context() as patch:
+        patch.setattr(MMDiffusionPipeline, "__call__", lambda *_, **__: pytest.fail("a clip is sampled"))
+        assert "H.264 and AAC take no clip with fps 10 and sample_rate 16020" in refused(capsys, *command, "odd")
+    assert not pathlib.Path("out").exists()
+    cli.main([*command, "odd", "--formats", "wav"])
+    cli.main([*command[:-2], "other", "--model", "slow"])
+
+
 def test_longer_clips(model):
     sample("out", "--seconds", "0.9", "--formats", "wav", "mp4")
     clip = media.read_clip("out/clip-0000.mp4", size=None)

@@ -277,11 +277,11 @@ def test_empty_batch():
 
 def test_every_configuration_is_complete():
     expected = {"BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"}
-    for device_name in conv._tables():
+    for device_name in conv._config.tables:
         for kernel in ("taps", "pointwise", "backward_weight"):
             for dtype in (torch.float16, torch.bfloat16, torch.float32):
                 for channels in (1, 20, 64, 128, 192, 256, 384, 512, 2048):
-                    config = conv._config(kernel, channels, dtype, device_name)
+                    config = conv._config(kernel, dtype, device_name, channels)
                     programs = {"PROGRAMS"} if kernel == "backward_weight" else set()
                     assert config.keys() - {"maxnreg"} == expected | programs
 

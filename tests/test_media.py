@@ -18,6 +18,7 @@ pytest.importorskip("matplotlib")
 
 from mmdiffusion.clips import Clip  # noqa: E402
 from mmdiffusion.media import (  # noqa: E402
+    check_film,
     contact_sheet,
     open_film,
     read_clip,
@@ -228,6 +229,27 @@ def test_offsets_are_kept(tmp_path, offsets, suffix):
     assert not found.audio[:, : round(float(of_audio - zero) * 16000)].any()
 
 
+def test_frames_of_an_avi_with_b_frames(tmp_path):
+    """AVI numbers packets in coded order, and tells no time of presentation; a jump changes nothing."""
+    path = tmp_path / "film.avi"
+    with av.open(str(path), "w") as container:
+        options = {"crf": "1", "x264-params": "bframes=2:b-adapt=0:scenecut=0:keyint=9"}
+        video = container.add_stream("libx264", rate=10, options=options)
+        video.height, video.width, video.pix_fmt = 64, 64, "yuv420p"
+        for i in range(40):
+            frame = av.VideoFrame.from_ndarray(torch.full((64, 64, 3), i * STEP).byte().numpy(), format="rgb24")
+            frame.pts, frame.time_base = i, Fraction(1, 10)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+    with av.open(str(path)) as container:
+        assert any(frame.pict_type == av.video.frame.PictureType.B for frame in container.decode(video=0))
+    with open_film(path) as opened:
+        assert numbers(opened.read_clip(need=["video"]).video) == list(range(40))
+        for first in (30, 3, 17, 0, 38):
+            clip = opened.read_clip(need=["video"], start=first / 10, num_frames=2)
+            assert numbers(clip.video) == [first, first + 1]
+
+
 def test_gaps_are_silence(tmp_path):
     parts = [(0, tone(0.4)), (Fraction(7, 10), tone(0.9))]
     found = read_clip(film(tmp_path / "film.mkv", times=every("0.1", 16), parts=parts), num_frames=16)
@@ -353,6 +375,7 @@ def test_what_cannot_be_written_is_refused(tmp_path):
         r"audio has shape \[3200\]; expected \[1 or 2, T\]": (video, audio[0], {}),
         r"a stream of shape \[1, 3200\] has NaN": (video, audio * math.nan, {}),
         r"take no clip with fps 10 and sample_rate 12345": (video, audio, {"sample_rate": 12345}),
+        r"take no clip with fps 10 and sample_rate 192000": (video, audio, {"sample_rate": 192000}),
         r"sample_rate is 0; expected 1 to 1000000": (video, audio, {"sample_rate": 0}),
         r"sample_rate is nan; expected": (video, audio, {"sample_rate": math.nan}),
         r"fps is nan; expected a number of frames a second above 0": (video, audio, {"fps": math.nan}),
@@ -361,6 +384,12 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     for message, (pictures, sound, options) in refused.items():
         with pytest.raises(ValueError, match=message):
             write_video(path, pictures, sound, **options)
+        if options:
+            with pytest.raises(ValueError, match=message):
+                check_film((16, 16), 1, **options)
+    check_film((16, 16), 2)
+    with pytest.raises(ValueError, match=r"expected \[F, 3, H, W\] with H and W even"):
+        check_film((16, 15), 1)
     with pytest.raises(ValueError, match="sample_rate is -1; expected 1 to 1000000"):
         write_audio(tmp_path / "clip.wav", audio, sample_rate=-1)
     with pytest.raises(FileNotFoundError, match="absent"):
@@ -475,6 +504,23 @@ def test_surround_is_mixed_as_players_do(tmp_path):
     two = sound(tmp_path / "two.wav", torch.cat([of_one, -0.5 * of_one]), layout="stereo")
     found = read_clip(two, need=["audio"], sample_rate=48000).audio
     assert (found - 0.25 * of_one).abs().max() < 1e-4
+
+
+def test_surround_is_the_mix_of_ffmpeg(tmp_path):
+    """Sample by sample that of 16 bits to one channel, and the mean of that to two."""
+    noise = torch.rand(6, 4800, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    path = sound(tmp_path / "noise.wav", noise)
+    found = read_clip(path, need=["audio"], sample_rate=48000).audio
+    for layout in ("mono", "stereo"):
+        resampler = av.AudioResampler(format="s16p", layout=layout, rate=48000)
+        with av.open(str(path)) as container:
+            frames = [
+                torch.from_numpy(x.to_ndarray())
+                for frame in container.decode(audio=0)
+                for x in resampler.resample(frame)
+            ]
+        expected = torch.cat(frames, 1).float().mean(0, keepdim=True) / 32768
+        assert found.std() > 0.1 and (found - expected).abs().max() < 3 / 32768  # of its rounded weights
 
 
 MANY_CHANNELS = """

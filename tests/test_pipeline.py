@@ -457,6 +457,45 @@ def test_saved_and_loaded(tmp_path):
         assert torch.equal(found.video, expected.video)
 
 
+def test_loaded_by_the_class_of_all_pipelines(tmp_path):
+    """Without trust in code of the directory: `import mmdiffusion` makes the class known."""
+    pipeline = small("unipc")
+    pipeline.save_pretrained(tmp_path)
+    assert not list(tmp_path.rglob("*.py"))
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    assert type(loaded) is MMDiffusionPipeline and type(loaded.unet) is CoupledUNet
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(loaded(1, 2, generator=seeded(1)).audio, pipeline(1, 2, generator=seeded(1)).audio)
+
+
+def test_offload():
+    """The sequence names every component that has weights, and no other; pieces that are elsewhere change no value."""
+    accelerate = pytest.importorskip("accelerate")
+    pipeline = small()
+    names = pipeline.model_cpu_offload_seq.split("->")
+    assert names == [name for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)]
+    expected = pipeline(1, 2, generator=seeded(1))
+    for name in names:
+        accelerate.cpu_offload(getattr(pipeline, name), execution_device="cpu", offload_buffers=True)
+        assert all(x.is_meta for x in getattr(pipeline, name).parameters())
+    found = pipeline(1, 2, generator=seeded(1))
+    assert all(relative_error(x, y) < 1e-4 for x, y in zip(found.values(), expected.values(), strict=True))
+    assert all(x.is_meta for x in pipeline.unet.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ("enable_model_cpu_offload", "enable_sequential_cpu_offload"))
+def test_offload_on_the_device(how):
+    pytest.importorskip("accelerate")
+    pipeline = small()
+    expected = pipeline(1, 2, generator=seeded(1))
+    getattr(pipeline, how)()
+    for _ in range(2):
+        found = pipeline(1, 2, generator=seeded(1))
+        assert all(relative_error(x.cpu(), y) < 2e-3 for x, y in zip(found.values(), expected.values(), strict=True))
+        assert all(x.device.type in ("cpu", "meta") for x in pipeline.unet.parameters())
+
+
 def test_learned_sigma():
     """The first half of the channels is the noise."""
     pipeline = small(video_out_channels=6, audio_out_channels=2)
@@ -491,7 +530,7 @@ def test_callback_gets_what_it_asks_for():
         callback_on_step_end=lambda *call: seen.append(set(call[-1])),
         callback_on_step_end_tensor_inputs=["audio"],
     )
-    assert seen == [{"audio"}] and MMDiffusionPipeline.model_cpu_offload_seq == "unet"
+    assert seen == [{"audio"}]
 
 
 def test_outputs():

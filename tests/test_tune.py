@@ -109,7 +109,7 @@ def test_calls_take_the_table_as_it_is_changed(key, monkeypatch):
         return config
 
     tables = json.loads(tune_text(task.op))
-    monkeypatch.setattr(task.module, "_tables", lambda: tables)
+    monkeypatch.setattr(task.module._config, "tables", tables)
     monkeypatch.setattr(tune._host, "lookup", noting)
     call = tune.make_call(task, SMALL[key], "cpu")
     for config in [c.config for c in tune.make_candidates(task, GPU)][:2]:
@@ -273,7 +273,7 @@ def test_prepare_compares_with_the_first_candidate(monkeypatch):
         {},
         {1: torch.ones(4), 2: torch.ones(4) * 1.001, 3: torch.ones(4) * 2, 4: torch.full((4,), torch.nan)},
     )
-    monkeypatch.setattr(task.module, "_tables", lambda: table)
+    monkeypatch.setattr(task.module._config, "tables", table)
 
     def call():
         speed = task.lookup("X")["speed"]
@@ -419,7 +419,7 @@ def made_up_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "compile_candidates", lambda run: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     tables = json.loads(tune_text("attention"))
-    monkeypatch.setattr(task_of("forward").module, "_tables", lambda: tables)
+    monkeypatch.setattr(task_of("forward").module._config, "tables", tables)
 
     def run(speed_of, *arguments):
         def prepare(task, shape, candidates, **_):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The coupled U-Net: against reference values of the published network, its checkpoints, options, and training."""
 
+import copy
 import json
 import pathlib
 import re
@@ -305,6 +306,29 @@ def test_compile(shifts, backend, fresh_dynamo):
     found = compiled(*inputs, shifts=shifts)
     torch.manual_seed(4)
     assert error(found, unet(*inputs, shifts=shifts)) < 1e-5
+
+
+@pytest.mark.parametrize("how", ("torch.compile", "Module.compile"))
+def test_compile_with_a_generator(how, fresh_dynamo):
+    """One graph for all draws, which are those of the uncompiled model."""
+    unet, inputs, graphs = small(), clip(), []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = copy.deepcopy(unet)
+    if how == "torch.compile":
+        compiled = torch.compile(compiled, fullgraph=True, backend=backend)
+    else:
+        compiled.compile(fullgraph=True, backend=backend)
+    generators = [torch.Generator().manual_seed(5) for _ in range(2)]
+    outputs = [(compiled(*inputs, generator=generators[0]), unet(*inputs, generator=generators[1])) for _ in range(4)]
+    outputs += [tuple(m(*inputs, generator=torch.Generator().manual_seed(6)) for m in (compiled, unet))]
+    assert all(error(found, expected) < 1e-5 for found, expected in outputs)
+    assert torch.equal(*(generator.get_state() for generator in generators))
+    assert max(error(expected, outputs[0][1]) for _, expected in outputs) > 1e-3  # the shifts differ
+    assert len(graphs) == 1
 
 
 def test_half_precision():

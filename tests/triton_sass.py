@@ -267,7 +267,7 @@ def makespan(kernel, programs):
 
 
 def attention_times(kernel, batch, heads, pixels, audio, window, frames=16):
-    config = attention._config(kernel.name, 64, torch.bfloat16, "NVIDIA H200")
+    config = attention._config(kernel.name, torch.bfloat16, "NVIDIA H200", 64)
     of_keys = kernel.name == "backward_dkdv"
     blocks = config["BLOCK_M"], config["BLOCK_N"]
     programs = []
@@ -282,7 +282,7 @@ def attention_times(kernel, batch, heads, pixels, audio, window, frames=16):
 
 def conv_times(kernel, batch, length):
     cin, cout, taps = kernel.shape
-    config = conv._config("taps" if taps > 1 else "pointwise", cout, torch.bfloat16, "NVIDIA H200")
+    config = conv._config("taps" if taps > 1 else "pointwise", torch.bfloat16, "NVIDIA H200", cout)
     config = conv._fit(config, BLOCK_N=cout, BLOCK_K=cin)
     count = batch * -(-length // config["BLOCK_M"]) * -(-cout // config["BLOCK_N"])
     return makespan(kernel, [[(kernel.loops[0], taps * -(-cin // config["BLOCK_K"]))]] * count)

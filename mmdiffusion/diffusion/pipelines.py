@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
+import diffusers
 import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -263,6 +264,11 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     def _memory(self) -> list[int]:
         return [x.data_ptr() for x in self.unet.parameters()]
+
+
+# DiffusionPipeline.from_pretrained looks here for the class that a directory names; its other way runs code out of the
+# directory.
+diffusers.MMDiffusionPipeline = MMDiffusionPipeline  # type: ignore[attr-defined]
 
 
 def _generators(generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> list[torch.Generator]:

@@ -239,14 +239,23 @@ class Film:
     def _first_times(self) -> dict[str, Fraction]:
         """When each stream's first picture or sample is, on the file's clock."""
         first: dict[str, Fraction] = {}
+        self._delay: int | None = None  # by which a picture comes out of the decoder, of timestamps in coded order
         kinds = {stream.index: kind for kind, stream in self._streams.items()}
         for packet in self._container.demux(list(self._streams.values())) if kinds else ():
             kind = kinds[packet.stream.index]
             for frame in packet.decode() if kind not in first else ():
+                if kind == "video" and kind not in first:
+                    self._delay = self._reordering_delay(frame)
                 first.setdefault(kind, (frame.pts or 0) * (frame.time_base or packet.stream.time_base))
             if len(first) == len(kinds):
                 break
         return {kind: first[kind] for kind in STREAMS if kind in first}
+
+    def _reordering_delay(self, first: Any) -> int | None:
+        """Of the first picture; None where timestamps are of presentation. AVI numbers its packets, and so has none."""
+        if self._container.format.name != "avi" or not self._streams["video"].codec_context.has_b_frames:
+            return None
+        return None if first.dts is None or first.pts is None else first.dts - first.pts
 
     def _packet_ends(self) -> dict[str, Fraction]:
         self._open()
@@ -274,7 +283,7 @@ class Film:
         pieces = self._decode_from(kind, self._zero - _PREROLL, latest=first)
         if pieces is None:
             self._open()
-            pieces = _pieces(self._container, self._stream(kind))
+            pieces = self._pieces(self._stream(kind))
         return pieces
 
     def _decode_from(self, kind: str, time: Fraction, latest: Fraction) -> Iterator[_Decoded] | None:
@@ -282,11 +291,26 @@ class Film:
         stream = self._stream(kind)
         try:
             self._container.seek(max(-_TICKS, min(int(time / stream.time_base), _TICKS)), stream=stream)
-            pieces = _pieces(self._container, stream)
+            pieces = self._pieces(stream)
             first = next(pieces, None)
         except av.error.FFmpegError:
             return None
         return None if first is None or first.time > latest else itertools.chain([first], pieces)
+
+    def _pieces(self, stream: Any) -> Iterator[_Decoded]:
+        end = Fraction(0)
+        for packet in self._container.demux(stream):
+            for frame in packet.decode():
+                pts = frame.pts
+                if self._delay is not None and stream.type == "video":
+                    pts = None if frame.dts is None else frame.dts - self._delay
+                time = end if pts is None else pts * (frame.time_base or stream.time_base)
+                if isinstance(frame, av.AudioFrame):
+                    length = Fraction(frame.samples, frame.sample_rate or 1)
+                else:
+                    length = max(frame.duration or 0, 0) * (frame.time_base or stream.time_base) or _period(stream)
+                end = time + length
+                yield _Decoded(time, end, frame)
 
     def _read_video(
         self, begin: Fraction, count: int | None, fps: Fraction, size: tuple[int, int] | None, fit: Fit
@@ -398,19 +422,6 @@ class _Decoded(NamedTuple):
     time: Fraction
     end: Fraction
     frame: Any
-
-
-def _pieces(container: Any, stream: Any) -> Iterator[_Decoded]:
-    end = Fraction(0)
-    for packet in container.demux(stream):
-        for frame in packet.decode():
-            time = end if frame.pts is None else frame.pts * (frame.time_base or stream.time_base)
-            if isinstance(frame, av.AudioFrame):
-                length = Fraction(frame.samples, frame.sample_rate or 1)
-            else:
-                length = max(frame.duration or 0, 0) * (frame.time_base or stream.time_base) or _period(stream)
-            end = time + length
-            yield _Decoded(time, end, frame)
 
 
 def _period(stream: Any) -> Fraction:

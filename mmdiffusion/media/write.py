@@ -10,6 +10,7 @@ from typing import Any
 
 import av
 import numpy
+import torch
 from torch import Tensor
 
 from mmdiffusion._files import whole_file
@@ -37,21 +38,18 @@ def write_video(
         ValueError: on another shape or rate, or a stream with NaN.
         OSError: if the file cannot be written.
     """
-    if video.dim() != 4 or video.shape[1] != 3 or 0 in video.shape or video.shape[2] % 2 or video.shape[3] % 2:
-        raise ValueError(f"video has shape {list(video.shape)}; expected [F, 3, H, W] with H and W even")
-    if audio is not None:
-        _check_audio(audio)
-    rate, sample_rate = frame_rate(fps), whole_number("sample_rate", sample_rate, most=_HIGHEST_RATE)
-    buffer = io.BytesIO()
-    try:
-        with av.open(buffer, "w", format="mp4") as container:
-            _encode(container, video, audio, rate, sample_rate)
-    except av.error.FFmpegError as error:
-        raise ValueError(
-            f"H.264 and AAC take no clip with fps {fps} and sample_rate {sample_rate}: {error.strerror}"
-        ) from error
+    film = _film(video, audio, fps, sample_rate)
     with whole_file(path) as part:
-        part.write_bytes(buffer.getvalue())
+        part.write_bytes(film)
+
+
+def check_film(size: tuple[int, int], channels: int, *, fps: Rate = FRAME_RATE, sample_rate: int = SAMPLE_RATE) -> None:
+    """Refuse what `write_video` would refuse of clips with pictures of size (H, W) and `channels` of sound.
+
+    Raises:
+        ValueError: as of `write_video`, before there is a clip.
+    """
+    _film(torch.zeros(1, 3, *size), torch.zeros(channels, _AAC_FRAME), fps, sample_rate)
 
 
 def write_audio(path: Path, audio: Tensor, *, sample_rate: int = SAMPLE_RATE) -> None:
@@ -87,6 +85,23 @@ def write_image(path: Path, image: Tensor) -> None:
         raise ValueError(f"image has shape {list(image.shape)}; expected [3, H, W]")
     with whole_file(path) as part:
         imsave(part, to_bytes(image), format="png")
+
+
+def _film(video: Tensor, audio: Tensor | None, fps: Rate, sample_rate: int) -> bytes:
+    if video.dim() != 4 or video.shape[1] != 3 or 0 in video.shape or video.shape[2] % 2 or video.shape[3] % 2:
+        raise ValueError(f"video has shape {list(video.shape)}; expected [F, 3, H, W] with H and W even")
+    if audio is not None:
+        _check_audio(audio)
+    rate, sample_rate = frame_rate(fps), whole_number("sample_rate", sample_rate, most=_HIGHEST_RATE)
+    buffer = io.BytesIO()
+    try:
+        with av.open(buffer, "w", format="mp4") as container:
+            _encode(container, video, audio, rate, sample_rate)
+    except av.error.FFmpegError as error:
+        raise ValueError(
+            f"H.264 and AAC take no clip with fps {fps} and sample_rate {sample_rate}: {error.strerror}"
+        ) from error
+    return buffer.getvalue()
 
 
 def _encode(container: Any, video: Tensor, audio: Tensor | None, fps: Fraction, sample_rate: int) -> None:

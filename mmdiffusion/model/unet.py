@@ -11,6 +11,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import skip_code
 from torch.nn import functional
 
 import mmattn
@@ -207,8 +208,9 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
             shifts: one shift R for each random-shift block that shifts, in the order in which they run: ints or
                 integer tensors of one element, or a tensor of them; 0..F-S each, see `shift_ranges`. None: drawn here,
                 before anything a checkpoint computes again.
-            generator: source of that draw, read on the host. None: torch's default generator on the device of video,
-                without a synchronisation, as CUDA graphs and torch.compile need it.
+            generator: source of that draw, read on the host: in front of the graph where torch.compile is given the
+                model, also with fullgraph=True; a larger function that is compiled draws shifts itself. None: torch's
+                default generator on the device of video, without a synchronisation, as CUDA graphs need it.
 
         Returns:
             (video [B, F, Cout, H, W], audio [B, Cout, T]), contiguous, None for the stream that is not there, in the
@@ -218,6 +220,29 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
             ValueError: on a shape, device, or shift outside the ranges above, naming it, its value and the range.
             TypeError: on a dtype other than those above.
         """
+        if generator is not None and shifts is None:
+            shifts = self._draw_on_the_host(video, audio, generator)
+        return self._predict(video, audio, timesteps, shifts)
+
+    # torch.compile has no way to take a generator into a graph, so it begins behind the frame of forward. Where a
+    # larger function is compiled, forward is traced like all else.
+    skip_code(forward.__code__)
+
+    @torch.compiler.disable
+    def _draw_on_the_host(self, video: Tensor | None, audio: Tensor | None, generator: torch.Generator) -> Tensor:
+        self._check_inputs(video, audio)
+        ranges = self.shift_ranges(0 if video is None else video.shape[1])
+        drawn = [mmattn.draw_shift(largest + 1, 1, generator=generator) for largest in ranges]
+        # A tensor, so that one graph takes all of them.
+        return torch.tensor(drawn, dtype=torch.int32, device=None if video is None else video.device)
+
+    def _predict(
+        self,
+        video: Tensor | None,
+        audio: Tensor | None,
+        timesteps: Tensor | float,
+        shifts: Sequence[int | Tensor] | Tensor | None,
+    ) -> Streams:
         self._check_inputs(video, audio)
         given = [x for x in (video, audio) if x is not None]
         batch, device, dtype = given[0].shape[0], given[0].device, given[0].dtype
@@ -230,7 +255,7 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if audio is not None:
             audio = audio.to(dtype).transpose(1, 2).contiguous()
         frames = 0 if video is None else video.shape[1]
-        remaining = iter(self._shifts(frames, shifts, generator, device))
+        remaining = iter(self._shifts(frames, shifts, device))
         video, audio = self.first(video, audio)
         skips = [(video, audio)]
         for stage in self.encoder:
@@ -366,7 +391,7 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 if x is not None and static is not None:
                     static.copy_(x)
             frames = 0 if video is None else video.shape[1]
-            for static, shift in zip(static_shifts, self._shifts(frames, shifts, None, device), strict=True):
+            for static, shift in zip(static_shifts, self._shifts(frames, shifts, device), strict=True):
                 static.copy_(shift.view(())) if isinstance(shift, Tensor) else static.fill_(shift)
             graph.replay()
             video_out, audio_out = (None if x is None else x.clone() for x in outputs)
@@ -394,13 +419,9 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         stages: list[Any] = [*self.encoder, *self.decoder]
         return [stage.cross for stage in stages if stage.cross is not None and stage.cross.random_shift]
 
-    def _shifts(
-        self, frames: int, shifts: Any, generator: torch.Generator | None, device: torch.device
-    ) -> list[int | Tensor]:
+    def _shifts(self, frames: int, shifts: Any, device: torch.device) -> list[int | Tensor]:
         ranges = self.shift_ranges(frames)
         if shifts is None:
-            if generator is not None:
-                return [mmattn.draw_shift(largest + 1, 1, generator=generator) for largest in ranges]
             return [torch.randint(largest + 1, (1,), dtype=torch.int32, device=device) for largest in ranges]
         given = list(shifts.unbind() if isinstance(shifts, Tensor) else shifts)
         if len(given) != len(ranges):

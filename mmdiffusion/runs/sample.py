@@ -198,6 +198,9 @@ def _check_clips(job: Sample, clips: ClipFormat) -> None:
             "of video, and 1 or 2 of audio"
         )
     clips.check_rates()
+    if "mp4" in job.formats:
+        size = clips.video_size[2], clips.video_size[3]
+        media.check_film(size, clips.audio_size[0], fps=clips.frame_rate, sample_rate=clips.sample_rate)
 
 
 def _read(job: Sample, clips: ClipFormat) -> dict[str, Tensor]:
