@@ -354,7 +354,7 @@ def test_a_tensor_shift_is_an_int_shift(impl, poisoned_memory):
             assert all(torch.equal(as_int[name], as_tensor[name]) for name in as_int)
 
 
-@pytest.mark.filterwarnings("ignore:mmattn computes attention by its slow reference")
+@pytest.mark.filterwarnings("ignore:mmattn computes random_shift_attention by its slow reference")
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float16), ids=("fp64", "fp16"))
 def test_other_dtypes_on_the_cpu_run_the_reference(dtype):
     case = Case(audio_len=27)
