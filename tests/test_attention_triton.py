@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
-from triton_common import DEVICE, MATRIX_INSTRUCTION, SHARED_LIMIT, SPILLS, TARGETS, TESTS, ahead_of_time, named
+from triton_common import DEVICE, MATRIX_INSTRUCTION, SHARED_LIMIT, SPILLS, TESTS, ahead_of_time, named, targets
 
 from mmattn.testing import assert_close_to_fp64
 from mmattn_kernels.triton import attention
@@ -331,7 +331,7 @@ def test_every_configuration_is_complete():
 
 
 @pytest.mark.ahead_of_time
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", targets("attention"))
 def test_compiles_ahead_of_time(target):
     rows = ahead_of_time("--op", "attention", target)
     assert {row["kernel"] for row in rows} == {"forward", "backward_dq", "backward_dkdv"}
@@ -343,6 +343,7 @@ def test_compiles_ahead_of_time(target):
 
 
 @pytest.mark.ahead_of_time
+@pytest.mark.xdist_group("attention sm_90")
 def test_kept_launches_are_those_of_triton():
     assert ahead_of_time("--op", "attention", "--relaunches") == [{"op": "attention", "launches": 6, "same": True}]
 

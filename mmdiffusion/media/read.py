@@ -113,6 +113,24 @@ class Film:
         self._file.close()
 
     @property
+    def forms(self) -> dict[str, str]:
+        """What each stream is as coded: "h264 256 x 256 at 10 a second", "aac 1 x 16000 a second"."""
+        forms = {}
+        for kind, stream in self._streams.items():
+            codec = stream.codec_context
+            if kind == "video":
+                rate = f" at {float(stream.average_rate):.5g} a second" if stream.average_rate else ""
+                forms[kind] = f"{codec.name} {codec.height} x {codec.width}{rate}"
+            else:
+                forms[kind] = f"{codec.name} {codec.channels} x {codec.sample_rate} a second"
+        return forms
+
+    @property
+    def starts(self) -> dict[str, Fraction]:
+        """Seconds from time 0 to the first picture and the first sample, of the streams that can be decoded."""
+        return {kind: first - self._zero for kind, first in self._first.items()}
+
+    @property
     def durations(self) -> dict[str, Fraction]:
         """Seconds from time 0 to the end of each stream that can be decoded.
 
