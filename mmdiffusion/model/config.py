@@ -84,8 +84,9 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
         _refuse(config, "dropout", "0 <= dropout < 1")
     if config["resblock_updown"] is not True:
         _refuse(config, "resblock_updown", "True: levels are resampled inside residual blocks")
-    if not isinstance(config["middle_cross_attention"], bool):
-        _refuse(config, "middle_cross_attention", "True or False")
+    for name in ("middle_cross_attention", "random_weights"):
+        if not isinstance(config[name], bool):
+            _refuse(config, name, "True or False")
     if tuple(config["streams"]) not in (STREAMS, *((stream,) for stream in STREAMS)):
         _refuse(config, "streams", "('video', 'audio'), ('video',) or ('audio',)")
 
