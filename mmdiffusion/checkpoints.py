@@ -207,8 +207,8 @@ def _is_random(tensors: Mapping[str, Tensor]) -> bool:
 
 def _marked(tensors: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
     """With the note where torch itself keeps those of a state dict, so that the keys are the published ones."""
-    marked: Any = OrderedDict(tensors)
-    marked._metadata = {"": {_RANDOM: True}}
+    marked = OrderedDict(tensors)
+    marked._metadata = {"": {_RANDOM: True}}  # type: ignore[attr-defined]
     return marked
 
 
