@@ -14,8 +14,8 @@ install: $(VENV)/.installed ## set up .venv: pinned packages, and this checkout 
 $(VENV)/.packages: constraints.txt
 	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info < (3, 15), f"Python {sys.version.split()[0]}: 3.10 to 3.14 is needed; set PYTHON="'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install -q -c constraints.txt setuptools wheel pybind11 torch triton pytest diffusers safetensors \
-	  accelerate av peft ruff mypy clang-format matplotlib tqdm
+	$(RUN) -m pip install -q -c constraints.txt setuptools wheel pybind11 torch triton pytest pytest-xdist diffusers \
+	  safetensors accelerate av peft ruff mypy clang-format matplotlib tqdm
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.packages setup.py pyproject.toml $(SOURCES)
@@ -30,16 +30,19 @@ demo: install ## the ops against their peers on this machine, in three minutes; 
 	$(RUN) bench/conv.py --quick --no-gate --what block frames
 	$(RUN) bench/unet.py --quick --no-gate --breakdown
 
+# One process a core, each of one thread; pytest alone runs them too, one after another.
+PARALLEL := -n logical --maxprocesses 8 --dist loadgroup
+
 test: install ## all tests
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(PARALLEL)
 
 NEWEST := .venv-newest/bin/python
 test-newest: ## all tests on the newest torch, triton and diffusers, in an environment of its own
 	test -x $(NEWEST) || $(PYTHON) -m venv .venv-newest
-	$(NEWEST) -m pip install -q -U setuptools wheel pybind11 torch triton pytest diffusers safetensors accelerate av peft \
-	  matplotlib tqdm
+	$(NEWEST) -m pip install -q -U setuptools wheel pybind11 torch triton pytest pytest-xdist diffusers safetensors \
+	  accelerate av peft matplotlib tqdm
 	$(NEWEST) -m pip install -q --no-build-isolation --no-deps -e .
-	$(NEWEST) -m pytest
+	$(NEWEST) -m pytest $(PARALLEL)
 
 SANITIZED := build/sanitized
 sanitize: install ## the extension's tests and random calls under AddressSanitizer and UndefinedBehaviorSanitizer (six minutes)

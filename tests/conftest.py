@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""What all tests share. Triton reads TRITON_INTERPRET once, so it is set before anything can import Triton."""
+"""What all tests share. The environment is set first: torch and Triton read it once, when they are imported."""
 
 import contextlib
 import os
+import re
 import sys
 from importlib import metadata
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core: a thread each, and to whatever it starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
@@ -18,6 +22,7 @@ import pytest
 torch.set_num_threads(min(2, torch.get_num_threads()))
 # cuDNN rounds fp32 to TF32 unless told otherwise, and fp32 here is compared with fp64.
 torch.backends.cudnn.allow_tf32 = False
+_LONG = re.compile("inductor|compiled|full_size|fuzz|examples_run|compiler|build_without|dry_run")
 _CONTEXT_IS_LOST = pytest.StashKey()
 
 
@@ -33,8 +38,8 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=cannot_interpret))
         if item.get_closest_marker("gpu") and not has_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-    if has_gpu:  # the longest first
-        items.sort(key=lambda item: not any(word in item.name for word in ("inductor", "compiled", "full_size")))
+    if has_gpu or "PYTEST_XDIST_WORKER" in os.environ:  # the longest first, or one process ends long after the others
+        items.sort(key=lambda item: not (item.get_closest_marker("ahead_of_time") or _LONG.search(item.name)))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -83,6 +88,13 @@ def launches():
     """Kernels are launched by the tables that the test sees."""
     if host := sys.modules.get("mmattn_kernels.triton._host"):
         host.forget()
+
+
+@pytest.fixture(autouse=True)
+def announcements(monkeypatch):
+    """What is said once a process is said in each test, whichever run before it."""
+    if dispatch := sys.modules.get("mmattn.dispatch"):
+        monkeypatch.setattr(dispatch, "_announced", set())
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: MIT
 """What the tests of the ops and of the modules share."""
 
+import pathlib
+import shutil
+
 import pytest
 import torch
 
@@ -17,6 +20,10 @@ DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 ON_DEVICE = "auto" if HAS_GPU else "triton"
 
 needs_extension = pytest.mark.skipif(mmattn_kernels.cpu.missing() is not None, reason=str(mmattn_kernels.cpu.missing()))
+needs_git = pytest.mark.skipif(
+    shutil.which("git") is None or not (pathlib.Path(__file__).resolve().parent.parent / ".git").exists(),
+    reason="needs a checkout of git, which a source distribution is not",
+)
 REFERENCE_AND_CPU = ("reference", pytest.param("cpu", marks=needs_extension))
 REFERENCE_AND_AUTO = ("reference", pytest.param("auto", marks=needs_extension))
 

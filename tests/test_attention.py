@@ -354,6 +354,7 @@ def test_a_tensor_shift_is_an_int_shift(impl, poisoned_memory):
             assert all(torch.equal(as_int[name], as_tensor[name]) for name in as_int)
 
 
+@pytest.mark.filterwarnings("ignore:mmattn computes attention by its slow reference")
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float16), ids=("fp64", "fp16"))
 def test_other_dtypes_on_the_cpu_run_the_reference(dtype):
     case = Case(audio_len=27)
@@ -377,12 +378,11 @@ def test_packed_projection_receives_one_gradient(poisoned_memory):
 
 
 @needs_extension
-@pytest.mark.parametrize("tensor_shift", (False, True), ids=("int shift", "tensor shift"))
 @pytest.mark.parametrize("requires_grad", (False, True), ids=("inference", "training"))
-def test_opcheck(tensor_shift, requires_grad):
+def test_opcheck_of_a_tensor_shift(requires_grad):
     qkv = [x.requires_grad_(requires_grad) for x in inputs(Case(packed=False))[0]]
-    number, tensor = (0, torch.tensor(1, dtype=torch.int32)) if tensor_shift else (1, None)
-    torch.library.opcheck(torch.ops.mmattn.random_shift_attention.default, (*qkv, 4, 2, number, tensor, 0.25, "cpu"))
+    shift = torch.tensor(1, dtype=torch.int32)
+    torch.library.opcheck(torch.ops.mmattn.random_shift_attention.default, (*qkv, 4, 2, 0, shift, 0.25, "cpu"))
 
 
 def training_step(*args, **at):
@@ -398,12 +398,11 @@ def training_step(*args, **at):
 
 
 @pytest.mark.parametrize("impl", REFERENCE_AND_AUTO)
-@pytest.mark.parametrize("tensor_shift", (False, True), ids=("int shift", "tensor shift"))
-def test_compile(impl, tensor_shift, fresh_dynamo):
+def test_compile_with_a_tensor_shift(impl, fresh_dynamo):
     case = Case(audio_len=27)
     step = training_step(frames=4, window=2, impl=impl)
     qkv, d_out = inputs(case)
-    shift = torch.tensor(case.shift) if tensor_shift else case.shift
+    shift = torch.tensor(case.shift)
     eager = step(qkv, shift, d_out)
     step.attend = torch.compile(step.attend, fullgraph=True, backend="aot_eager")
     for name, x, y in zip(("video_out", "audio_out", *GRADS), step(qkv, shift, d_out), eager, strict=True):
@@ -524,10 +523,6 @@ def test_bad_argument(name):
 
 def test_a_named_impl_that_cannot_run_says_why(monkeypatch):
     qkv, _ = inputs(Case())
-    with pytest.raises(RuntimeError, match=r"impl 'cpu' cannot run attention here: the dtype is torch.float64"):
-        attend(Case(), [x.double() for x in qkv], "cpu")
-    with pytest.raises(RuntimeError, match=r"impl 'cpu' .* the tensors are on meta"):
-        attend(Case(), [x.to("meta") for x in qkv], "cpu")
     with pytest.raises(RuntimeError, match=r"impl 'cpu' .* the head dimension is 257, and it takes up to 256"):
         attend(Case(head_dim=257), inputs(Case(head_dim=257))[0], "cpu")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -537,7 +532,9 @@ def test_a_named_impl_that_cannot_run_says_why(monkeypatch):
 
 def test_a_head_too_wide_for_the_kernels_runs_the_reference():
     case = Case(head_dim=257, heads=1)
-    assert_within_budget(packed_gradients(case, torch.float32, "auto"), case, torch.float32)
+    with pytest.warns(UserWarning, match="slow reference: .*the head dimension is 257, and it takes up to 256"):
+        found = packed_gradients(case, torch.float32, "auto")
+    assert_within_budget(found, case, torch.float32)
 
 
 PUBLISHED = {

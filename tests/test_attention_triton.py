@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
-from triton_common import DEVICE, MATRIX_INSTRUCTION, SHARED_LIMIT, SPILLS, TARGETS, TESTS, ahead_of_time, named
+from triton_common import DEVICE, MATRIX_INSTRUCTION, SHARED_LIMIT, SPILLS, TESTS, ahead_of_time, named, targets
 
 from mmattn.testing import assert_close_to_fp64
 from mmattn_kernels.triton import attention
@@ -316,22 +316,22 @@ def test_configuration_is_found_by_the_longest_name(monkeypatch):
         return {"forward": {"16-bit": {"64": {"num_warps": warps}}}}
 
     tables = {"default": table(1), "NVIDIA": table(2), "NVIDIA H": table(4), "AMD": {}}
-    monkeypatch.setattr(attention, "_tables", lambda: tables)
+    monkeypatch.setattr(attention._config, "tables", tables)
     for name, warps in {"NVIDIA H200": 4, "NVIDIA B200": 2, "AMD Instinct MI300X": 1, "cpu": 1}.items():
-        assert attention._config("forward", 48, torch.bfloat16, name) == {"num_warps": warps}
+        assert attention._config("forward", torch.bfloat16, name, 48) == {"num_warps": warps}
 
 
 def test_every_configuration_is_complete():
-    for device_name in attention._tables():
+    for device_name in attention._config.tables:
         for kernel in ("forward", "backward_dq", "backward_dkdv"):
             for dtype in (torch.float16, torch.bfloat16, torch.float32):
                 for head_dim in (16, 20, 32, 48, 64, 96, 128):
-                    config = attention._config(kernel, head_dim, dtype, device_name)
+                    config = attention._config(kernel, dtype, device_name, head_dim)
                     assert config.keys() - {"maxnreg"} == {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages"}
 
 
 @pytest.mark.ahead_of_time
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", targets("attention"))
 def test_compiles_ahead_of_time(target):
     rows = ahead_of_time("--op", "attention", target)
     assert {row["kernel"] for row in rows} == {"forward", "backward_dq", "backward_dkdv"}
@@ -343,6 +343,7 @@ def test_compiles_ahead_of_time(target):
 
 
 @pytest.mark.ahead_of_time
+@pytest.mark.xdist_group("attention sm_90")
 def test_kept_launches_are_those_of_triton():
     assert ahead_of_time("--op", "attention", "--relaunches") == [{"op": "attention", "launches": 6, "same": True}]
 

@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from helpers import needs_git
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
@@ -297,6 +298,7 @@ def results(tmp_path_factory):
     return path, done.stdout
 
 
+@needs_git
 def test_a_checkout_against_itself(tmp_path):
     """--base from end to end, with a folder in place of a commit; the benchmark itself need not be in it."""
     path = tmp_path / "results.json"

@@ -9,10 +9,11 @@ import subprocess
 import sys
 
 import pytest
+from helpers import needs_git
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
 def build(tmp_path, compiler: str, **environment: str) -> tuple[subprocess.CompletedProcess, dict, pathlib.Path]:
@@ -44,6 +45,7 @@ def fake_compiler(tmp_path, refused: str) -> str:
     return str(path)
 
 
+@needs_a_compiler
 def test_a_compiler_without_amx_loses_amx_alone(tmp_path):
     compiler = fake_compiler(tmp_path, "-mamx-*|-mavx512*|-Wno-psabi")
     done, record, built = build(tmp_path, compiler)
@@ -61,6 +63,7 @@ def test_a_compiler_without_amx_loses_amx_alone(tmp_path):
     assert "'portable', 'avx2']" in sets.stdout, sets.stdout + sets.stderr
 
 
+@needs_a_compiler
 @pytest.mark.parametrize(
     ("refused", "environment", "reason"),
     [
@@ -114,3 +117,13 @@ def test_without_the_extra_packages_the_remedy_is_named(package, call):
     )
     assert done.returncode != 0
     assert f"needs {package}, which" in done.stderr and "pip install 'mmattn[diffusion]'" in done.stderr
+
+
+@needs_git
+def test_the_source_distribution_has_every_file(tmp_path):
+    pytest.importorskip("pybind11")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    packed = (tmp_path / "mmattn.egg-info" / "SOURCES.txt").read_text().split()
+    assert set(tracked) - {".gitignore"} <= set(packed)

@@ -23,10 +23,8 @@ from mmdiffusion.diffusion.schedulers import SCHEDULERS, for_streams, make_sched
 REFERENCE = safetensors.load_file(pathlib.Path(__file__).parent / "data" / "diffusion.safetensors")
 STREAMS = ("video", "audio")
 X_T = [REFERENCE[f"x_T_{name}"] for name in STREAMS]
-# numpy's about torch's tensors, diffusers' about the release's kind of solver, and ours about fp16 on a CPU.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation", "ignore:.*algorithm_type:FutureWarning", "ignore:mmattn computes"
-)
+# diffusers' about the release's kind of solver, and ours about fp16 on a CPU.
+pytestmark = pytest.mark.filterwarnings("ignore:.*algorithm_type:FutureWarning", "ignore:mmattn computes")
 OTHERS = {
     "Euler": diffusers.EulerDiscreteScheduler,
     "Euler, ancestral": diffusers.EulerAncestralDiscreteScheduler,

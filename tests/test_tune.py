@@ -16,16 +16,22 @@ pytest.importorskip("tqdm")
 pytest.importorskip("triton")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "bench"))
 
+import ahead_of_time
+import attn
+import norm
 import tune
+from tuning import compilation, race, tables, tasks
+
+from mmattn_kernels.triton import _host
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-Candidate = tune.Candidate
+Candidate = tasks.Candidate
 OPS = ("attention", "conv", "norm")
 OPTIONAL = {"maxnreg"}
 GPU = "NVIDIA H200"
 TASKS = [
-    *tune.make_tasks(["bfloat16", "float32"], [16, 64], [4]),
-    *tune.make_tasks(["float16"], [32, 128], [1, 16]),
+    *tasks.make_tasks(["bfloat16", "float32"], [16, 64], [4]),
+    *tasks.make_tasks(["float16"], [32, 128], [1, 16]),
 ]
 
 
@@ -39,8 +45,8 @@ def power_of_two(n):
 
 @pytest.mark.parametrize("task", TASKS, ids=str)
 def test_candidates_are_entries_of_the_table(task):
-    default = tune._lookup(json.loads((tune.TABLES / f"{task.op}.json").read_text()), task.keys, task.dtype, "default")
-    candidates = tune.make_candidates(task, GPU)
+    default = tables.lookup(json.loads(text_of(task.op)), task.keys, task.dtype, "default")
+    candidates = tasks.make_candidates(task, GPU)
     assert candidates[0].present and candidates[0].config == task.lookup(GPU)
     assert not any(candidate.present for candidate in candidates[1:])
     assert 8 <= len(candidates) <= 31
@@ -55,16 +61,16 @@ def test_candidates_are_entries_of_the_table(task):
             assert config["TILE"] >= config["BLOCK_C"]
         assert 1 <= config.get("num_stages", 1) <= 4
         assert config.get("maxnreg", 255) * config["num_warps"] * 32 <= 1 << 16
-    assert [c.config for c in tune.make_candidates(task, GPU, 3)] == configs[:3]
+    assert [c.config for c in tasks.make_candidates(task, GPU, 3)] == configs[:3]
 
 
 def test_tasks_are_all_entries_for_a_width():
     for op in OPS:
-        default = json.loads((tune.TABLES / f"{op}.json").read_text())["default"]
-        entries = {keys for keys, _ in tune._leaves(default, 2 if op == "norm" else 3) if keys[1] == "16-bit"}
-        tasks = tune.make_tasks(["bfloat16"], [16, 32, 64, 128], [4])
-        assert {task.keys for task in tasks if task.op == op} == entries
-    assert [f"{t.op}.{t.kernel}" for t in tune.make_tasks(["bfloat16"], [64], [4])[:2]] == [
+        default = json.loads(text_of(op))["default"]
+        entries = {keys for keys, _ in tables._leaves(default, 2 if op == "norm" else 3) if keys[1] == "16-bit"}
+        made = tasks.make_tasks(["bfloat16"], [16, 32, 64, 128], [4])
+        assert {task.keys for task in made if task.op == op} == entries
+    assert [f"{t.op}.{t.kernel}" for t in tasks.make_tasks(["bfloat16"], [64], [4])[:2]] == [
         "attention.forward",
         "conv.pointwise",
     ]
@@ -80,65 +86,64 @@ def test_tuned_functions_exist_and_shapes_are_of_the_bucket(task):
 
 
 SMALL = {
-    ("attention", "forward"): tune.attn.Shape(1, 1, 2, 16, 32, 1, 16),
-    ("attention", "backward_dq"): tune.attn.Shape(1, 1, 2, 16, 32, 1, 16),
-    ("norm", "statistics"): tune.norm.Shape(1, 32, 1100),
-    ("norm", "merge"): tune.norm.Shape(1, 32, 1100),
-    ("norm", "whole"): tune.norm.Shape(1, 32, 20),
-    ("norm", "forward"): tune.norm.Shape(1, 32, 1100),
-    ("norm", "backward"): tune.norm.Shape(1, 32, 1100),
-    ("conv", "taps"): tune.Convolution(1, 16, 16, 20, 2, silu=False, gradient=True),
-    ("conv", "pointwise"): tune.Convolution(1, 16, 16, 20, 1, taps=1, residual=True),
-    ("conv", "backward_weight"): tune.Convolution(1, 16, 32, 20, 2),
+    ("attention", "forward"): attn.Shape(1, 1, 2, 16, 32, 1, 16),
+    ("attention", "backward_dq"): attn.Shape(1, 1, 2, 16, 32, 1, 16),
+    ("norm", "statistics"): norm.Shape(1, 32, 1100),
+    ("norm", "merge"): norm.Shape(1, 32, 1100),
+    ("norm", "whole"): norm.Shape(1, 32, 20),
+    ("norm", "forward"): norm.Shape(1, 32, 1100),
+    ("norm", "backward"): norm.Shape(1, 32, 1100),
+    ("conv", "taps"): tasks.Convolution(1, 16, 16, 20, 2, silu=False, gradient=True),
+    ("conv", "pointwise"): tasks.Convolution(1, 16, 16, 20, 1, taps=1, residual=True),
+    ("conv", "backward_weight"): tasks.Convolution(1, 16, 32, 20, 2),
 }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on CPU tensors the kernels need the interpreter")
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the tensors have no values, where nothing is meant to run
 @pytest.mark.parametrize("key", SMALL, ids=".".join)
 def test_calls_take_the_table_as_it_is_changed(key, monkeypatch):
     bucket = {"attention": "16", "conv": "64", "norm": None}[key[0]]
-    task = next(t for t in tune.make_tasks(["float32"], [16], [1]) if (t.op, t.kernel, t.bucket) == (*key, bucket))
-    monkeypatch.setattr(tune._host, "device_name", lambda device: GPU)
+    task = next(t for t in tasks.make_tasks(["float32"], [16], [1]) if (t.op, t.kernel, t.bucket) == (*key, bucket))
+    monkeypatch.setattr(_host, "device_name", lambda device: GPU)
     seen = []
-    lookup = tune._host.lookup
+    lookup = _host.lookup
 
     def noting(tables, kernel, dtype, name, *bucket):
         config = lookup(tables, kernel, dtype, name, *bucket)
         seen.append((kernel, dict(config)))
         return config
 
-    tables = json.loads(tune_text(task.op))
-    monkeypatch.setattr(task.module, "_tables", lambda: tables)
-    monkeypatch.setattr(tune._host, "lookup", noting)
-    call = tune.make_call(task, SMALL[key], "cpu")
-    for config in [c.config for c in tune.make_candidates(task, GPU)][:2]:
+    tables = json.loads(text_of(task.op))
+    monkeypatch.setattr(task.module._config, "tables", tables)
+    monkeypatch.setattr(_host, "lookup", noting)
+    call = tasks.make_call(task, SMALL[key], "cpu")
+    for config in [c.config for c in tasks.make_candidates(task, GPU)][:2]:
         task.override(GPU, config)
         seen.clear()
-        assert tune._tensors(call())
+        assert race._tensors(call())
         assert (task.kernel, config) in seen
 
 
-def tune_text(op):
-    return (tune.TABLES / f"{op}.json").read_text()
+def text_of(op):
+    return (tables.FOLDER / f"{op}.json").read_text()
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_tables_survive_a_round_trip(op):
-    text = tune_text(op)
-    assert tune.render(json.loads(text)) == text
+    text = text_of(op)
+    assert tables.render(json.loads(text)) == text
     for device in (GPU, "NVIDIA H", "Unheard-of 1"):
-        assert tune.updated(text, device, []) == text
-        present = [(t, tune._lookup(json.loads(text), t.keys, t.dtype, device)) for t in TASKS if t.op == op]
+        assert tables.updated(text, device, []) == text
+        present = [(t, tables.lookup(json.loads(text), t.keys, t.dtype, device)) for t in TASKS if t.op == op]
         if device != "NVIDIA H":  # whose own entries would be compared with the defaults, and these go where they agree
-            assert tune.updated(text, device, present) == text
+            assert tables.updated(text, device, present) == text
 
 
 def test_changed_entries_are_the_only_changed_lines():
     task, other = task_of("forward"), task_of("backward_dkdv")
     config = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
-    text = tune_text("attention")
-    once = tune.updated(text, GPU, [(task, config), (other, other.lookup(GPU))])
+    text = text_of("attention")
+    once = tables.updated(text, GPU, [(task, config), (other, other.lookup(GPU))])
     new = [
         '  "NVIDIA H200": {',
         '    "forward": {',
@@ -154,19 +159,19 @@ def test_changed_entries_are_the_only_changed_lines():
     assert lines[:start] + lines[start + len(new) :] == before
     assert list(json.loads(once)) == ["default", "NVIDIA H", GPU, "NVIDIA B", "AMD"]
     dq = task_of("backward_dq")
-    twice = tune.updated(once, GPU, [(other, config), (dq, config)])
+    twice = tables.updated(once, GPU, [(other, config), (dq, config)])
     assert list(json.loads(twice)[GPU]) == ["forward", "backward_dq", "backward_dkdv"]
-    assert tune._lookup(json.loads(twice), task.keys, task.dtype, "NVIDIA H200 NVL") == config
-    back = [(t, tune._lookup(json.loads(text), t.keys, t.dtype, GPU)) for t in (task, dq, other)]
-    assert tune.updated(twice, GPU, back) == text
-    last = tune.updated(text, "Unheard-of 1", [(task, config)])
+    assert tables.lookup(json.loads(twice), task.keys, task.dtype, "NVIDIA H200 NVL") == config
+    back = [(t, tables.lookup(json.loads(text), t.keys, t.dtype, GPU)) for t in (task, dq, other)]
+    assert tables.updated(twice, GPU, back) == text
+    last = tables.updated(text, "Unheard-of 1", [(task, config)])
     assert list(json.loads(last))[-1] == "Unheard-of 1"
 
 
 def test_only_changed_tables_are_written(tmp_path):
     task, norm = task_of("forward"), task_of("forward", "norm", None)
     config = norm.lookup(GPU) | {"num_warps": 8}
-    written = tune.write_tables(tmp_path / "new", GPU, [(task, task.lookup(GPU)), (norm, config)])
+    written = tables.write(tmp_path / "new", GPU, [(task, task.lookup(GPU)), (norm, config)])
     assert written == [tmp_path / "new/norm.json"]
     assert json.loads(written[0].read_text())[GPU] == {"forward": {"16-bit": config}}
 
@@ -198,11 +203,11 @@ class Machine:
 
     def check(self):
         if self.left is not None and sum(self.counts.values()) > self.left:
-            raise tune.OutOfTime
+            raise race.OutOfTime
 
     def race(self, candidates, shapes=("one", "two"), rounds=(2, 4, 8)):
-        tune.start_race(candidates, shapes, self.prepare, self.sample, self.check, rounds)
-        return tune.choose(candidates)
+        race.start_race(candidates, shapes, self.prepare, self.sample, self.check, rounds)
+        return race.choose(candidates)
 
 
 def test_race_halves_and_finds_the_fastest():
@@ -213,34 +218,34 @@ def test_race_halves_and_finds_the_fastest():
     assert [machine.counts[s] for s in speeds] == [28, *[4] * 7, *[12] * 2, *[28] * 2]
     assert candidates[-1].ratio == pytest.approx(speeds[-1])
     assert [c.stage for c in candidates] == [3, *[1] * 7, *[2] * 2, *[3] * 2]
-    assert "2.100x by speed=2.1" in tune.report(task_of("forward"), candidates)
+    assert "2.100x by speed=2.1" in race.report(task_of("forward"), candidates)
 
 
 def test_figure_of_merit_is_the_geometric_mean():
     times = {("a", 1): 4.0, ("a", 2): 1.0, ("a", 3): 2.1, ("b", 1): 4.0, ("b", 2): 12.0, ("b", 3): 2.1}
     candidates = candidates_of(1, 2, 3)
-    tune.race(
+    race.race(
         candidates, ["a", "b"], lambda shape, entrants: {i: (shape, i + 1) for i in range(len(entrants))},
         times.__getitem__, lambda: None, (3,),
     )  # fmt: skip
     assert candidates[1].ratio == pytest.approx((4 * 4 / 12) ** 0.5)
     assert candidates[1].ratios == {"a": pytest.approx(4), "b": pytest.approx(1 / 3)}
     assert candidates[1].ms == {"a": 1.0, "b": 12.0}
-    assert tune.choose(candidates) is candidates[2]
+    assert race.choose(candidates) is candidates[2]
 
 
 @pytest.mark.parametrize(("speed", "wins"), [(1.019, False), (1.021, True)])
 def test_the_present_configuration_stays_unless_beaten_by_a_margin(speed, wins):
     candidates = candidates_of(1.0, speed, 0.5)
     assert Machine().race(candidates).present is not wins
-    assert ("keeps" in tune.report(task_of("forward"), candidates)) is not wins
+    assert ("keeps" in race.report(task_of("forward"), candidates)) is not wins
 
 
 def test_race_drops_what_disagrees_or_fails():
     candidates = candidates_of(1.0, 3.0, 2.0, 1.5)
     assert Machine(dropped=[3.0], failing=[2.0]).race(candidates) is candidates[3]
     assert [c.reason for c in candidates] == [None, "disagrees: made up", "running failed: RuntimeError: made up", None]
-    line = tune.report(task_of("forward"), candidates)
+    line = race.report(task_of("forward"), candidates)
     assert line.endswith("4 candidates, dropped: 1 disagrees, 1 running failed")
 
 
@@ -253,18 +258,18 @@ def test_race_without_the_present_configuration(machine):
 
 def test_race_out_of_time_keeps_what_the_last_whole_stage_says():
     candidates = candidates_of(1.0, 1.5, 1.2, 1.1)
-    with pytest.raises(tune.OutOfTime):
+    with pytest.raises(race.OutOfTime):
         Machine(samples_left=20).race(candidates)
     assert [c.stage for c in candidates] == [1, 1, 1, 1]
-    assert tune.choose(candidates) is candidates[1]
+    assert race.choose(candidates) is candidates[1]
     early = candidates_of(1.0, 1.5)
-    with pytest.raises(tune.OutOfTime):
+    with pytest.raises(race.OutOfTime):
         Machine(samples_left=1).race(early)
-    assert tune.choose(early) is early[0]
-    assert "not timed" in tune.report(task_of("forward"), early)
+    assert race.choose(early) is early[0]
+    assert "not timed" in race.report(task_of("forward"), early)
     for candidate in early:
         candidate.reason = "spills: 4"
-    assert tune.choose(early) is None
+    assert race.choose(early) is None
 
 
 def test_prepare_compares_with_the_first_candidate(monkeypatch):
@@ -273,7 +278,7 @@ def test_prepare_compares_with_the_first_candidate(monkeypatch):
         {},
         {1: torch.ones(4), 2: torch.ones(4) * 1.001, 3: torch.ones(4) * 2, 4: torch.full((4,), torch.nan)},
     )
-    monkeypatch.setattr(task.module, "_tables", lambda: table)
+    monkeypatch.setattr(task.module._config, "tables", table)
 
     def call():
         speed = task.lookup("X")["speed"]
@@ -283,7 +288,7 @@ def test_prepare_compares_with_the_first_candidate(monkeypatch):
 
     def prepare(candidates, check=lambda: None):
         make = lambda *_: call  # noqa: E731
-        return tune.prepare(task, "shape", candidates, device_name="X", check=check, make=make, capture=lambda c: c)
+        return race.prepare(task, "shape", candidates, device_name="X", check=check, make=make, capture=lambda c: c)
 
     table["default"] = {}
     candidates = candidates_of(1, 2, 3, 4, 5)
@@ -296,13 +301,13 @@ def test_prepare_compares_with_the_first_candidate(monkeypatch):
         prepare(candidates_of(4, 1))
     with pytest.raises(ValueError):
         prepare(candidates_of(5, 1))
-    clock = iter([None, tune.OutOfTime()])
+    clock = iter([None, race.OutOfTime()])
 
     def expiring():
         if error := next(clock):
             raise error
 
-    with pytest.raises(tune.OutOfTime):
+    with pytest.raises(race.OutOfTime):
         prepare(candidates_of(1, 2), expiring)
     assert task.lookup("X") == {"speed": 1}
 
@@ -314,7 +319,7 @@ def test_jobs_are_shared_by_what_compiles_alike():
         (weight, [Candidate(config, present=True), Candidate(config | {"PROGRAMS": 528})]),
         (plain, [Candidate(config | {"PROGRAMS": 132}), Candidate(config | {"num_warps": 8})]),
     ]
-    (first, served), (second, rest) = tune.make_jobs(entries)
+    (first, served), (second, rest) = compilation.make_jobs(entries)
     assert (len(served), first.tasks, first.everything) == (3, (weight, plain), True)
     assert (len(rest), second.tasks, second.everything) == (1, (plain,), False)
 
@@ -336,7 +341,7 @@ def misbehave(connection, target):
 def test_a_crash_or_a_hang_costs_one_job():
     jobs = ["a", "crash", "b", "hang", "c"]
     start = time.monotonic()
-    outcomes = dict(tune.compile_all(jobs, "gpu", processes=2, timeout_s=1.5, loop=misbehave))
+    outcomes = dict(compilation.compile_all(jobs, "gpu", processes=2, timeout_s=1.5, loop=misbehave))
     assert time.monotonic() - start < 20
     assert sorted(outcomes) == [0, 1, 2, 3, 4]
     assert outcomes[0] == {"reason": None, "job": "a", "target": "gpu"}
@@ -347,18 +352,18 @@ def test_a_crash_or_a_hang_costs_one_job():
 
 def test_compilation_ends_with_its_time():
     expired = iter([False, True])
-    got = list(tune.compile_all(["a"] * 50, None, processes=1, expired=lambda: next(expired), loop=misbehave))
+    got = list(compilation.compile_all(["a"] * 50, None, processes=1, expired=lambda: next(expired), loop=misbehave))
     assert len(got) <= 1
 
 
 def test_what_is_too_much():
-    target = tune.Target(GPU, 90, 1000)
+    target = ahead_of_time.Target(GPU, 90, 1000)
     fits = {"registers": 255, "shared": 1000, "tensor_memory": 0, "spills": 0}
-    assert tune.too_much(fits, target) is None
-    assert tune.too_much(fits | {"spills": None, "registers": None}, target) is None
-    assert tune.too_much(fits | {"shared": 1001}, target) == "shared memory: 1001 bytes of 1000"
-    assert tune.too_much(fits | {"spills": 3}, target) == "spills: 3 accesses to local memory"
-    assert tune.too_much(fits | {"tensor_memory": 1024}, target) == "tensor memory: 1024 columns of 512"
+    assert compilation.too_much(fits, target) is None
+    assert compilation.too_much(fits | {"spills": None, "registers": None}, target) is None
+    assert compilation.too_much(fits | {"shared": 1001}, target) == "shared memory: 1001 bytes of 1000"
+    assert compilation.too_much(fits | {"spills": 3}, target) == "spills: 3 accesses to local memory"
+    assert compilation.too_much(fits | {"tensor_memory": 1024}, target) == "tensor memory: 1024 columns of 512"
 
 
 def test_dry_run_and_its_cache(tmp_path):
@@ -415,11 +420,11 @@ def made_up_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tune.harness, "describe_machine", lambda device: {"device": device})
     monkeypatch.setattr(tune.harness, "sampler", lambda device: lambda speed: 1 / speed())
-    monkeypatch.setattr(tune.Target, "here", lambda: tune.Target(GPU, 90, 1 << 20))
+    monkeypatch.setattr(ahead_of_time.Target, "here", lambda: ahead_of_time.Target(GPU, 90, 1 << 20))
     monkeypatch.setattr(tune, "compile_candidates", lambda run: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    tables = json.loads(tune_text("attention"))
-    monkeypatch.setattr(task_of("forward").module, "_tables", lambda: tables)
+    tables = json.loads(text_of("attention"))
+    monkeypatch.setattr(task_of("forward").module._config, "tables", tables)
 
     def run(speed_of, *arguments):
         def prepare(task, shape, candidates, **_):

@@ -13,25 +13,20 @@ import argparse
 import json
 import pathlib
 import re
-import subprocess
 import sys
-import tempfile
 from unittest import mock
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from mmattn_kernels.triton import _host, attention, conv, norm
 
-TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), "NVIDIA A100-SXM4-80GB"),
-    "sm_90": (GPUTarget("cuda", 90, 32), "NVIDIA H200"),
-    "sm_100": (GPUTarget("cuda", 100, 32), "NVIDIA B200"),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), "AMD Instinct MI300X"),
-}
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "bench"))
+
+import ahead_of_time
+from ahead_of_time import TARGETS
+
 # Head dimension or number of channels, and dtype; the published model has heads of 64. "tf32" is float32 with torch's
 # matrix products set to it.
 SHAPES = {op: {target: [(size, "bfloat16")] for target in TARGETS} for op, size in {"norm": 256, "conv": 256}.items()}
@@ -42,14 +37,13 @@ SHAPES["norm"]["sm_90"] += [(256, "float32"), (384, "bfloat16")]
 SHAPES["conv"]["sm_90"] += [(256, "float32"), (256, "tf32")]
 SHAPES["unet"] = {"sm_90": [(128, "bfloat16")]}
 original_run, original_compile = JITFunction.run, JITFunction._do_compile
-TOOLS = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
-class _Driver:
-    """What JITFunction.run asks of a driver before it launches, and a launch that only notes what it is given."""
+class Driver(ahead_of_time.Driver):
+    """With a launch that only notes what it is given."""
 
     def __init__(self):
-        self.target = None
+        super().__init__()
         self.launched = []
         self.utils = self
 
@@ -66,20 +60,11 @@ class _Driver:
     def get_device_properties(self, device):
         return {"max_shared_mem": 1 << 20}
 
-    def get_current_device(self):
-        return str(self.target)  # Triton keeps compiled kernels per device: one "device" a target.
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_current_target(self):
-        return self.target
-
 
 def record(target_name, compiled=None):
     """From here on, launches compile for the target (or, given `compiled`, only note there what they would compile)."""
-    driver.active.target, device_name = TARGETS[target_name]
-    _host.device_name = lambda device: device_name
+    driver.active.target = TARGETS[target_name]
+    _host.device_name = lambda device: TARGETS[target_name].device_name
     _host.forget()
     kernels = []
 
@@ -169,33 +154,18 @@ CHANGES = {
 }  # fmt: skip
 
 
-def _usage(kernel):
-    figures = {"shared": kernel.metadata.shared, "spills": None, "mma": None}
-    asm = kernel.asm
-    if "cubin" in asm:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(asm["cubin"])
-            file.flush()
-            usage = _tool("cuobjdump", "-res-usage", file.name)
-            sass = _tool("nvdisasm", "-c", file.name)
-        figures["registers"] = int(re.search(r"REG:(\d+)", usage)[1])
-        figures["stack"] = int(re.search(r"STACK:(\d+)", usage)[1])
-        figures["spills"] = len(re.findall(r"\b(?:STL|LDL)\b", sass))
-        instructions = ("wgmma", "tcgen05.mma", "mma.sync")
-        figures["mma"] = next((i for i in instructions if i in asm["ptx"]), None)
-        figures["wide_loads"] = len(re.findall(r"LDG\.E\.128", sass))
-        figures["wide_copies"] = len(re.findall(r"cp\.async\.cg[^;]*0x10", asm["ptx"]))
-    else:
-        text = asm["amdgcn"]
-        figures["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
-        figures["spills"] = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
-        figures["stack"] = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])
-        figures["mma"] = "mfma" if "v_mfma" in text else None
-    return figures
-
-
-def _tool(name, *args):
-    return subprocess.run([TOOLS / name, *args], check=True, capture_output=True, text=True).stdout
+def usage(kernel):
+    """What tests ask of a compiled kernel: what it takes, by which instructions it multiplies, how wide it loads."""
+    compiled = ahead_of_time.Compiled(kernel)
+    found = {name: getattr(compiled, name) for name in ("shared", "registers", "stack", "spills")}
+    if "amdgcn" in kernel.asm:
+        return found | {"mma": "mfma" if "v_mfma" in compiled.code else None}
+    ptx = kernel.asm["ptx"]
+    return found | {
+        "mma": next((name for name in ("wgmma", "tcgen05.mma", "mma.sync") if name in ptx), None),
+        "wide_loads": len(re.findall(r"ld\.global(?:\.\w+)*\.v4\.b32", ptx)),
+        "wide_copies": len(re.findall(r"cp\.async\.cg[^;]*0x10", ptx)),
+    }
 
 
 def figures(op, target_name, size, dtype):
@@ -206,7 +176,7 @@ def figures(op, target_name, size, dtype):
         yield {
             "op": op, "target": target_name, "size": size, "dtype": dtype,
             "kernel": function.__name__.removesuffix("_kernel").removeprefix("_"),
-            "warps": kernel.metadata.num_warps, **_usage(kernel),
+            "warps": kernel.metadata.num_warps, **usage(kernel),
         }  # fmt: skip
 
 
@@ -230,8 +200,8 @@ def recompiles(op):
 
 def relaunches(op):
     """How many launches a call makes, and whether kept ones are given what Triton itself gives them."""
-    driver.active.target, name = TARGETS["sm_90"]
-    _host.device_name = lambda device: name
+    driver.active.target = TARGETS["sm_90"]
+    _host.device_name = lambda device: TARGETS["sm_90"].device_name
     size = SHAPES[op]["sm_90"][0][0]
     rounds = []
     for run in (original_run, None):  # nothing is left to Triton's own the second time
@@ -256,7 +226,7 @@ def main():
     args = parser.parse_args()
     if not isinstance(attention._forward_kernel, JITFunction):
         sys.exit("triton_aot.py compiles: unset TRITON_INTERPRET")
-    driver.set_active(_Driver())
+    driver.set_active(Driver())
     for op in [args.op] if args.op else CHANGES if args.recompiles or args.relaunches else LAUNCH:
         if args.recompiles:
             print(json.dumps(recompiles(op)))

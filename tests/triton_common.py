@@ -11,10 +11,13 @@ import pytest
 import torch
 from triton import __version__ as triton_version
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "bench"))
+
+from ahead_of_time import TARGETS
+
+TESTS = pathlib.Path(__file__).resolve().parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TESTS = pathlib.Path(__file__).parent
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+SHARED_LIMIT = {name: target.shared_limit for name, target in TARGETS.items()}
 # In words of local memory. The configurations are those of Triton 3.7; older ones allocate registers a little worse.
 SPILLS = 0 if tuple(int(part) for part in triton_version.split(".")[:2]) >= (3, 7) else 16
 MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "mfma"}
@@ -28,6 +31,11 @@ def ahead_of_time(*args):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def targets(op):
+    """The targets as parameters. Tests of one group run in one process, and find what those before them compiled."""
+    return [pytest.param(name, marks=pytest.mark.xdist_group(f"{op} {name}")) for name in TARGETS]
 
 
 def named(cases, sanitized):

@@ -24,10 +24,10 @@ import json
 import pathlib
 import re
 import sys
-import tempfile
 
 import torch
 import triton_aot
+from ahead_of_time import Compiled
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -184,15 +184,11 @@ def kernels(launch, size):
     recorded = triton_aot.record("sm_90")
     launch()
     for function, kernel in {id(kernel): (function, kernel) for function, kernel in recorded}.values():
-        usage = triton_aot._usage(kernel)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(kernel.asm["cubin"])
-            file.flush()
-            sass = triton_aot._tool("nvdisasm", "-c", file.name)
+        compiled = Compiled(kernel)
         name, warps = function.__name__.removesuffix("_kernel").removeprefix("_"), kernel.metadata.num_warps
-        found = list(loops(sass, warps))
+        found = list(loops(compiled.code, warps))
         if found:
-            yield Kernel(name, size, warps, usage["registers"], kernel.metadata.shared, usage["spills"], found)
+            yield Kernel(name, size, warps, compiled.registers, compiled.shared, compiled.spills, found)
 
 
 def launch_conv(cin, cout, taps):
@@ -267,7 +263,7 @@ def makespan(kernel, programs):
 
 
 def attention_times(kernel, batch, heads, pixels, audio, window, frames=16):
-    config = attention._config(kernel.name, 64, torch.bfloat16, "NVIDIA H200")
+    config = attention._config(kernel.name, torch.bfloat16, "NVIDIA H200", 64)
     of_keys = kernel.name == "backward_dkdv"
     blocks = config["BLOCK_M"], config["BLOCK_N"]
     programs = []
@@ -282,7 +278,7 @@ def attention_times(kernel, batch, heads, pixels, audio, window, frames=16):
 
 def conv_times(kernel, batch, length):
     cin, cout, taps = kernel.shape
-    config = conv._config("taps" if taps > 1 else "pointwise", cout, torch.bfloat16, "NVIDIA H200")
+    config = conv._config("taps" if taps > 1 else "pointwise", torch.bfloat16, "NVIDIA H200", cout)
     config = conv._fit(config, BLOCK_N=cout, BLOCK_K=cin)
     count = batch * -(-length // config["BLOCK_M"]) * -(-cout // config["BLOCK_N"])
     return makespan(kernel, [[(kernel.loops[0], taps * -(-cin // config["BLOCK_K"]))]] * count)
@@ -348,7 +344,7 @@ def main():
     args = parser.parse_args()
     if not isinstance(attention._forward_kernel, JITFunction):
         sys.exit("triton_sass.py compiles: unset TRITON_INTERPRET")
-    driver.set_active(triton_aot._Driver())
+    driver.set_active(triton_aot.Driver())
     compiled = list(all_kernels(args.op))
     found = [row for kernel in compiled for row in rows(kernel)]
     print("\n".join(table(found)))

@@ -14,10 +14,28 @@ _KEEPS_COMPILED = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3) a
 _caches = []
 
 
-@functools.cache
-def tables(module):
-    """The configurations of a file of kernels: what lies beside it as JSON."""
-    return json.loads(pathlib.Path(module).with_suffix(".json").read_text())
+class Configurations:
+    """Blocks, warps and stages of the kernels of a file, called with what they are for.
+
+    Args:
+        module: the file; `tables` are what lies beside it as JSON.
+        sizes: the smallest and the largest bucket, powers of 2, where the tables have such a level.
+    """
+
+    def __init__(self, module, sizes=None):
+        self._path, self._sizes = pathlib.Path(module).with_suffix(".json"), sizes
+
+    @functools.cached_property
+    def tables(self):
+        return json.loads(self._path.read_text())
+
+    def __call__(self, kernel, dtype, device_name, size=None):
+        """The caller's own copy, of the bucket that holds `size` channels."""
+        bucket = ()
+        if self._sizes:
+            smallest, largest = self._sizes
+            bucket = (str(min(max(triton.next_power_of_2(size), smallest), largest)),)
+        return dict(lookup(self.tables, kernel, dtype, device_name, *bucket))
 
 
 def lookup(tables, kernel, dtype, device_name, *bucket):
@@ -50,7 +68,10 @@ class Launch:
     """
 
     def __init__(self, kernel, programs, fixed, config):
-        self._kernel, self._grid, self._fixed, self._config = kernel, (programs, 1, 1), fixed, config
+        self._kernel, self._grid, self._fixed = kernel, (programs, 1, 1), fixed
+        # Scores and their maximum are rounded alike only where a product joins its sum; Triton 3.10 no longer does so
+        # unless it is asked.
+        self._config = {"enable_fp_fusion": True, **config}
         self._rest = *fixed, *(config[name] for name in kernel.arg_names if name in config)
         self._compiled = {}
 

@@ -17,14 +17,13 @@ them, which are again one circular range. Every output element has one writer: n
 Scores and sums are fp32, the exponential is base 2, P and dS are rounded to the input dtype for their product.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
 from mmattn_kernels import up_to
 from mmattn_kernels.triton import _host
+from mmattn_kernels.triton._device import LN_2, LOG2_E, pointers
 
 # Changing a length or the shift must not compile anew, not even for a value of 1 or a multiple of 16.
 _RUNTIME = (
@@ -43,13 +42,6 @@ def _operand(is_audio, audio, audio_sb, audio_sl, audio_sh, video, video_sb, vid
 
 
 @triton.jit
-def _pointers(p_base, o_rows, stride, BLOCK_D: tl.constexpr):
-    # The only place that multiplies a position by a stride: 64 bits here are 64 bits everywhere.
-    o_d = tl.arange(0, BLOCK_D)
-    return p_base + o_rows.to(tl.int64)[:, None] * stride + o_d[None, :]
-
-
-@triton.jit
 def _mask(m_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     return m_rows[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
 
@@ -57,7 +49,7 @@ def _mask(m_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 @triton.jit
 def _load(p_base, o_rows, stride, m_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
     """Rows [len(o_rows), BLOCK_D]; zeros where masked and past HEAD_DIM."""
-    p_rows = _pointers(p_base, o_rows, stride, BLOCK_D)
+    p_rows = pointers(p_base, o_rows, stride, tl.arange(0, BLOCK_D))
     if MASKED:
         return tl.load(p_rows, mask=_mask(m_rows, HEAD_DIM, BLOCK_D), other=0.0)
     elif BLOCK_D != HEAD_DIM:
@@ -68,7 +60,7 @@ def _load(p_base, o_rows, stride, m_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.co
 
 @triton.jit
 def _store(p_base, o_rows, stride, m_rows, b_x, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    p_rows = _pointers(p_base, o_rows, stride, BLOCK_D)
+    p_rows = pointers(p_base, o_rows, stride, tl.arange(0, BLOCK_D))
     tl.store(p_rows, b_x.to(p_base.dtype.element_ty), mask=_mask(m_rows, HEAD_DIM, BLOCK_D))
 
 
@@ -239,7 +231,7 @@ def _forward_kernel(
     b_q = _load(p_q, o_m, q_sl, m_m, HEAD_DIM, BLOCK_D, True)  # [BM, BD]
     # With the sign in q the largest product is the largest score, and the scale joins the exponential's multiply-add.
     b_q = tl.where(scale < 0, -b_q, b_q)
-    scale_log2 = tl.abs(scale) * 1.4426950408889634
+    scale_log2 = tl.abs(scale) * LOG2_E
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     # Finite, so that a row whose first block is all masked (-inf) stays 0 and does not turn NaN.
@@ -265,7 +257,7 @@ def _forward_kernel(
             b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision=PRECISION)
             b_max = b_new
     _store(p_out, o_m, out_sl, m_m, b_acc / b_sum[:, None], HEAD_DIM, BLOCK_D)
-    b_lse = (b_max.to(tl.float64) + tl.log2(b_sum).to(tl.float64)) * 0.6931471805599453
+    b_lse = (b_max.to(tl.float64) + tl.log2(b_sum).to(tl.float64)) * LN_2
     tl.store(p_lse + o_m, b_lse, mask=m_m)
 
 
@@ -309,14 +301,14 @@ def _backward_dq_kernel(
     b_do = _load(p_do, o_m, do_sl, m_m, HEAD_DIM, BLOCK_D, True)  # [BM, BD]
     b_out = _load(p_out, o_m, out_sl, m_m, HEAD_DIM, BLOCK_D, True)  # [BM, BD]
     b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)  # [BM]
-    b_lse = tl.load(p_lse + o_m, mask=m_m, other=0.0) * 1.4426950408889634  # [BM]
+    b_lse = tl.load(p_lse + o_m, mask=m_m, other=0.0) * LOG2_E  # [BM]
     b_high = b_lse.to(tl.float32)
     b_low = (b_lse - b_high.to(tl.float64)).to(tl.float32)
     tl.store(p_rows + o_m, b_delta, mask=m_m)
     tl.store(p_rows + plane + o_m, b_high, mask=m_m)
     tl.store(p_rows + 2 * plane + o_m, b_low, mask=m_m)
     b_q = _load(p_q, o_m, q_sl, m_m, HEAD_DIM, BLOCK_D, True)  # [BM, BD]
-    scale_log2 = scale * 1.4426950408889634
+    scale_log2 = scale * LOG2_E
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for MASKED in tl.static_range(2):
         for i in range(0, n_masked if MASKED else n_full):
@@ -371,7 +363,7 @@ def _backward_dkdv_kernel(
 
     b_k = _load(p_k, o_n, k_sl, m_n, HEAD_DIM, BLOCK_D, True)  # [BN, BD]
     b_v = _load(p_v, o_n, v_sl, m_n, HEAD_DIM, BLOCK_D, True)  # [BN, BD]
-    scale_log2 = scale * 1.4426950408889634
+    scale_log2 = scale * LOG2_E
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for MASKED in tl.static_range(2):
@@ -397,12 +389,8 @@ def _backward_dkdv_kernel(
     _store(p_dv, o_n, dv_sl, m_n, b_dv, HEAD_DIM, BLOCK_D)
 
 
-_tables = functools.partial(_host.tables, __file__)
-
-
-def _config(kernel, head_dim, dtype, device_name):
-    """Blocks, warps and stages of one kernel: "forward", "backward_dq" or "backward_dkdv"."""
-    return _host.lookup(_tables(), kernel, dtype, device_name, str(max(triton.next_power_of_2(head_dim), 16)))
+# Blocks, warps and stages of "forward", "backward_dq" and "backward_dkdv" by the head dimension.
+_config = _host.Configurations(__file__, sizes=(16, 128))
 
 
 def _empty_lse(q):
@@ -424,7 +412,7 @@ _KERNELS = {
 def _plan(name, shape, audio_len, strides, dtype, device, frames, window, is_self, shift_is_tensor, precision):
     """The launch of one kernel over the tiles of both directions, of queries or of keys."""
     batch, video_len, heads, head_dim = shape
-    config = _config(name, head_dim, dtype, _host.device_name(device))
+    config = _config(name, dtype, _host.device_name(device), head_dim)
     if name == "backward_dkdv":
         audio_tiles = _tile_count(audio_len, audio_len, frames, window, config["BLOCK_N"])
         video_tiles = 0 if is_self else _tile_count(video_len, video_len, frames, window, config["BLOCK_N"])

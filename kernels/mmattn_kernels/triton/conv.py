@@ -3,7 +3,7 @@
 
     out[b, l, o] = bias[o] + residual[b, l, o] + sum_{k, c} weight[o, c, k] * y[b, l + (k - K//2) * dilation, c]
 
-y = prologue(x) is 0 outside 0 .. L-1; the prologue is that of norm.py, (x - mean) * factor + offset and SiLU in fp32,
+y is 0 outside 0 .. L-1, and inside what prologue.py makes of x: (x - mean) * factor + offset and SiLU in fp32,
 rounded to the dtype of x. Layout [B, L, C] with C contiguous. A weight [Cout, Cin, K] is read in the dtype of x and
 with Cin contiguous, as it is where K = 1 or its memory is [Cout, K, Cin]; any other is copied in each call.
 
@@ -17,7 +17,6 @@ one writer: no atomics, the same bits each time. Sums are fp32. Where K = 1 and 
 is torch's.
 """
 
-import functools
 import math
 
 import torch
@@ -25,8 +24,9 @@ import triton
 import triton.language as tl
 
 from mmattn_kernels import Support
-from mmattn_kernels.triton import _host, norm
-from mmattn_kernels.triton.norm import load_coefficients, pointers, sigmoid
+from mmattn_kernels.triton import _host, norm, prologue
+from mmattn_kernels.triton._device import pointers
+from mmattn_kernels.triton.prologue import load_coefficients, sigmoid
 
 # Changing the batch, the length or the dilation must not compile anew, not even for a value of 1 or a multiple of 16.
 _RUNTIME = ("length", "dilation", "tiles", "blocks", "chunk", "splits")
@@ -160,16 +160,9 @@ def _merge_weight_kernel(
     tl.store(d_weight + o_oc * TAPS + o_w // (out_channels * in_channels), tl.sum(b_sum, 0), mask=m_w)
 
 
-_tables = functools.partial(_host.tables, __file__)
-
-
-def _config(kernel, channels, dtype, device_name):
-    """Blocks, warps and stages by the number of output channels.
-
-    Of "backward_weight", or of the convolution: "taps", or "pointwise" where K = 1, which has more around the product.
-    """
-    bucket = str(min(max(triton.next_power_of_2(channels), 64), 512))
-    return dict(_host.lookup(_tables(), kernel, dtype, device_name, bucket))
+# Blocks, warps and stages by the number of output channels: of "backward_weight", or of the convolution: "taps", or
+# "pointwise" where K = 1, which has more around the product.
+_config = _host.Configurations(__file__, sizes=(64, 512))
 
 
 def _fit(config, **channels):
@@ -192,7 +185,7 @@ def _plan(shape, strides, weight_shape, weight_strides, dtype, device, dilation,
     out_channels, _, taps = weight_shape
     if math.prod(weight_shape) >= 2**31:
         raise ValueError(f"weight has shape {list(weight_shape)}; expected fewer than 2^31 elements")
-    config = _config("taps" if taps > 1 else "pointwise", out_channels, dtype, _host.device_name(device))
+    config = _config("taps" if taps > 1 else "pointwise", dtype, _host.device_name(device), out_channels)
     config = _fit(config, BLOCK_N=out_channels, BLOCK_K=in_channels)
     tiles = triton.cdiv(length, config["BLOCK_M"])
     # Taps farther than L read zeros, however far.
@@ -229,7 +222,7 @@ def _weight_plan(shape, weight_shape, strides, dtype, device, dilation, precisio
     """The launches of the partial sums and of their merge, and the number of parts."""
     batch, length, in_channels = shape
     out_channels, _, taps = weight_shape
-    config = _config("backward_weight", out_channels, dtype, _host.device_name(device))
+    config = _config("backward_weight", dtype, _host.device_name(device), out_channels)
     programs = config.pop("PROGRAMS")
     config = _fit(config, BLOCK_M=out_channels, BLOCK_N=in_channels)
     owners = taps * triton.cdiv(out_channels, config["BLOCK_M"]) * triton.cdiv(in_channels, config["BLOCK_N"])
@@ -283,7 +276,7 @@ def forward(x, weight, bias, norm_weight, norm_bias, scale, shift, residual, *, 
     elif groups:
         stats, affine = norm.statistics(x, norm_weight, norm_bias, *film, groups=groups, eps=eps)
     elif silu or scale is not None or shift is not None:
-        affine = norm.coefficients(x, None, None, *film, None, groups=0)
+        affine = prologue.coefficients(x, None, None, *film, None, groups=0)
         if is_apart:
             x, affine = norm.apply(x, affine, silu=silu), None
     if taps == 1 and affine is None and residual is None:
@@ -311,7 +304,7 @@ def backward(
         return d_x, d_weight.zero_(), d_bias.zero_(), sums
     affine = None
     if has_prologue and (need_x or need_weight):
-        affine = norm.coefficients(x, norm_weight, norm_bias, scale, shift, stats, groups=groups)
+        affine = prologue.coefficients(x, norm_weight, norm_bias, scale, shift, stats, groups=groups)
     if need_weight:
         # y lives no longer than this call.
         _weight_gradient(d_out, norm.apply(x, affine, silu=silu) if has_prologue else x, d_weight, dilation=dilation)

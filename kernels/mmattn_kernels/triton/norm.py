@@ -17,11 +17,10 @@ the mean goes into the offset. So a mean far from zero costs no accuracy.
 Short sequences are launches more than anything else: for them the kernels called whole own all positions of a block of
 whole groups, and do all steps in one launch, the second reading of the tokens out of the cache.
 
-Per batch and channel (mean, factor, offset) are `coefficients` [B, 3, C]. The convolution, whose prologue this is,
-uses them, `statistics`, `apply` and `gradient` too.
+Per batch and channel (mean, factor, offset) are the coefficients [B, 3, C] of prologue.py. The convolution, whose
+prologue this is, uses `statistics`, `apply` and `gradient` too.
 """
 
-import functools
 import math
 
 import torch
@@ -30,15 +29,20 @@ import triton.language as tl
 
 from mmattn_kernels import Support
 from mmattn_kernels.triton import _host
+from mmattn_kernels.triton._device import pointers
+from mmattn_kernels.triton.prologue import (
+    coefficients,
+    d_activation,
+    dense,
+    factor_and_offset,
+    film_of,
+    load_coefficients,
+    sigmoid,
+    store_coefficients,
+)
 
 # Changing the batch or the length must not compile anew, not even for a value of 1 or a multiple of 16.
 _RUNTIME = ("length", "chunk", "chunks", "eps")
-
-
-@triton.jit
-def pointers(p_base, o_rows, stride, o_c):
-    # The only place that multiplies a position by a stride: 64 bits here are 64 bits everywhere.
-    return p_base + o_rows.to(tl.int64)[:, None] * stride + o_c[None, :]
 
 
 @triton.jit
@@ -55,52 +59,6 @@ def _chunk(length, channels, chunk, chunks, BLOCK_C: tl.constexpr, REVERSED: tl.
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     first = i_n * chunk
     return i_chunk // chunks, i_n, first, tl.minimum(first + chunk, length), o_c, o_c < channels
-
-
-@triton.jit
-def sigmoid(x, DTYPE: tl.constexpr):
-    """Of x in fp32, for a result that is rounded to DTYPE."""
-    if DTYPE == tl.float32:  # noqa: SIM300 (a dtype is equal to no constexpr)
-        return tl.sigmoid(x)
-    else:
-        # One instruction each, to 2e-7: the exponential and the division above have eight more around them.
-        r = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
-        return r * r
-
-
-@triton.jit
-def load_coefficients(coefficients, i_b, channels, o_c, m_c):
-    """(mean, factor, offset), each [len(o_c)]."""
-    p = coefficients + i_b.to(tl.int64) * 3 * channels + o_c
-    b_mean = tl.load(p, mask=m_c, other=0.0)
-    b_factor = tl.load(p + channels, mask=m_c, other=0.0)
-    return b_mean, b_factor, tl.load(p + 2 * channels, mask=m_c, other=0.0)
-
-
-@triton.jit
-def _affine(b_rstd, remainder, weight, bias, scale, shift, scale_sb, shift_sb, i_b, o_c, m_c):
-    """(factor, offset) of channels; `remainder` is what the mean as a float lacks."""
-    b_factor = b_rstd
-    b_offset = -remainder * b_rstd
-    if weight is not None:
-        b_weight = tl.load(weight + o_c, mask=m_c, other=0.0).to(tl.float32)
-        b_factor *= b_weight
-        b_offset = b_offset * b_weight + tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)
-    if scale is not None:
-        b_scale = 1.0 + tl.load(scale + i_b.to(tl.int64) * scale_sb + o_c, mask=m_c, other=0.0).to(tl.float32)
-        b_factor *= b_scale
-        b_offset *= b_scale
-    if shift is not None:
-        b_offset += tl.load(shift + i_b.to(tl.int64) * shift_sb + o_c, mask=m_c, other=0.0).to(tl.float32)
-    return b_factor, b_offset
-
-
-@triton.jit
-def _store_coefficients(coefficients, b_mean, b_factor, b_offset, i_b, channels, o_c, m_c):
-    p = coefficients + i_b.to(tl.int64) * 3 * channels + o_c
-    tl.store(p, b_mean, mask=m_c)
-    tl.store(p + channels, b_factor, mask=m_c)
-    tl.store(p + 2 * channels, b_offset, mask=m_c)
 
 
 @triton.jit
@@ -196,32 +154,10 @@ def _merge_kernel(
         o_c = i_g * size + i_c + tl.arange(0, BLOCK_C)
         m_c = o_c < (i_g + 1) * size
         b_one = tl.full([BLOCK_C], 1.0, tl.float32)
-        b_factor, b_offset = _affine(
+        b_factor, b_offset = factor_and_offset(
             b_one * rstd, remainder, weight, bias, scale, shift, scale_sb, shift_sb, i_b, o_c, m_c
         )
-        _store_coefficients(coefficients, b_one * mean, b_factor, b_offset, i_b, channels, o_c, m_c)
-
-
-@triton.jit
-def _coefficients_kernel(
-    stats, coefficients, weight, bias, scale, shift, scale_sb, shift_sb, channels, groups, BLOCK_C: tl.constexpr
-):
-    """The coefficients of a block of channels, from statistics or, without groups, from FiLM alone."""
-    channel_blocks = tl.cdiv(channels, BLOCK_C)
-    i_b = tl.program_id(0) // channel_blocks
-    o_c = tl.program_id(0) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < channels
-    if stats is not None:
-        p_stats = stats + (i_b.to(tl.int64) * groups + o_c // (channels // groups)) * 3
-        b_mean = tl.load(p_stats, mask=m_c, other=0.0)
-        b_rstd = tl.load(p_stats + 1, mask=m_c, other=0.0)
-        b_remainder = tl.load(p_stats + 2, mask=m_c, other=0.0)
-    else:
-        b_mean = tl.zeros([BLOCK_C], tl.float32)
-        b_rstd = tl.full([BLOCK_C], 1.0, tl.float32)
-        b_remainder = tl.zeros([BLOCK_C], tl.float32)
-    b_factor, b_offset = _affine(b_rstd, b_remainder, weight, bias, scale, shift, scale_sb, shift_sb, i_b, o_c, m_c)
-    _store_coefficients(coefficients, b_mean, b_factor, b_offset, i_b, channels, o_c, m_c)
+        store_coefficients(coefficients, b_one * mean, b_factor, b_offset, i_b, channels, o_c, m_c)
 
 
 @triton.jit
@@ -292,23 +228,14 @@ def _whole_kernel(
     tl.store(p_stats, b_mean, mask=m_stats)
     tl.store(p_stats + 1, b_rstd, mask=m_stats)
     tl.store(p_stats + 2, b_remainder, mask=m_stats)
-    b_factor, b_offset = _affine(b_rstd, b_remainder, weight, bias, scale, shift, scale_sb, shift_sb, i_b, o_c, m_c)
+    b_factor, b_offset = factor_and_offset(
+        b_rstd, b_remainder, weight, bias, scale, shift, scale_sb, shift_sb, i_b, o_c, m_c
+    )
     if coefficients is not None:
-        _store_coefficients(coefficients, b_mean, b_factor, b_offset, i_b, channels, o_c, m_c)
+        store_coefficients(coefficients, b_mean, b_factor, b_offset, i_b, channels, o_c, m_c)
     if out is not None:
         p_out = out + i_b.to(tl.int64) * length * channels
         _apply(p_x, p_out, x_sl, 0, length, b_mean, b_factor, b_offset, channels, o_c, m_c, SILU, BLOCK_L)
-
-
-@triton.jit
-def _d_z(b_d_out, b_centred, b_factor, b_offset, SILU: tl.constexpr, DTYPE: tl.constexpr):
-    """The gradient of z; b_centred is x - mean."""
-    if SILU:
-        b_z = b_centred * b_factor[None, :] + b_offset[None, :]
-        b_sigmoid = sigmoid(b_z, DTYPE)
-        return b_d_out * b_sigmoid * (1.0 + b_z * (1.0 - b_sigmoid))
-    else:
-        return b_d_out
 
 
 @triton.jit
@@ -325,7 +252,7 @@ def _sums(
         b_d_out = tl.load(pointers(p_d_out, o_l, d_out_sl, o_c), mask=m_x, other=0.0).to(tl.float32)  # [BL, BC]
         b_x = tl.load(pointers(p_x, o_l, x_sl, o_c), mask=m_x, other=0.0).to(tl.float32)  # [BL, BC]
         b_centred = b_x - b_mean[None, :]
-        b_d_z = _d_z(b_d_out, b_centred, b_factor, b_offset, SILU, p_x.dtype.element_ty)
+        b_d_z = d_activation(b_d_out, b_centred, b_factor, b_offset, SILU, p_x.dtype.element_ty)
         b_sum += b_d_z
         b_sum_x += b_d_z * b_centred
     return tl.sum(b_sum, 0), tl.sum(b_sum_x, 0)
@@ -343,7 +270,7 @@ def _propagate(
         b_d_out = tl.load(pointers(p_d_out, o_l, d_out_sl, o_c), mask=m_x, other=0.0).to(tl.float32)  # [BL, BC]
         b_x = tl.load(pointers(p_x, o_l, x_sl, o_c), mask=m_x, other=0.0).to(tl.float32)  # [BL, BC]
         b_centred = b_x - b_mean[None, :]
-        b_d_x = _d_z(b_d_out, b_centred, b_factor, b_offset, SILU, p_x.dtype.element_ty) * b_factor[None, :]
+        b_d_x = d_activation(b_d_out, b_centred, b_factor, b_offset, SILU, p_x.dtype.element_ty) * b_factor[None, :]
         if b_slope is not None:
             b_d_x -= b_centred * b_slope[None, :] + b_level[None, :]
         tl.store(pointers(p_d_x, o_l, channels, o_c), b_d_x.to(p_d_x.dtype.element_ty), mask=m_x)
@@ -480,13 +407,8 @@ def _backward_whole_kernel(
     )  # fmt: skip
 
 
-_tables = functools.partial(_host.tables, __file__)
-
-
-def _config(kernel, dtype, device_name):
-    """Elements of a tile, channels across it, programs worth having, warps and stages of one kernel."""
-    return dict(_host.lookup(_tables(), kernel, dtype, device_name))
-
+# Elements of a tile, channels across it, programs worth having, warps and stages of one kernel.
+_config = _host.Configurations(__file__)
 
 _OVER_TOKENS = {
     "statistics": _statistics_kernel, "forward": _forward_kernel,
@@ -523,31 +445,12 @@ def _merge_plan(shape, strides, groups, chunk, chunks, eps, dtype, device):
 
 
 @_host.planned
-def _coefficients_plan(shape, strides, groups, device):
-    batch, _, channels = shape
-    block_c = min(256, triton.next_power_of_2(channels))
-    fixed = *strides, channels, groups
-    return _host.Launch(_coefficients_kernel, batch * triton.cdiv(channels, block_c), fixed, {"BLOCK_C": block_c})
-
-
-@_host.planned
 def _backward_merge_plan(shape, scale_sb, groups, chunks, dtype, device):
     batch, length, channels = shape
     size = channels // groups if groups else min(channels, 32)
     merges = groups or triton.cdiv(channels, size)
     fixed = scale_sb, length, channels, merges, size, chunks
     return _host.Launch(_backward_merge_kernel, batch * merges, fixed, _merge_blocks(size, dtype, device))
-
-
-def _dense(parameter):
-    """A parameter [C] or [B, C], or None, with C contiguous."""
-    return parameter if parameter is None or parameter.stride(-1) == 1 else parameter.contiguous()
-
-
-def _film(scale, shift):
-    """scale and shift, C contiguous, and their batch strides."""
-    scale, shift = _dense(scale), _dense(shift)
-    return (scale, shift), (0 if scale is None else scale.stride(0), 0 if shift is None else shift.stride(0))
 
 
 @_host.planned
@@ -572,8 +475,8 @@ def _whole_plan(shape, strides, groups, dtype, device, silu, eps=None):
 def statistics(x, weight, bias, scale, shift, *, groups, eps):
     """(stats [B, groups, 3], coefficients [B, 3, C]) of x [B, L, C], none of its axes empty."""
     batch, _, channels = x.shape
-    film, film_strides = _film(scale, shift)
-    parameters = _dense(weight), _dense(bias), *film
+    film, film_strides = film_of(scale, shift)
+    parameters = dense(weight), dense(bias), *film
     stats = x.new_empty((batch, groups, 3), dtype=torch.float32)
     affine = x.new_empty((batch, 3, channels), dtype=torch.float32)
     at = x.dtype, x.device
@@ -591,17 +494,6 @@ def statistics(x, weight, bias, scale, shift, *, groups, eps):
     return stats, affine
 
 
-def coefficients(x, weight, bias, scale, shift, stats, *, groups):
-    """[B, 3, C] for x [B, L, C], as `statistics` returned them; without groups of FiLM alone."""
-    batch, _, channels = x.shape
-    affine = x.new_empty((batch, 3, channels), dtype=torch.float32)
-    film, strides = _film(scale, shift)
-    launch = _coefficients_plan(x.shape, strides, groups, x.device)
-    with _host.on_device(x):
-        launch(stats if groups else None, affine, _dense(weight), _dense(bias), *film)
-    return affine
-
-
 def apply(x, affine, *, silu):
     """The output [B, L, C], contiguous, by coefficients."""
     out = x.new_empty(x.shape)
@@ -615,12 +507,12 @@ def gradient(d_out, x, weight, scale, stats, affine, *, groups, silu, d_x):
     """Writes d_x [B, L, C], contiguous, which may be d_out, and returns sums [B, C, 2]; `affine` are coefficients."""
     batch, _, channels = x.shape
     sums = x.new_empty((batch, channels, 2), dtype=torch.float32)
-    (scale, _), (scale_sb, _) = _film(scale, None)
+    (scale, _), (scale_sb, _) = film_of(scale, None)
     strides = *d_out.stride()[:2], *x.stride()[:2]
     whole = _whole_plan(x.shape, (*strides, scale_sb), groups, x.dtype, x.device, silu)
     if whole is not None:
         with _host.on_device(x):
-            whole(d_out, x, affine, stats, _dense(weight), scale, sums, d_x)
+            whole(d_out, x, affine, stats, dense(weight), scale, sums, d_x)
         return sums
     at = x.shape, strides, x.dtype, x.device
     sum_up, _, chunks = _plan("backward_sums", *at, SILU=silu)
@@ -630,7 +522,7 @@ def gradient(d_out, x, weight, scale, stats, affine, *, groups, silu, d_x):
     launch, _, _ = _plan("backward", *at, SILU=silu)
     with _host.on_device(x):
         sum_up(d_out, x, affine, partials)
-        merge(partials, sums, corrections, stats if groups else None, _dense(weight), scale)
+        merge(partials, sums, corrections, stats if groups else None, dense(weight), scale)
         launch(d_out, x, affine, corrections, d_x)
     return sums
 
@@ -649,14 +541,14 @@ def forward(x, weight, bias, scale, shift, *, groups, silu, eps):
     stats = x.new_empty((x.shape[0], groups, 3), dtype=torch.float32)
     if not x.numel():
         return x.new_empty(x.shape), stats
-    film, strides = _film(scale, shift)
+    film, strides = film_of(scale, shift)
     whole = _whole_plan(x.shape, (*x.stride()[:2], *strides), groups, x.dtype, x.device, silu, float(eps))
     if whole is None:
         stats, affine = statistics(x, weight, bias, *film, groups=groups, eps=eps)
         return apply(x, affine, silu=silu), stats
     out = x.new_empty(x.shape)
     with _host.on_device(x):
-        whole(x, out, stats, None, _dense(weight), _dense(bias), *film)
+        whole(x, out, stats, None, dense(weight), dense(bias), *film)
     return out, stats
 
 
