@@ -137,8 +137,8 @@ def test_a_clip_depends_on_seed_and_number_alone(model):
     for i in range(3):
         assert (sound(f"one/clip-000{i}.wav") - sound(f"three/clip-000{i}.wav")).abs().max() < 1e-3
     sample("other", "--formats", "wav", num=1, seed=8)
-    assert (sound("one/clip-0000.wav") - sound("other/clip-0000.wav")).abs().max() > 0.1
-    assert (sound("one/clip-0000.wav") - sound("one/clip-0001.wav")).abs().max() > 0.1
+    assert (sound("one/clip-0000.wav") - sound("other/clip-0000.wav")).abs().max() > 0.05
+    assert (sound("one/clip-0000.wav") - sound("one/clip-0001.wav")).abs().max() > 0.05
 
 
 def test_it_goes_on_where_it_was(model, monkeypatch, capsys):
@@ -188,7 +188,7 @@ def test_one_stream_from_the_other(model):
     sample("audio", "--video-from", "out/clip-0000.mp4", "--guidance", "gradient", seed=8)
     found = media.read_clip("audio/clip-0000.mp4", size=None)
     error = (found.video - given.video).square().mean()
-    assert error < 0.02 < (found.audio - given.audio).square().mean()
+    assert error < 0.02 < (found.audio - given.audio).square().mean() / 0.05**2  # of sound that is turned down
     assert json.loads(pathlib.Path("audio/samples.json").read_text())["settings"]["guidance_scale"] == 1e-4
 
 
