@@ -169,6 +169,15 @@ def test_other_rates_are_kept(tmp_path):
     assert lag(found.audio[0], audio.mean(0)) == 0
 
 
+def test_low_rates_are_written_at_one_of_aac(tmp_path):
+    """3200 a second, of a small model, at 16000: the same sound, in its place."""
+    audio = torch.sin(2 * torch.pi * 200 * torch.arange(3200) / 3200)[None] * torch.linspace(0, 0.5, 3200)
+    write_video(tmp_path / "clip.mp4", smooth_video(10, 32), audio, sample_rate=3200)
+    found = read_clip(tmp_path / "clip.mp4", num_frames=10, sample_rate=16000, size=None).audio
+    expected = torch.sin(2 * torch.pi * 200 * torch.arange(16000) / 16000) * torch.linspace(0, 0.5, 16000)
+    assert (found[0] - expected)[:-500].abs().max() < 0.03
+
+
 def test_colours(tmp_path):
     colours = torch.tensor([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, 1], [-1, -1, -1], [0, 0, 0]]).float()
     write_video(tmp_path / "clip.mp4", colours[:, :, None, None].expand(-1, -1, 16, 16))

@@ -18,6 +18,7 @@ from mmdiffusion.clips import FRAME_RATE, SAMPLE_RATE
 from mmdiffusion.media._checks import Path, Rate, frame_rate, whole_number
 
 _AAC_FRAME = 1024  # samples
+_AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 _AAC_BITS = 6  # for each sample, the most that AAC allows
 _HIGHEST_RATE = 1_000_000  # samples a second
 
@@ -32,7 +33,8 @@ def write_video(
         video: [F, 3, H, W], any floating dtype and device, clamped to [-1, 1]; H and W even.
         audio: [1 or 2, T], likewise, or None for a silent film.
         fps: frames per second, kept exactly; Fraction(30000, 1001) too.
-        sample_rate: one that AAC has, 8000 to 96000.
+        sample_rate: one that AAC has, 8000 to 96000, or below 8000 a divisor of one, at which the same sound is
+            written: 4000 at 8000.
 
     Raises:
         ValueError: on another shape or rate, or a stream with NaN.
@@ -96,7 +98,7 @@ def _film(video: Tensor, audio: Tensor | None, fps: Rate, sample_rate: int) -> b
     buffer = io.BytesIO()
     try:
         with av.open(buffer, "w", format="mp4") as container:
-            _encode(container, video, audio, rate, sample_rate)
+            _encode(container, video, *_at_a_rate_of_aac(audio, sample_rate), rate)
     except av.error.FFmpegError as error:
         raise ValueError(
             f"H.264 and AAC take no clip with fps {fps} and sample_rate {sample_rate}: {error.strerror}"
@@ -104,7 +106,7 @@ def _film(video: Tensor, audio: Tensor | None, fps: Rate, sample_rate: int) -> b
     return buffer.getvalue()
 
 
-def _encode(container: Any, video: Tensor, audio: Tensor | None, fps: Fraction, sample_rate: int) -> None:
+def _encode(container: Any, video: Tensor, audio: Tensor | None, sample_rate: int, fps: Fraction) -> None:
     # Without B-frames the first frame needs no edit list, and all players agree on its time.
     pictures = container.add_stream("libx264", rate=fps, options={"crf": "10", "bf": "0"})
     pictures.height, pictures.width = video.shape[2:]
@@ -122,6 +124,15 @@ def _encode(container: Any, video: Tensor, audio: Tensor | None, fps: Fraction, 
         frame.sample_rate, frame.time_base, frame.pts = sample_rate, Fraction(1, sample_rate), i * _AAC_FRAME
         container.mux(sound.encode(frame))
     container.mux(sound.encode(None))
+
+
+def _at_a_rate_of_aac(audio: Tensor | None, sample_rate: int) -> tuple[Tensor | None, int]:
+    """The sound, and its rate; below the lowest rate at a multiple, with nothing above what it had."""
+    factors = [rate // sample_rate for rate in _AAC_RATES if rate % sample_rate == 0]
+    if audio is None or sample_rate >= _AAC_RATES[0] or not factors:
+        return audio, sample_rate
+    spectrum = torch.fft.rfft(clamped(audio))
+    return factors[0] * torch.fft.irfft(spectrum, factors[0] * audio.shape[1]), factors[0] * sample_rate
 
 
 def _check_audio(audio: Tensor) -> None:

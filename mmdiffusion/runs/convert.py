@@ -53,11 +53,11 @@ def run(job: Convert) -> str:
     if is_back:
         checkpoints.write(unet.to_published(), job.target, is_random=unet.config["random_weights"])
     else:
-        _save(MMDiffusionPipeline(unet, make_scheduler("dpmsolver++")), job.target)
+        save_pipeline(MMDiffusionPipeline(unet, make_scheduler("dpmsolver++")), job.target)
     return f"{job.source} -> {job.target}"
 
 
-def _save(pipeline: MMDiffusionPipeline, target: pathlib.Path) -> None:
+def save_pipeline(pipeline: MMDiffusionPipeline, target: pathlib.Path) -> None:
     """save_pretrained, each of whose files is there whole or not at all; that of the pipeline comes last."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as name:
         made = pathlib.Path(name)

@@ -62,10 +62,11 @@ def add_options(parser: argparse.ArgumentParser, job: type) -> None:
     hints = typing.get_type_hints(job)
     for field in dataclasses.fields(job):
         found = hints[field.name]
-        kind = next(x for x in typing.get_args(found) or (found,) if x is not types.NoneType)
+        is_optional = isinstance(found, types.UnionType)
+        kind = next(x for x in (typing.get_args(found) if is_optional else (found,)) if x is not types.NoneType)
         arguments: dict[str, Any] = {"help": field.metadata["help"], "choices": field.metadata["choices"]}
-        if typing.get_origin(found) is tuple:
-            arguments |= {"nargs": "+", "default": field.default}
+        if typing.get_origin(kind) is tuple:
+            arguments |= {"nargs": "+", "default": field.default, "type": typing.get_args(kind)[0]}
         elif kind is bool:
             arguments = {"help": field.metadata["help"], "action": "store_true"}
         else:
@@ -78,7 +79,7 @@ def add_options(parser: argparse.ArgumentParser, job: type) -> None:
             is_required = field.default is dataclasses.MISSING
             arguments |= {"required": True} if is_required else {"default": field.default}
             if not is_required and field.default is not None:
-                default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
+                default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
                 arguments["help"] += f" ({default})"
         parser.add_argument(f"--{field.name.replace('_', '-')}", **arguments)
 

@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: MIT
+"""Training: the loss, the loop, and that a run that was stopped goes on as if it had not been."""
+
+import dataclasses
+import itertools
+import os
+import pathlib
+import re
+import shlex
+import signal
+
+import pytest
+import torch
+from helpers import SMALL_UNET, fill
+
+pytest.importorskip("diffusers")
+pytest.importorskip("av")
+pytest.importorskip("matplotlib")
+pytest.importorskip("accelerate")
+
+from mmdiffusion import CoupledUNet, checkpoints, cli
+from mmdiffusion.data.items import Item
+from mmdiffusion.diffusion.process import GaussianDiffusion
+from mmdiffusion.diffusion.schedulers import make_scheduler
+from mmdiffusion.runs import train as job
+from mmdiffusion.training import Recipe, State, States, train
+from mmdiffusion.training.log import Log
+from mmdiffusion.training.losses import loss_weights, variational_bound
+from mmdiffusion.training.state import read_state
+from mmdiffusion.training.timesteps import LossSecondMomentTimesteps
+
+TINY = {
+    **checkpoints.PRESETS["landscape"],
+    **SMALL_UNET,
+    "audio_size": (1, 1600),
+    "sample_rate": 4000,
+    "channel_mult": (1,),
+    "cross_attention_resolutions": (1,),
+    "video_attention_resolutions": (-1,),
+    "dropout": 0.1,
+}
+RECIPE = Recipe(batch_size=4, micro_batch=2, lr=1e-3, ema_rates=(0.5, 0.9), seed=3)
+
+
+class Clips:
+    """Noise, each clip a function of its number."""
+
+    def __init__(self, count=6):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        source = torch.Generator().manual_seed(i)
+        video = torch.randint(256, TINY["video_size"], generator=source, dtype=torch.uint8)
+        return Item(video, torch.randint(-9999, 9999, TINY["audio_size"], generator=source).short(), f"clip {i}")
+
+
+def unet(**config):
+    torch.manual_seed(0)
+    return fill(CoupledUNet(**{**TINY, **config}))
+
+
+def after(steps, *, state=None, recipe=RECIPE, data=None, **options):
+    """The state after so many further steps."""
+    own = unet() if state is None else state.unet
+    return next(itertools.islice(train(own, data or Clips(), recipe, state=state, **options), steps - 1, None))
+
+
+def same(a, b):
+    """All of two states, to the bit, but for the times."""
+    names = {"seconds", "meter"}
+    numbers = [{name: x for name, x in state.numbers().items() if name not in names} for state in (a, b)]
+    means = [{name: x for name, x in state.meter.sums.items() if not name.endswith("_s")} for state in (a, b)]
+    tensors = a.tensors(), b.tensors()
+    return (
+        numbers[0] == numbers[1]
+        and means[0] == means[1]
+        and tensors[0].keys() == tensors[1].keys()
+        and all(torch.equal(x, tensors[1][name]) for name, x in tensors[0].items())
+    )
+
+
+@pytest.fixture(autouse=True)
+def small_and_here(monkeypatch, tmp_path, threads):
+    """In an empty folder, with a small preset, and no process's memory changed for good."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(checkpoints.PRESETS, "small", TINY)
+    monkeypatch.setitem(job.RECIPES, "small", RECIPE)
+    monkeypatch.setattr(job.mmattn, "keep_freed_memory", lambda: True)
+    threads(1)
+
+
+@pytest.mark.parametrize(
+    "changes", ({}, {"timesteps": "loss-second-moment"}, {"precision": "bfloat16"}), ids=("plain", "moments", "bf16")
+)
+def test_resumed_is_uninterrupted(tmp_path, changes):
+    """To the bit: parameters, averages, optimizer, what is drawn, the clips' order past an epoch, the log's means."""
+    recipe = dataclasses.replace(RECIPE, **changes)
+    whole = after(5, recipe=recipe)
+    first = after(2, recipe=recipe)
+    States(tmp_path / "states", recipe.settings()).save(first, {})
+    again = State(fill(CoupledUNet(**TINY), seed=9), recipe, 1000)
+    States(tmp_path / "states", recipe.settings()).load(again)
+    assert same(first, again) and not same(whole, again)
+    assert same(whole, after(3, state=again, recipe=recipe))
+    assert again.names == whole.names and len(whole.names) == 4
+
+
+def test_what_is_drawn_before_does_not_matter():
+    torch.manual_seed(5)
+    assert same(after(2), after(2, workers=1))
+
+
+def test_it_learns():
+    losses = []
+    for state in train(unet(), Clips(2), dataclasses.replace(RECIPE, lr=3e-3)):
+        losses.append(state.meter.means()["loss"])
+        state.meter.clear()
+        if state.step == 30:
+            break
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_broken_and_foreign_states(tmp_path):
+    """The newest good one is found; a setting that differs is named; half-written files of a killed process go."""
+    states = States(tmp_path, RECIPE.settings(), keep=2)
+    for steps in (1, 2, 3):
+        states.save(after(steps), {})
+    assert [x.name for x in states.files()] == ["step-00000003.safetensors", "step-00000002.safetensors"]
+    newest = states.files()[0]
+    newest.write_bytes(newest.read_bytes()[:-100])
+    (tmp_path / ".0123456789abcdef.part").write_text("half")
+    (tmp_path / "notes.txt").write_text("mine")
+    states.clean()
+    assert sorted(x.name for x in tmp_path.iterdir() if not x.name.startswith("step")) == ["notes.txt"]
+    state = State(unet(), RECIPE, 1000)
+    path, broken = states.load(state)
+    assert state.step == 2 and path == states.files()[1] and "step-00000003.safetensors cannot be read" in broken[0]
+    other = dataclasses.replace(RECIPE, lr=0.5)
+    with pytest.raises(FileExistsError, match=r"other settings: lr 0\.001 instead of 0\.5; expected the same"):
+        States(tmp_path, other.settings()).load(State(unet(), other, 1000))
+
+
+def test_a_setting_that_came_later_has_its_default(tmp_path):
+    old = RECIPE.settings()
+    del old["clip_norm"]
+    States(tmp_path, old).save(after(1), {})
+    state = State(unet(), RECIPE, 1000)
+    States(tmp_path, RECIPE.settings()).load(state)
+    assert state.step == 1
+
+
+def run(*options, steps=4, out="run"):
+    cli.main(["train", "synthetic", "--out", out, "--steps", str(steps), "--log-every", "2", *options])
+
+
+def rows(out="run"):
+    """The log, without times."""
+    timed = {"seconds", "clips_per_s", "share"}
+    return [
+        {name: x for name, x in row.items() if name not in timed} for row in Log(pathlib.Path(out, "log.jsonl")).read()
+    ]
+
+
+def weights(out="run"):
+    return sorted(pathlib.Path(out, "states").iterdir())[-1]
+
+
+def read(path):
+    return read_state(path)[1]
+
+
+def test_command(capsys):
+    run("--checkpoint-every", "2", "--preview-every", "3", "--keep", "2")
+    out, err = capsys.readouterr()
+    assert "done at step 4" in out and re.search(r"step 2: loss [\d.]+, video .* waiting for data", err)
+    names = sorted(str(x.relative_to("run")) for x in pathlib.Path("run").rglob("*") if x.is_file())
+    assert [x for x in names if not x.startswith("model")] == [
+        "log.jsonl",
+        "loss.png",
+        *(f"previews/step-00000003{x}" for x in ("-0.mp4", "-1.mp4", "-2.mp4", "-3.mp4", ".png")),
+        "states/step-00000002.safetensors",
+        "states/step-00000004.safetensors",
+    ]
+    assert [row["step"] for row in rows()] == [2, 4] and rows()[0]["clips"] == 8
+    cli.main(shlex.split("sample --model run/model --out clips --num 1 --steps 1 --formats wav mp4"))
+    assert pathlib.Path("clips/clip-0000.mp4").exists()
+
+
+def test_command_goes_on():
+    """As if it had not been stopped, also without the previews, and with a log that reaches beyond its last state."""
+    run("--preview-every", "0", steps=6, out="whole")
+    run("--preview-every", "1", "--preview-clips", "1", steps=2)
+    with open("run/log.jsonl", "a") as file:
+        file.write('{"step": 4, "loss": 0}\n{"st')
+    run(steps=6)
+    assert rows() == rows("whole")
+    expected = read(weights("whole"))
+    assert all(torch.equal(x, expected[name]) for name, x in read(weights()).items())
+
+
+def test_signal(monkeypatch, capsys):
+    """SIGTERM ends the run after the step, with a state."""
+    after_step = job._Run._after_step
+
+    def stop(self):
+        after_step(self)
+        if self.state.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(job._Run, "_after_step", stop)
+    run(steps=9)
+    assert "stopped by SIGTERM at step" in capsys.readouterr().out
+    assert int(weights().stem.split("-")[1]) in (3, 4)
+
+
+def refused(capsys, *options, **changes):
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        run(*options, **changes)
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_other_settings_are_refused(capsys):
+    run(steps=2)
+    before = weights().read_bytes()
+    assert "run/states has states of other settings: lr 0.001 instead of 0.5" in refused(capsys, "--lr", "0.5")
+    assert "seed 0 instead of 1" in refused(capsys, "--seed", "1")
+    pathlib.Path("config.json").write_text('{"model_channels": 64}')
+    assert "config " in refused(capsys, "--config", "config.json")
+    assert weights().read_bytes() == before
+
+
+def test_a_folder_is_trained_in_once(capsys):
+    with job._alone(pathlib.Path("run")):
+        assert "run is being trained in by another process" in refused(capsys)
+
+
+def test_a_loss_that_is_not_finite(monkeypatch, capsys):
+    """Stops before a parameter is touched, and names the step, the clips and the last good state."""
+    run(steps=2)
+
+    def broken(*args, **options):
+        losses = denoising_losses(*args, **options)
+        return {name: x * float("nan") for name, x in losses.items()}
+
+    from mmdiffusion.training import loop
+
+    denoising_losses = loop.denoising_losses
+    monkeypatch.setattr(loop, "denoising_losses", broken)
+    message = refused(capsys)
+    assert re.search(
+        r"the loss is nan in step 2, of clips synthetic clip \d+ .*; the last good state is run/states/step-00000002",
+        message,
+    )
+    assert sorted(x.name for x in pathlib.Path("run/states").iterdir()) == [
+        "step-00000000.safetensors",
+        "step-00000002.safetensors",
+    ]
+
+
+def test_full_disk(capsys, small_files):
+    """The run goes on, and what it is at is kept as soon as there is space again; at the end it is an error."""
+    run(steps=2)
+    with small_files(100_000):
+        assert re.search(r"No space|File too large: 'run/states/step-00000004", refused(capsys, "--preview-every", "0"))
+    assert weights().name == "step-00000002.safetensors"
+    run(steps=4)
+    assert weights().name == "step-00000004.safetensors"
+
+
+BAD = {
+    "--lr nan": "lr is nan; expected 0 or more",
+    "--batch-size 0": "batch_size is 0; expected 1 or more",
+    "--batch-size 3": "batch_size is 3; expected a multiple of micro_batch = 2",
+    "--ema-rates 0.9 1": "ema_rates is (0.9, 1.0); expected at least one rate, each in [0, 1)",
+    "--steps 0": "steps is 0; expected 1 or more",
+    "--device tpu": "device is 'tpu'; expected cpu, cuda or cuda:N",
+}
+
+
+@pytest.mark.parametrize("options", BAD)
+def test_bad_input(capsys, options):
+    assert BAD[options] in refused(capsys, *shlex.split(options))
+    assert not pathlib.Path("run").exists()
+
+
+def test_process():
+    """Its numbers are those of the scheduler that samples."""
+    process, scheduler = GaussianDiffusion(), make_scheduler("ddpm")
+    assert (process.alphas_cumprod.float() - scheduler.alphas_cumprod).abs().max() < 1e-6
+    x, noise, t = torch.randn(4, 3, 8), torch.randn(4, 3, 8), torch.tensor([0, 1, 500, 999])
+    x_t = process.diffuse(x, t, noise)
+    assert torch.allclose(x_t, scheduler.add_noise(x, noise, t), atol=1e-5)
+    assert torch.allclose(process.start_of(x_t, t, noise)[:3], x[:3], atol=1e-3)
+    assert process.posterior_variance[0] == 0 and process.posterior_log_variance[0] == process.posterior_log_variance[1]
+
+
+def test_weights():
+    process, t = GaussianDiffusion(), torch.tensor([0, 300, 999])
+    assert loss_weights("uniform", process, t).tolist() == [1, 1, 1]
+    found = loss_weights("min-snr", process, t, gamma=5.0)
+    assert found[0] == pytest.approx(5 / float(process.snr[0])) and found[2] == 1
+
+
+def test_variational_bound():
+    """0 where the network knows the noise and the posterior's variance; more anywhere else."""
+    process, t = GaussianDiffusion(), torch.tensor([1, 250, 999])
+    x, noise = torch.rand(3, 2, 5) * 2 - 1, torch.randn(3, 2, 5)
+    x_t = process.diffuse(x, t, noise)
+    known = variational_bound(process, noise, torch.full_like(x, -1), x, x_t, t)
+    assert known.abs().max() < 1e-3
+    assert (variational_bound(process, noise + 0.5, torch.full_like(x, -1), x, x_t, t) > known + 1e-4).all()
+    assert (variational_bound(process, noise, torch.full_like(x, 1), x, x_t, t)[:1] > known[:1] + 1e-3).all()
+    at_zero = variational_bound(process, noise, torch.zeros_like(x), x, x_t, torch.zeros(3, dtype=torch.int64))
+    assert at_zero.isfinite().all() and (at_zero > 0).all()
+
+
+def test_timesteps_by_loss():
+    """Uniform at first; then those of larger losses more often, with weights that make up for it."""
+    timesteps, source = LossSecondMomentTimesteps(4), torch.Generator().manual_seed(0)
+    for _ in range(10):
+        timesteps.update(torch.arange(4), torch.tensor([1.0, 1.0, 1.0, 5.0]))
+    drawn = [timesteps.draw(source) for _ in range(2000)]
+    assert 0.6 < sum(t == 3 for t, _ in drawn) / 2000 < 0.65 + 0.05
+    assert sum(weight for _, weight in drawn) / 2000 == pytest.approx(1, abs=0.1)
+    again = LossSecondMomentTimesteps(4)
+    again.load_state_dict(timesteps.state_dict())
+    assert again.draw(torch.Generator().manual_seed(1)) == timesteps.draw(torch.Generator().manual_seed(1))
