@@ -143,6 +143,38 @@ class Film:
                 self._durations = self._packet_ends()
         return dict(self._durations)
 
+    @property
+    def frame_rate(self) -> Fraction:
+        """Pictures a second, on average, as the file says.
+
+        Raises:
+            ValueError: if there are no pictures.
+        """
+        self._refuse_closed()
+        return 1 / _period(self._stream("video"))
+
+    @property
+    def has_sound(self) -> bool:
+        """Whether there is a sound that can be decoded."""
+        return "audio" in self._first
+
+    def sound_packets(self) -> Iterator[Any]:
+        """The stream of the sound, and then its packets as they are, with times that count from time 0.
+
+        They are read to the end of the file; nothing else may be read meanwhile.
+        """
+        self._refuse_closed()
+        with self._named():
+            self._open()
+            stream = self._stream("audio")
+            yield stream
+            zero = round(self._zero / stream.time_base)
+            for packet in self._container.demux(stream):
+                if packet.dts is None:  # what flushes a decoder
+                    continue
+                packet.pts, packet.dts = packet.pts - zero, packet.dts - zero
+                yield packet
+
     def read_clip(
         self,
         *,

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -15,27 +15,39 @@ from torch import Tensor, nn
 
 import mmattn
 from mmdiffusion.clips import STREAMS
-from mmdiffusion.data import Batches, to_clip
+from mmdiffusion.data import Batches, Item, to_clip
 from mmdiffusion.diffusion.process import GaussianDiffusion
 from mmdiffusion.training.losses import denoising_losses, loss_weights
 from mmdiffusion.training.recipe import Recipe
 from mmdiffusion.training.state import State
 from mmdiffusion.training.timesteps import UniformTimesteps
 
+Given: TypeAlias = Callable[[Item, Sequence[torch.Generator]], Mapping[str, Tensor]]
+
 _QUARTERS = 4  # of the timesteps, whose losses are told apart
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def train(unet: Any, data: Any, recipe: Recipe, *, state: State | None = None, workers: int = 0) -> Iterator[State]:
+def train(
+    unet: Any,
+    data: Any,
+    recipe: Recipe,
+    *,
+    given: Given | None = None,
+    state: State | None = None,
+    workers: int = 0,
+) -> Iterator[State]:
     """Train a network for ever; whoever iterates stops when it is enough, and saves, samples or logs in between.
 
     What a step does follows from the recipe's seed and the step's number: the clips, t, the noise, the shifts and the
     dropout. So a state that is saved, loaded and given here goes on as if nothing had been.
 
     Args:
-        unet: a CoupledUNet, of one or both streams, float32.
+        unet: a CoupledUNet, of one or both streams, float32; or a `FrameNetwork` (`mmdiffusion.training.superres`).
         data: map-style; an item has video [F, 3, H, W] uint8, audio [C, T] int16, and name.
         recipe: how.
+        given: f(batch, generators) -> what the network takes by name besides, tensors [B, ...] on the CPU; there is a
+            generator for each clip.
         state: where to go on; None begins. It is changed in place, and yielded.
         workers: processes that read clips ahead; 0 reads them here.
 
@@ -62,10 +74,12 @@ def train(unet: Any, data: Any, recipe: Recipe, *, state: State | None = None, w
             clip = to_clip(batch, device)
             clips = {name: getattr(clip, name) for name in unet.config["streams"]}
             draws = draw(recipe, state.step, micro, clips, state.timesteps, unet.shift_ranges())
+            options: dict[str, Any] = {"shifts": draws.shifts or None}
+            if given is not None:
+                generators = _generators(recipe, state.step, "given", micro, len(batch.name))
+                options |= {name: x.to(device) for name, x in given(batch, generators).items()}
             with autocast():
-                losses = denoising_losses(
-                    unet, diffusion, clips, draws.noises, draws.t.to(device), shifts=draws.shifts or None
-                )
+                losses = denoising_losses(unet, diffusion, clips, draws.noises, draws.t.to(device), **options)
             weights = loss_weights(recipe.weighting, diffusion, draws.t, gamma=recipe.min_snr_gamma) * draws.weights
             total = (weights.to(device) * sum(losses[name] for name in clips)).mean()
             clock.lap("forward")
@@ -106,9 +120,7 @@ def draw(
 ) -> Draws:
     """Of the seed, the step, and the clip's number in the step alone, whatever shares the step."""
     count = len(next(iter(clips.values())))
-    generators = [
-        torch.Generator().manual_seed(_seed(recipe.seed, step, "clip", micro * count + i)) for i in range(count)
-    ]
+    generators = _generators(recipe, step, "clip", micro, count)
     drawn = [timesteps.draw(generator) for generator in generators]
     noises = {
         name: torch.stack([torch.randn(clips[name].shape[1:], generator=x) for x in generators]).to(clips[name].device)
@@ -129,6 +141,12 @@ def _batches(data: Any, recipe: Recipe, step: int, workers: int) -> Batches:
     batches = Batches(data, recipe.micro_batch or recipe.batch_size, seed=recipe.seed, workers=workers)
     batches.load_state_dict({**batches.state_dict(), "position": step * recipe.batch_size})
     return batches
+
+
+def _generators(recipe: Recipe, step: int, what: str, micro: int, count: int) -> list[torch.Generator]:
+    """One for each clip of a micro-batch."""
+    seeds = [_seed(recipe.seed, step, what, micro * count + i) for i in range(count)]
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def _apply(state: State, clock: _Clock) -> None:
