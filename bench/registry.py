@@ -112,6 +112,7 @@ ENTRIES = {
         Entry("norm", ("group_norm",), ("tests/test_norm.py",), CORRECT),
         Entry("conv", ("dilated_conv1d", "spatial_conv2d"), ("tests/test_conv.py",), CORRECT),
         Entry("unet", (), ("tests/test_unet.py",), {"cpu": "published", "cuda": "on_the_device or published"}),
+        Entry("superres", (), ("tests/test_superres.py",), {"cpu": "published", "cuda": "published"}),
     )
 }
 

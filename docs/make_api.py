@@ -12,7 +12,15 @@ from collections.abc import Iterator
 from typing import Any
 
 PAGE = pathlib.Path(__file__).with_name("api.md")
-MODULES = ("mmattn", "mmattn.testing", "mmdiffusion", "mmdiffusion.diffusion.schedulers", "mmdiffusion.media")
+MODULES = (
+    "mmattn",
+    "mmattn.testing",
+    "mmdiffusion",
+    "mmdiffusion.diffusion.schedulers",
+    "mmdiffusion.media",
+    "mmdiffusion.data",
+    "mmdiffusion.data.synthetic",
+)
 
 
 def page() -> str:

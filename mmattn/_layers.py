@@ -123,15 +123,18 @@ def convolve(
     return (out if residual is None else out + residual.to(out.dtype)).contiguous()
 
 
-def convolve_frames(
-    video: Tensor, layer: nn.Module, *, norm: nn.Module | None = None, activation: str | None = None
-) -> Tensor:
-    """`mmattn.spatial_conv2d` of video [B, F, H, W, Cin] by a 3x3 layer: [B, F, H, W, Cout]."""
+def convolve_frames(video: Tensor, layer: nn.Module, **options: Any) -> Tensor:
+    """`mmattn.spatial_conv2d` of video [B, F, H, W, Cin] by a 3x3 layer: [B, F, H, W, Cout].
+
+    Options are those of `convolve_frames_by`.
+    """
     own = parameters(layer)
     if own is not None and own[0].shape[2:] == (3, 3):
-        return convolve_frames_by(video, *own, norm=norm, activation=activation)
-    y = normalise(video.flatten(1, 3), norm, activation=activation).view(video.shape)
-    return call(layer, y.flatten(0, 1)).unflatten(0, video.shape[:2]).contiguous()
+        return convolve_frames_by(video, *own, **options)
+    residual = options.pop("residual", None)
+    y = normalise_frames(video, **options)
+    out = call(layer, y.flatten(0, 1)).unflatten(0, video.shape[:2])
+    return (out if residual is None else out + residual.to(out.dtype)).contiguous()
 
 
 def convolve_frames_by(
@@ -140,16 +143,38 @@ def convolve_frames_by(
     bias: Tensor | None,
     *,
     norm: nn.Module | None = None,
+    film: tuple[Tensor, Tensor] | None = None,
     activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """The same by weight [Cout, Cin, 3, 3] and bias [Cout]."""
+    """The same by weight [Cout, Cin, 3, 3] and bias [Cout].
+
+    Args:
+        norm, film, activation: in front of the convolution.
+        residual: [B, F, H, W, Cout], added.
+    """
     tokens, (height, width) = video.flatten(1, 3), video.shape[2:4]
     options = _prologue(tokens, norm)
     if options is None:
-        tokens, options = normalise(tokens, norm, activation=activation), {}
+        video = normalise_frames(video, norm=norm, film=film, activation=activation)
+        tokens, options = video.flatten(1, 3), {}
     else:
-        options["activation"] = activation
+        options |= {"film": film, "activation": activation}
+    if residual is not None:
+        options["residual"] = residual.flatten(1, 3)
     return spatial_conv2d(tokens, weight, bias, height=height, width=width, **options).unflatten(1, video.shape[1:4])
+
+
+def normalise_frames(
+    video: Tensor,
+    norm: nn.Module | None = None,
+    film: tuple[Tensor, Tensor] | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """What `convolve_frames` convolves, [B, F, H, W, C]; statistics are those of all frames."""
+    scale, shift = film or (None, None)
+    tokens = normalise(video.flatten(1, 3), norm, scale=scale, shift=shift, activation=activation)
+    return tokens.view(video.shape)
 
 
 def normalise(

@@ -9,6 +9,8 @@ except ModuleNotFoundError as error:
     ) from None
 
 from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
+from mmdiffusion.diffusion.superres import SuperResolutionPipeline
+from mmdiffusion.model.superres import SuperResolutionUNet
 from mmdiffusion.model.unet import CoupledUNet
 
-__all__ = ["CoupledUNet", "MMDiffusionPipeline"]
+__all__ = ["CoupledUNet", "MMDiffusionPipeline", "SuperResolutionPipeline", "SuperResolutionUNet"]

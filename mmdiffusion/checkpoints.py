@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,13 @@ from mmdiffusion._files import whole_file
 from mmdiffusion.clips import FRAME_RATE, SAMPLE_RATE
 from mmdiffusion.model.blocks import AudioHead, FirstLayer, ResidualBlock, VideoHead
 from mmdiffusion.model.config import has_middle_cross_attention
+from mmdiffusion.model.superres import ImageAttention, ImageBlock, ImageHead
 
 if TYPE_CHECKING:
+    from mmdiffusion.model.superres import SuperResolutionUNet
     from mmdiffusion.model.unet import CoupledUNet
+
+UNet = TypeVar("UNet", "CoupledUNet", "SuperResolutionUNet")
 
 _LANDSCAPE: dict[str, Any] = {
     "video_size": (16, 3, 64, 64),
@@ -111,28 +116,47 @@ _TABLES: dict[type[nn.Module], dict[str, tuple[str, int]]] = {
     RandomShiftAttention: RandomShiftAttention._published,
     VideoHead: {"norm": ("0.GroupNorm", 0), "conv": ("2.video_conv", 0)},
     AudioHead: {"norm": ("0.GroupNorm", 0), "conv": ("2.audio_conv", 0)},
+    nn.Conv2d: {"": ("", 0)},
+    ImageBlock: {
+        "embedding": ("emb_layers.1", 0),
+        "norm1": ("in_layers.0", 0),
+        "conv1": ("in_layers.2", 0),
+        "norm2": ("out_layers.0", 0),
+        "conv2": ("out_layers.3", 0),
+        "skip": ("skip_connection", 1),
+    },
+    ImageAttention: {"norm": ("norm", 0), "qkv": ("qkv", 0), "out": ("proj_out", 0)},
+    ImageHead: {"norm": ("0", 0), "conv": ("2", 0)},
 }
 
 
-def _parts(unet: CoupledUNet) -> Iterator[tuple[str, nn.Module]]:
+# The published names of the middle, and of the heads by ours.
+_MIDDLES = {False: "middle_blocks", True: "middle_block"}
+_HEADS = {"video_head": "video_out", "audio_head": "audio_out", "head": "out"}
+
+
+def _parts(unet: CoupledUNet | SuperResolutionUNet) -> Iterator[tuple[str, nn.Module]]:
     """The modules that have a table, under the published names of their places."""
     yield "time_embed", unet.time_embedding
     yield "input_blocks.0.0", unet.first
-    stages: list[tuple[str, Any]] = [(f"input_blocks.{i}", stage) for i, stage in enumerate(unet.encoder, 1)]
-    stages += [(f"output_blocks.{i}", stage) for i, stage in enumerate(unet.decoder)]
-    for place, stage in stages:
-        for i, module in enumerate(x for x in (stage.block, stage.cross, stage.up) if x is not None):
-            yield f"{place}.{i}", module
-    middle_stages: list[Any] = list(unet.middle)
-    middle = [x for stage in middle_stages for x in (stage.block, stage.cross) if x is not None]
-    yield from ((f"middle_blocks.{i}", module) for i, module in enumerate(middle))
-    if unet.video_head is not None:
-        yield "video_out", unet.video_head
-    if unet.audio_head is not None:
-        yield "audio_out", unet.audio_head
+    places = [(f"input_blocks.{i}", stage) for i, stage in enumerate(unet.encoder, 1)]
+    places += [(f"output_blocks.{i}", stage) for i, stage in enumerate(unet.decoder)]
+    for place, stage in places:
+        yield from ((f"{place}.{i}", part) for i, part in enumerate(_stage_parts(stage)))
+    middle = [part for stage in unet.middle for part in _stage_parts(stage)]
+    place = _MIDDLES[isinstance(unet.first, nn.Conv2d)]
+    yield from ((f"{place}.{i}", part) for i, part in enumerate(middle))
+    for ours, theirs in _HEADS.items():
+        head = getattr(unet, ours, None)
+        if head is not None:
+            yield theirs, head
 
 
-def _parameters(unet: CoupledUNet) -> Iterator[tuple[str, nn.Parameter, tuple[int, ...]]]:
+def _stage_parts(stage: nn.Module) -> list[nn.Module]:
+    return [part for part in stage.children() if part is not None]
+
+
+def _parameters(unet: CoupledUNet | SuperResolutionUNet) -> Iterator[tuple[str, nn.Parameter, tuple[int, ...]]]:
     """Every parameter with its published key and shape."""
     for place, part in _parts(unet):
         modules = dict(part.named_modules())
@@ -146,10 +170,10 @@ def _parameters(unet: CoupledUNet) -> Iterator[tuple[str, nn.Parameter, tuple[in
                         "merge adapters (merge_and_unload of peft) and remove parametrizations and pruning first"
                     )
                 shape = (*parameter.shape, *(1,) * trailing) if name == "weight" else tuple(parameter.shape)
-                yield f"{place}.{theirs}.{name}", parameter, shape
+                yield ".".join(filter(None, (place, theirs, name))), parameter, shape
 
 
-def state_dict(unet: CoupledUNet) -> dict[str, Tensor]:
+def state_dict(unet: CoupledUNet | SuperResolutionUNet) -> dict[str, Tensor]:
     """The parameters under the published keys and in their shapes, as views."""
     return {key: parameter.detach().view(shape) for key, parameter, shape in _parameters(unet)}
 
@@ -163,17 +187,36 @@ def load(
     """See `CoupledUNet.from_published`."""
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}; expected one of {', '.join(map(repr, PRESETS))}")
-    if isinstance(source, Mapping):
-        _check_state_dict(source)
-    tensors = source if isinstance(source, Mapping) else read(source)
-    tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
+    tensors = _tensors(source)
     known = _infer(tensors) if preset is None else PRESETS[preset]
     is_released = all(_LANDSCAPE.get(name, value) == value for name, value in known.items())
     known = {**(_LANDSCAPE if is_released else _DEFAULT_HEADS), **known}
     if preset is not None and "cross_attention_windows" in config:
         known["middle_cross_attention"] = has_middle_cross_attention(config["cross_attention_windows"])
+    return _made_of(cls, {**known, **config}, tensors)
+
+
+def load_superres(
+    cls: type[SuperResolutionUNet],
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    config: dict[str, Any],
+) -> SuperResolutionUNet:
+    """See `SuperResolutionUNet.from_published`."""
+    tensors = _tensors(source)
+    return _made_of(cls, {**_infer_superres(tensors), **config}, tensors)
+
+
+def _tensors(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if isinstance(source, Mapping):
+        _check_state_dict(source)
+    tensors = source if isinstance(source, Mapping) else read(source)
+    return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
+
+
+def _made_of(cls: type[UNet], config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> UNet:
+    """The network of a configuration with copies of these tensors, all of which it needs."""
     with torch.device("meta"):
-        unet = cls(**{**known, **config})
+        unet = cls(**config)
     _refuse_what_does_not_fit({key: shape for key, _, shape in _parameters(unet)}, tensors)
     names = {parameter: name for name, parameter in unet.named_parameters()}
     loaded = {names[p]: tensors[key].detach().clone().view(p.shape) for key, p, _ in _parameters(unet)}
@@ -229,24 +272,12 @@ def write(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
 
 def _infer(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """What keys and shapes tell of the configuration."""
-
-    def size(key: str, axis: int) -> int:
-        if key not in tensors:
-            raise ValueError(
-                f"the checkpoint has no {key} among its {len(tensors)} keys; expected the published U-Net's"
-            )
-        shape = tensors[key].shape
-        if axis >= len(shape) or shape[axis] == 0:
-            raise ValueError(f"{key} has shape {list(shape)}; expected that of the published U-Net's")
-        return shape[axis]
-
+    size = functools.partial(_size, tensors)
     streams = tuple(stream for stream in ("video", "audio") if f"{stream}_out.0.GroupNorm.weight" in tensors)
     stream = streams[0] if streams else "video"
-    blocks, per_level = _decoder_blocks(tensors)
-    starts = {2**level: f"input_blocks.{1 + level * per_level}" for level in range(blocks // per_level)}
+    starts = _level_starts(tensors)
     model_channels = size("time_embed.0.weight", 1)
     widths = [size(f"{start}.0.{stream}_out_layers.0.GroupNorm.weight", 0) for start in starts.values()]
-    factors = [width / model_channels for width in widths]
     embedded = size(f"{starts[1]}.0.emb_layers.1.weight", 0)
 
     def rates(key: str) -> tuple[int, ...]:
@@ -254,8 +285,8 @@ def _infer(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
     config: dict[str, Any] = {
         "model_channels": model_channels,
-        "channel_mult": tuple(int(factor) if factor.is_integer() else factor for factor in factors),
-        "num_res_blocks": per_level - 1,
+        "channel_mult": _factors(widths, model_channels),
+        "num_res_blocks": _decoder_blocks(tensors)[1] - 1,
         "use_scale_shift_norm": embedded == 2 * widths[0],
     }
     if "video" in streams:
@@ -274,6 +305,50 @@ def _infer(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     config["cross_attention_resolutions"] = crossed
     config["middle_cross_attention"] = "middle_blocks.1.v_qkv.weight" in tensors
     return config if crossed else config | {"cross_attention_windows": ()}
+
+
+def _infer_superres(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The same of the super-resolution network."""
+    size = functools.partial(_size, tensors, network="super-resolution network")
+    stacked = size("input_blocks.0.0.weight", 1)
+    if stacked % 2:
+        shape = list(tensors["input_blocks.0.0.weight"].shape)
+        raise ValueError(f"input_blocks.0.0.weight has shape {shape}; expected an even number of input channels")
+    model_channels = size("time_embed.0.weight", 1)
+    starts = _level_starts(tensors)
+    widths = [size(f"{start}.0.out_layers.0.weight", 0) for start in starts.values()]
+    embedded = size(f"{starts[1]}.0.emb_layers.1.weight", 0)
+    return {
+        "in_channels": stacked // 2,
+        "model_channels": model_channels,
+        "out_channels": size("out.2.weight", 0),
+        "num_res_blocks": _decoder_blocks(tensors)[1] - 1,
+        "attention_resolutions": tuple(x for x, start in starts.items() if f"{start}.1.qkv.weight" in tensors) or (-1,),
+        "channel_mult": _factors(widths, model_channels),
+        "use_scale_shift_norm": embedded == 2 * widths[0],
+    }
+
+
+def _size(tensors: Mapping[str, Tensor], key: str, axis: int, *, network: str = "U-Net") -> int:
+    if key not in tensors:
+        raise ValueError(
+            f"the checkpoint has no {key} among its {len(tensors)} keys; expected the published {network}'s"
+        )
+    shape = tensors[key].shape
+    if axis >= len(shape) or shape[axis] == 0:
+        raise ValueError(f"{key} has shape {list(shape)}; expected that of the published {network}'s")
+    return shape[axis]
+
+
+def _level_starts(tensors: Mapping[str, Tensor]) -> dict[int, str]:
+    """The place of the first residual block of each level of the encoder, by downsampling."""
+    blocks, per_level = _decoder_blocks(tensors)
+    return {2**level: f"input_blocks.{1 + level * per_level}" for level in range(blocks // per_level)}
+
+
+def _factors(widths: Sequence[int], model_channels: int) -> tuple[float, ...]:
+    factors = [width / model_channels for width in widths]
+    return tuple(int(factor) if factor.is_integer() else factor for factor in factors)
 
 
 def _decoder_blocks(tensors: Mapping[str, Tensor]) -> tuple[int, int]:

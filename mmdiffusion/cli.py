@@ -11,17 +11,24 @@ from typing import Any
 from safetensors import SafetensorError
 
 import mmattn
-from mmdiffusion.runs import convert, info, random_weights, sample, train
+from mmdiffusion.runs import convert, data, info, random_weights, sample, superres, train
 from mmdiffusion.runs.options import add_options, job_of
 
 COMMANDS: dict[str, tuple[Any, Callable[[Any], str]]] = {
     "sample": (sample.Sample, sample.run),
+    "superres": (superres.SuperResolve, superres.run),
     "train": (train.Train, train.run),
     "convert": (convert.Convert, convert.run),
     "random": (random_weights.RandomWeights, random_weights.run),
     "info": (info.Info, info.run),
+    "data check": (data.Check, data.check_data),
+    "data pack": (data.Pack, data.pack_data),
+    "data synthetic": (data.Synthetic, data.show_synthetic),
 }
-"""The job of each subcommand, and what runs it and returns the text to print."""
+"""The job of each subcommand, of one word or of two, and what runs it and returns the text to print."""
+
+_GROUPS = {"data": "films to train on, and clips of a synthetic world"}
+"""The first words of subcommands of two."""
 
 _REFUSALS = (OSError, ValueError, TypeError, RuntimeError, ImportError, ArithmeticError, MemoryError, SafetensorError)
 
@@ -45,14 +52,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("mmdiffusion", description="Joint diffusion of video and its sound.")
     parser.add_argument("--version", action="version", version=f"mmdiffusion {mmattn.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    groups = {}
+    for name, summary in _GROUPS.items():
+        group = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        groups[name] = group.add_subparsers(required=True, metavar="COMMAND")
     for name, (job, _) in COMMANDS.items():
-        command = commands.add_parser(
-            name,
+        *group_name, word = name.split()
+        command = (groups[group_name[0]] if group_name else commands).add_parser(
+            word,
             help=job.summary,
             description=" ".join(job.__doc__.split()),
             epilog="examples:\n" + "\n".join(f"  mmdiffusion {example}" for example in job.examples),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        command.set_defaults(command=name)
         add_options(command, job)
     return parser

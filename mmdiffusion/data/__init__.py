@@ -1,31 +1,62 @@
 # SPDX-License-Identifier: MIT
-"""Clips to train on, synthetic ones among them, and batches of them whose position can be saved."""
+"""Clips to train on, of films and of a synthetic world, and batches of them whose position can be saved."""
 
 from __future__ import annotations
 
 import os
+import pathlib
+from typing import Any
 
 from torch.utils.data import Dataset
 
 from mmdiffusion.clips import ClipFormat
 from mmdiffusion.data.batches import Batches, FilmError
+from mmdiffusion.data.films import ClipDataset
+from mmdiffusion.data.index import FilmEntry, index_folder
 from mmdiffusion.data.items import Item, to_clip
+from mmdiffusion.data.pack import PackedClips, is_pack, pack
 from mmdiffusion.data.synthetic import SyntheticClips
 
-__all__ = ["Batches", "FilmError", "Item", "SyntheticClips", "open_dataset", "to_clip"]
+__all__ = [
+    "Batches",
+    "ClipDataset",
+    "FilmEntry",
+    "FilmError",
+    "Item",
+    "PackedClips",
+    "SyntheticClips",
+    "index_folder",
+    "open_dataset",
+    "pack",
+    "to_clip",
+]
 
 
-def open_dataset(source: str | os.PathLike[str], clip_format: ClipFormat, seed: int = 0) -> Dataset[Item]:
+def open_dataset(
+    source: str | os.PathLike[str], clip_format: ClipFormat, seed: int = 0, *, flip: bool = False, **options: Any
+) -> Dataset[Item]:
     """The clips of a source, each a function of its number (and of the seed, if synthetic) alone.
 
     Args:
-        source: "synthetic".
+        source: "synthetic", a folder of films, or a file of `pack`.
         clip_format: sizes and rates of the clips.
         seed: of the synthetic world.
+        flip: whether films' clips are there mirrored as well.
+        options: of `ClipDataset`, for a folder: fit, cache, processes, progress.
 
     Raises:
-        ValueError: on another source, or a format that it cannot have.
+        OSError: if there is no such file or folder, or it cannot be read.
+        ValueError: if it is something else, has no clip, or not of that format.
     """
     if source == "synthetic":
         return SyntheticClips(clip_format, seed)
-    raise ValueError(f"source is {os.fspath(source)!r}; expected 'synthetic'")
+    path = pathlib.Path(source)
+    if path.is_dir():
+        return ClipDataset(path, clip_format, flip=flip, **options)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"source is {os.fspath(source)!r}, which is not there; expected a folder, a packed file or 'synthetic'"
+        )
+    if is_pack(path):
+        return PackedClips(path, clip_format, flip=flip)
+    raise ValueError(f"source is {os.fspath(source)!r}; expected a folder of films, a packed file or 'synthetic'")

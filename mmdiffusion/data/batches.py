@@ -8,14 +8,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from mmdiffusion.data.items import Item, joined
+from mmdiffusion.data.workers import read_by
 
 
 class FilmError(ValueError):
     """A clip that could not be read, in one sentence that names its film."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence)
 
 
 class Batches:
@@ -60,7 +63,7 @@ class Batches:
             raise ValueError("dataset has no clips; expected 1 or more")
         self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
         self._rank, self._count = rank, count
-        self._options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
+        self._workers, self._pin_memory = workers, pin_memory
         self._position = 0  # of the clips of all processes and all epochs
         self._loading: Iterator[Item | _Failure] | None = None
         self._order: tuple[int, numpy.ndarray] | None = None
@@ -82,7 +85,8 @@ class Batches:
         """
         begin = time.perf_counter()
         if self._loading is None:
-            self._loading = iter(self._loader())
+            numbers = self._numbers(self._position)
+            self._loading = read_by(self._workers, _Loading(self._dataset), numbers, pin_memory=self._pin_memory)
         found = next(self._loading)
         self.waited += time.perf_counter() - begin
         if isinstance(found, _Failure):
@@ -113,17 +117,6 @@ class Batches:
         self.close()
         self._position = int(state["position"])
 
-    def _loader(self) -> DataLoader[Any]:
-        # Its own generator: a loader draws from torch's at every start, and what follows would depend on restarts.
-        return DataLoader(
-            _Loading(self._dataset),
-            sampler=self._numbers(self._position),  # type: ignore[arg-type]
-            batch_size=None,
-            collate_fn=_as_it_is,
-            generator=torch.Generator().manual_seed(0),
-            **self._options,
-        )
-
     def _numbers(self, position: int) -> Iterator[list[int]]:
         while True:
             first = position + self._rank * self._batch_size
@@ -153,7 +146,3 @@ class _Loading(Dataset[Any]):
             return joined([self._dataset[i] for i in numbers])
         except (OSError, ValueError) as error:
             return _Failure(" ".join(str(error).split()))
-
-
-def _as_it_is(found: Any) -> Any:
-    return found

@@ -135,13 +135,13 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             None if clip is None else self._checked(clip, stream, None if seconds is None else frames)
             for stream, clip in zip(streams, (video, audio), strict=True)
         ]
-        generators = _generators(generator, batch_size)
+        generators = generators_of(generator, batch_size)
         is_guided = guidance == "gradient"
         device = self._execution_device
         clips: list[Any] = [torch.empty(stream.resized(0), device=device) for stream in streams]
         schedulers = for_streams(scheduler, num_inference_steps)
         calls = len(starts) * len(schedulers[0].timesteps)
-        with _frozen(self.unet), self.progress_bar(total=calls) as progress_bar:
+        with frozen(self.unet), self.progress_bar(total=calls) as progress_bar:
             model = self._model(shift_seed, is_recorded=self._is_recorded and not is_guided)
             steps = itertools.count()
 
@@ -271,7 +271,7 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
 diffusers.MMDiffusionPipeline = MMDiffusionPipeline  # type: ignore[attr-defined]
 
 
-def _generators(generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> list[torch.Generator]:
+def generators_of(generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> list[torch.Generator]:
     """One for each sample."""
     if isinstance(generator, torch.Generator) and batch_size == 1:
         return [generator]
@@ -287,7 +287,7 @@ def _generators(generator: torch.Generator | list[torch.Generator] | None, batch
 
 
 @contextlib.contextmanager
-def _frozen(unet: torch.nn.Module) -> Iterator[None]:
+def frozen(unet: torch.nn.Module) -> Iterator[None]:
     """Without dropout, and without the gradients of parameters that differentiating by the inputs would compute."""
     was_training = unet.training
     trained = [x for x in unet.parameters() if x.requires_grad]
@@ -300,17 +300,15 @@ def _frozen(unet: torch.nn.Module) -> Iterator[None]:
             x.requires_grad_()
 
 
-def _check_options(
-    batch_size: int,
-    num_inference_steps: int,
-    scheduler: Scheduler,
-    guidance: str,
-    guidance_scale: float,
-    output_type: str,
-) -> None:
-    for name, value in (("batch_size", batch_size), ("num_inference_steps", num_inference_steps)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} is {value!r}; expected an int of at least 1")
+def check_count(name: str, value: Any) -> None:
+    """Refuse what is no int of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}; expected an int of at least 1")
+
+
+def check_scheduler(scheduler: Scheduler, num_inference_steps: int) -> None:
+    """Refuse a scheduler of another process than ours, that predicts something else, or has fewer steps."""
+    check_count("num_inference_steps", num_inference_steps)
     if not isinstance(scheduler, SchedulerMixin):
         raise TypeError(f"scheduler is a {type(scheduler).__name__}; expected a name, or a scheduler of diffusers")
     config: Any = scheduler.config  # type: ignore[attr-defined]
@@ -328,6 +326,18 @@ def _check_options(
         )
     if num_inference_steps > trained:
         raise ValueError(f"num_inference_steps is {num_inference_steps}; expected at most the {trained} of training")
+
+
+def _check_options(
+    batch_size: int,
+    num_inference_steps: int,
+    scheduler: Scheduler,
+    guidance: str,
+    guidance_scale: float,
+    output_type: str,
+) -> None:
+    check_count("batch_size", batch_size)
+    check_scheduler(scheduler, num_inference_steps)
     if not 0 <= guidance_scale < math.inf:
         raise ValueError(f"guidance_scale is {guidance_scale}; expected 0 or more")
     for name, choice, choices in (

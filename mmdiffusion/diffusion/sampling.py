@@ -55,7 +55,7 @@ def sample(
     timesteps = schedulers[0].timesteps
     is_given = any(x is not None for x in known)
     levels = _levels(schedulers[0])
-    options = [_step_options(scheduler, generators) for scheduler in schedulers]
+    options = [step_options(scheduler, generators) for scheduler in schedulers]
 
     def diffused(i: int) -> list[Tensor | None]:
         """q(x_t | known) at the i-th timestep."""
@@ -100,7 +100,7 @@ def _levels(scheduler: Scheduler) -> list[tuple[float, float]]:
     return list(zip(signals, deviations, strict=True))
 
 
-def _step_options(scheduler: Scheduler, generators: list[torch.Generator] | None) -> dict[str, Any]:
+def step_options(scheduler: Scheduler, generators: list[torch.Generator] | None) -> dict[str, Any]:
     """What this scheduler's step takes of: the generators; and that DDIM's direction is that of the clipped x0."""
     options = {"generator": generators, "use_clipped_model_output": True}
     accepted = inspect.signature(scheduler.step).parameters

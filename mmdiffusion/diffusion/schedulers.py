@@ -79,7 +79,7 @@ SCHEDULERS: dict[str, tuple[type[Scheduler], dict[str, Any]]] = {
 """The schedulers known by name: diffusers' class, and its settings beside those of the published diffusion."""
 
 
-def make_scheduler(name: str) -> Scheduler:
+def make_scheduler(name: str, *, has_learned_variance: bool = False) -> Scheduler:
     """Make a scheduler for the published diffusion: 1000 steps, betas linear from 1e-4 to 2e-2, noise predicted.
 
     - "ddpm" (arXiv 2006.11239): variance "fixed large"; N timesteps round(i 999/(N-1)), as of the release's "N".
@@ -91,12 +91,17 @@ def make_scheduler(name: str) -> Scheduler:
 
     x0 is clipped to [-1, 1] at every step, but by "dpmsolver", which has no estimate of x0; nor has the release there.
 
+    Args:
+        has_learned_variance: "ddpm" takes the variance that the network has learned instead (arXiv 2102.09672).
+
     Raises:
         ValueError: if the name is not among SCHEDULERS, listing them.
     """
     if name not in SCHEDULERS:
         raise ValueError(f"scheduler is {name!r}; expected one of {', '.join(map(repr, SCHEDULERS))}")
     scheduler_class, settings = SCHEDULERS[name]
+    if has_learned_variance and "variance_type" in settings:
+        settings = {**settings, "variance_type": "learned_range"}
     with warnings.catch_warnings():
         # The release's solver is of the kind that diffusers advises against.
         warnings.filterwarnings("ignore", ".*algorithm_type", FutureWarning)
@@ -111,14 +116,20 @@ def make_scheduler(name: str) -> Scheduler:
 
 
 def for_streams(scheduler: Scheduler, num_inference_steps: int) -> tuple[Scheduler, Scheduler]:
-    """Two copies of a scheduler, for video and audio, ready for that many steps; the original is left as it is.
+    """Two copies of a scheduler, for video and audio, as `prepared`."""
+    scheduler = prepared(scheduler, num_inference_steps)
+    return scheduler, copy.deepcopy(scheduler)
 
-    The copies hold alphas_cumprod in fp64. diffusers computes 1 - alphas_cumprod in fp32, where it is 2e-4 off at the
-    first timestep, and the mean of DDPM's last steps is 5e-5 off for it.
+
+def prepared(scheduler: Scheduler, num_inference_steps: int) -> Scheduler:
+    """A copy of a scheduler ready for that many steps; the original is left as it is.
+
+    It holds alphas_cumprod in fp64. diffusers computes 1 - alphas_cumprod in fp32, where it is 2e-4 off at the first
+    timestep, and the mean of DDPM's last steps is 5e-5 off for it.
     """
     scheduler = copy.deepcopy(scheduler)
     if isinstance(getattr(scheduler, "betas", None), Tensor) and not scheduler.config.get("rescale_betas_zero_snr"):
         scheduler.alphas = 1 - scheduler.betas.double()
         scheduler.alphas_cumprod = scheduler.alphas.cumprod(0)
     scheduler.set_timesteps(num_inference_steps)
-    return scheduler, copy.deepcopy(scheduler)
+    return scheduler

@@ -11,16 +11,18 @@ except ModuleNotFoundError:
 from mmdiffusion.clips import Clip
 from mmdiffusion.media.read import Film, open_film, read_clip
 from mmdiffusion.media.sheet import contact_sheet
-from mmdiffusion.media.write import check_film, write_audio, write_image, write_video
+from mmdiffusion.media.write import check_film, check_sound, write_audio, write_film, write_image, write_video
 
 __all__ = [
     "Clip",
     "Film",
     "check_film",
+    "check_sound",
     "contact_sheet",
     "open_film",
     "read_clip",
     "write_audio",
+    "write_film",
     "write_image",
     "write_video",
 ]

@@ -113,6 +113,24 @@ class Film:
         self._file.close()
 
     @property
+    def forms(self) -> dict[str, str]:
+        """What each stream is as coded: "h264 256 x 256 at 10 a second", "aac 1 x 16000 a second"."""
+        forms = {}
+        for kind, stream in self._streams.items():
+            codec = stream.codec_context
+            if kind == "video":
+                rate = f" at {float(stream.average_rate):.5g} a second" if stream.average_rate else ""
+                forms[kind] = f"{codec.name} {codec.height} x {codec.width}{rate}"
+            else:
+                forms[kind] = f"{codec.name} {codec.channels} x {codec.sample_rate} a second"
+        return forms
+
+    @property
+    def starts(self) -> dict[str, Fraction]:
+        """Seconds from time 0 to the first picture and the first sample, of the streams that can be decoded."""
+        return {kind: first - self._zero for kind, first in self._first.items()}
+
+    @property
     def durations(self) -> dict[str, Fraction]:
         """Seconds from time 0 to the end of each stream that can be decoded.
 
@@ -124,6 +142,38 @@ class Film:
             with self._named():
                 self._durations = self._packet_ends()
         return dict(self._durations)
+
+    @property
+    def frame_rate(self) -> Fraction:
+        """Pictures a second, on average, as the file says.
+
+        Raises:
+            ValueError: if there are no pictures.
+        """
+        self._refuse_closed()
+        return 1 / _period(self._stream("video"))
+
+    @property
+    def has_sound(self) -> bool:
+        """Whether there is a sound that can be decoded."""
+        return "audio" in self._first
+
+    def sound_packets(self) -> Iterator[Any]:
+        """The stream of the sound, and then its packets as they are, with times that count from time 0.
+
+        They are read to the end of the file; nothing else may be read meanwhile.
+        """
+        self._refuse_closed()
+        with self._named():
+            self._open()
+            stream = self._stream("audio")
+            yield stream
+            zero = round(self._zero / stream.time_base)
+            for packet in self._container.demux(stream):
+                if packet.dts is None:  # what flushes a decoder
+                    continue
+                packet.pts, packet.dts = packet.pts - zero, packet.dts - zero
+                yield packet
 
     def read_clip(
         self,

@@ -46,6 +46,18 @@ def convolve_over_frames(video: Tensor, layer: nn.Module) -> Tensor:
     return convolve(video, layer, interleaved=video.shape[2] * video.shape[3])
 
 
+def pool_frames(video: Tensor) -> Tensor:
+    """The mean of each 2x2 pixels of video [B, F, H, W, C]."""
+    frames = functional.avg_pool2d(video.flatten(0, 1).permute(0, 3, 1, 2), VIDEO_RATE)
+    return frames.permute(0, 2, 3, 1).unflatten(0, video.shape[:2])
+
+
+def repeat_frames(video: Tensor) -> Tensor:
+    """Each pixel of video [B, F, H, W, C] as 2x2."""
+    frames = functional.interpolate(video.flatten(0, 1).permute(0, 3, 1, 2), scale_factor=VIDEO_RATE)
+    return frames.permute(0, 2, 3, 1).unflatten(0, video.shape[:2])
+
+
 def zeroed(layer: Layer) -> Layer:
     """The layer with its parameters set to zero: a residual branch begins as nothing."""
     for parameter in layer.parameters():
@@ -171,12 +183,10 @@ class VideoBlock(_StreamBlock):
         return convolve_over_frames(h, self.temporal)
 
     def _pool(self, x: Tensor) -> Tensor:
-        frames = functional.avg_pool2d(x.flatten(0, 1).permute(0, 3, 1, 2), VIDEO_RATE)
-        return frames.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
+        return pool_frames(x)
 
     def _repeat(self, x: Tensor) -> Tensor:
-        frames = functional.interpolate(x.flatten(0, 1).permute(0, 3, 1, 2), scale_factor=VIDEO_RATE)
-        return frames.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
+        return repeat_frames(x)
 
 
 class AudioBlock(_StreamBlock):
@@ -360,3 +370,32 @@ def timestep_embedding(timesteps: Tensor, channels: int) -> Tensor:
     frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float32, device=timesteps.device) / half)
     angles = timesteps.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def embed_timesteps(
+    layers: nn.Sequential,
+    timesteps: Tensor | float,
+    channels: int,
+    *,
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """SiLU of the time embedding, [B, E]: the first layer of every block's own projection of it, once for all.
+
+    Args:
+        layers: a linear layer from the sinusoids, a SiLU, a linear layer.
+        timesteps: [B], or one for all.
+        channels: of the sinusoids.
+        batch: B.
+        dtype: of the sinusoids, if only the first layer knows its own.
+
+    Raises:
+        ValueError: on timesteps of another shape.
+    """
+    timesteps = torch.as_tensor(timesteps, device=device)
+    if timesteps.dim() > 1 or timesteps.numel() not in (1, batch):
+        raise ValueError(f"timesteps has shape {list(timesteps.shape)}; expected [B] = [{batch}], or one number")
+    embedding = timestep_embedding(timesteps.reshape(-1).expand(batch), channels)
+    # Of layers that are cast around each call diffusers knows the dtype.
+    return functional.silu(layers(embedding.to(_layers.dtype_of(layers[0]) or dtype)))

@@ -46,6 +46,28 @@ def check_config(config: Mapping[str, Any]) -> None:
         check_divisible("audio_size", "length", config["audio_size"][1:], AUDIO_RATE ** (levels - 1))
 
 
+def check_image_config(config: Mapping[str, Any]) -> None:
+    """Refuse a configuration that no super-resolution network can have.
+
+    Raises:
+        ValueError: naming the argument, its value and what was expected.
+    """
+    for name in ("channel_mult", "attention_resolutions"):
+        if not isinstance(config[name], (list, tuple)):
+            _refuse(config, name, "a sequence")
+    counts = ("image_size", "in_channels", "model_channels", "out_channels", "num_res_blocks", "num_heads", "scale")
+    _check_network(config, counts)
+    if config["out_channels"] not in (config["in_channels"], 2 * config["in_channels"]):
+        _refuse(config, "out_channels", f"in_channels = {config['in_channels']}, or twice that with learned sigma")
+    _check_rates(config, "attention_resolutions")
+    widths = _widths(config)
+    _check_heads(config, widths, [rate for rate in config["attention_resolutions"] if rate in widths] + [max(widths)])
+    divisor = VIDEO_RATE ** (len(widths) - 1)
+    check_divisible("image_size", "height and width", [config["image_size"]], divisor)
+    if config["image_size"] % config["scale"]:
+        _refuse(config, "scale", f"a divisor of image_size = {config['image_size']}")
+
+
 def _refuse(config: Mapping[str, Any], name: str, expected: str) -> None:
     raise ValueError(f"{name} is {config[name]!r}; expected {expected}")
 
@@ -67,13 +89,22 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
         if len(config[name]) != letters.count(",") + 1 or not all(map(_is_count, config[name])):
             _refuse(config, name, f"{letters}, positive ints")
     counts = ("model_channels", "video_out_channels", "audio_out_channels", "num_res_blocks", "num_heads")
-    for name in (*counts, "sample_rate"):
+    _check_network(config, (*counts, "sample_rate"))
+    if not _is_number(config["frame_rate"]) or config["frame_rate"] <= 0:
+        _refuse(config, "frame_rate", "a positive number of frames a second")
+    if not isinstance(config["middle_cross_attention"], bool):
+        _refuse(config, "middle_cross_attention", "True or False")
+    if tuple(config["streams"]) not in (STREAMS, *((stream,) for stream in STREAMS)):
+        _refuse(config, "streams", "('video', 'audio'), ('video',) or ('audio',)")
+
+
+def _check_network(config: Mapping[str, Any], counts: Sequence[str]) -> None:
+    """What every U-Net has, and the names of its positive numbers."""
+    for name in counts:
         if not _is_count(config[name]):
             _refuse(config, name, "a positive int")
     if config["num_res_blocks"] > _MAX_BLOCKS:
         _refuse(config, "num_res_blocks", f"at most {_MAX_BLOCKS}")
-    if not _is_number(config["frame_rate"]) or config["frame_rate"] <= 0:
-        _refuse(config, "frame_rate", "a positive number of frames a second")
     if not config["channel_mult"] or any(
         not _is_number(factor) or factor <= 0 or config["model_channels"] * factor % NORM_GROUPS
         for factor in config["channel_mult"]
@@ -84,21 +115,32 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
         _refuse(config, "dropout", "0 <= dropout < 1")
     if config["resblock_updown"] is not True:
         _refuse(config, "resblock_updown", "True: levels are resampled inside residual blocks")
-    if not isinstance(config["middle_cross_attention"], bool):
-        _refuse(config, "middle_cross_attention", "True or False")
-    if tuple(config["streams"]) not in (STREAMS, *((stream,) for stream in STREAMS)):
-        _refuse(config, "streams", "('video', 'audio'), ('video',) or ('audio',)")
+
+
+def _check_rates(config: Mapping[str, Any], *names: str) -> None:
+    for name in names:
+        if any(rate != -1 and (not _is_count(rate) or rate & (rate - 1)) for rate in config[name]):
+            _refuse(config, name, "downsamplings 1, 2, 4, ..., or -1 for none")
+
+
+def _check_heads(config: Mapping[str, Any], widths: Mapping[int, int], attended: Sequence[int]) -> None:
+    if any(widths[rate] % config["num_heads"] for rate in attended):
+        expected = f"a divisor of the widths with self-attention, {sorted({widths[r] for r in attended})}"
+        _refuse(config, "num_heads", expected)
+
+
+def _widths(config: Mapping[str, Any]) -> dict[int, int]:
+    """Channels of the level of each downsampling."""
+    return {2**level: int(config["model_channels"] * factor) for level, factor in enumerate(config["channel_mult"])}
 
 
 def _check_attention(config: Mapping[str, Any]) -> None:
     resolutions = ("cross_attention_resolutions", "video_attention_resolutions", "audio_attention_resolutions")
-    for name in resolutions:
-        if any(rate != -1 and (not _is_count(rate) or rate & (rate - 1)) for rate in config[name]):
-            _refuse(config, name, "downsamplings 1, 2, 4, ..., or -1 for none")
+    _check_rates(config, *resolutions)
     windows, frames = config["cross_attention_windows"], config["video_size"][0]
     if len(windows) != len(config["cross_attention_resolutions"]):
         _refuse(config, "cross_attention_windows", "one window for each of cross_attention_resolutions")
-    widths = {2**level: int(config["model_channels"] * factor) for level, factor in enumerate(config["channel_mult"])}
+    widths = _widths(config)
     middle = max(widths)
     crossed = {
         rate: s for rate, s in zip(config["cross_attention_resolutions"], windows, strict=True) if rate in widths
@@ -107,9 +149,7 @@ def _check_attention(config: Mapping[str, Any]) -> None:
     if is_coupled and not all(_is_count(window) and window <= frames for window in crossed.values()):
         _refuse(config, "cross_attention_windows", f"1..F = 1..{frames} frames each, with the F of video_size")
     attended = [rate for name in resolutions[1:] for rate in config[name] if rate in widths] + [middle]
-    if any(widths[rate] % config["num_heads"] for rate in attended):
-        expected = f"a divisor of the widths with self-attention, {sorted({widths[r] for r in attended})}"
-        _refuse(config, "num_heads", expected)
+    _check_heads(config, widths, attended)
     coupled = [*crossed, *([middle] if is_coupled and config["middle_cross_attention"] else [])]
     channels = config["num_heads"] if config["num_head_channels"] == -1 else config["num_head_channels"]
     if not _is_count(channels) or any(widths[rate] % channels for rate in coupled):

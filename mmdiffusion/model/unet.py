@@ -12,7 +12,6 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import skip_code
-from torch.nn import functional
 
 import mmattn
 from mmattn._layers import dtype_of, innermost
@@ -25,7 +24,7 @@ from mmdiffusion.model.blocks import (
     Stage,
     Streams,
     VideoHead,
-    timestep_embedding,
+    embed_timesteps,
 )
 from mmdiffusion.model.config import (
     AUDIO_RATE,
@@ -249,7 +248,10 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if is_autocast(device.type) and dtype != torch.float64:
             # Once for all: between the layers nothing is in another dtype then.
             dtype = torch.get_autocast_dtype(device.type)
-        embedding = self._embed(timesteps, batch, device)
+        channels = self.config["model_channels"]
+        embedding = embed_timesteps(
+            self.time_embedding, timesteps, channels, batch=batch, device=device, dtype=self.dtype
+        )
         if video is not None:
             video = video.to(dtype).permute(0, 1, 3, 4, 2).contiguous()
         if audio is not None:
@@ -403,17 +405,6 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(function, *args)
         return function(*args)
-
-    def _embed(self, timesteps: Tensor | float, batch: int, device: torch.device) -> Tensor:
-        """SiLU of the time embedding, [B, E]: the first layer of every block's own projection of it, once for all."""
-        timesteps = torch.as_tensor(timesteps, device=device)
-        if timesteps.dim() > 1 or timesteps.numel() not in (1, batch):
-            raise ValueError(f"timesteps has shape {list(timesteps.shape)}; expected [B] = [{batch}], or one number")
-        channels = self.config["model_channels"]
-        embedding = timestep_embedding(timesteps.reshape(-1).expand(batch), channels)
-        # Of layers that are cast around each call diffusers knows the dtype.
-        embedding = embedding.to(dtype_of(self.time_embedding[0]) or self.dtype)
-        return functional.silu(self.time_embedding(embedding))
 
     def _shifting(self) -> list[mmattn.RandomShiftAttention]:
         stages: list[Any] = [*self.encoder, *self.decoder]

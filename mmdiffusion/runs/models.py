@@ -11,6 +11,9 @@ from typing import Any
 import torch
 
 from mmdiffusion import checkpoints
+from mmdiffusion.diffusion.schedulers import make_scheduler
+from mmdiffusion.diffusion.superres import SuperResolutionPipeline
+from mmdiffusion.model.superres import SuperResolutionUNet
 from mmdiffusion.model.unet import CoupledUNet
 from mmdiffusion.runs.options import check, option
 
@@ -39,16 +42,45 @@ def load(source: pathlib.Path, job: ModelJob) -> CoupledUNet:
     if source.is_dir():
         if job.preset or job.config:
             raise ValueError(f"{source} has its own configuration; expected neither --preset nor --config")
-        folder = source / "unet" if (source / "model_index.json").exists() else source
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"{source} is a directory without config.json; expected one of save_pretrained")
         # Otherwise accelerate is needed.
-        return CoupledUNet.from_pretrained(folder, low_cpu_mem_usage=False)
+        return CoupledUNet.from_pretrained(_folder_of_network(source), low_cpu_mem_usage=False)
     return CoupledUNet.from_published(source, preset=job.preset, **read_config(job.config))
 
 
+def load_superres(
+    source: pathlib.Path,
+    scheduler: str,
+    dtype: str,
+    device: torch.device,
+    *,
+    config: pathlib.Path | None = None,
+) -> SuperResolutionPipeline:
+    """The pipeline of a published super-resolution checkpoint, or of a directory of save_pretrained."""
+    if source.is_dir():
+        if config:
+            raise ValueError(f"{source} has its own configuration; expected no --config")
+        unet = SuperResolutionUNet.from_pretrained(_folder_of_network(source), low_cpu_mem_usage=False)
+    else:
+        unet = SuperResolutionUNet.from_published(source, **read_config(config))
+    channels = unet.config["in_channels"]
+    if channels != 3:
+        raise ValueError(f"{source} has in_channels {channels}; expected 3, of colour")
+    unet = torch.nn.Module.to(unet, device, DTYPES[dtype])
+    has_variance = unet.config["out_channels"] == 2 * channels
+    made = SuperResolutionPipeline(unet, make_scheduler(scheduler, has_learned_variance=has_variance))
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def _folder_of_network(source: pathlib.Path) -> pathlib.Path:
+    folder = source / "unet" if (source / "model_index.json").exists() else source
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{source} is a directory without config.json; expected one of save_pretrained")
+    return folder
+
+
 def read_config(path: pathlib.Path | None) -> dict[str, Any]:
-    """Arguments of CoupledUNet in a JSON file.
+    """Arguments of a network in a JSON file.
 
     Raises:
         OSError, ValueError: if it cannot be read, or holds something else.
@@ -60,7 +92,7 @@ def read_config(path: pathlib.Path | None) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}; expected arguments of CoupledUNet by name")
+        raise ValueError(f"{path} holds a {type(config).__name__}; expected arguments of the network by name")
     return config
 
 

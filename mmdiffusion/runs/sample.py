@@ -22,8 +22,9 @@ from mmdiffusion import media
 from mmdiffusion.clips import Clip, ClipFormat
 from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
 from mmdiffusion.diffusion.schedulers import SCHEDULERS, for_streams, make_scheduler
+from mmdiffusion.diffusion.superres import SuperResolutionPipeline
 from mmdiffusion.runs.folder import FORMATS, Folder
-from mmdiffusion.runs.models import DTYPES, ModelJob, load
+from mmdiffusion.runs.models import DTYPES, ModelJob, load, load_superres
 from mmdiffusion.runs.options import SEEDS, option
 from mmdiffusion.runs.processes import Processes
 
@@ -39,6 +40,7 @@ class Sample(ModelJob):
     examples: ClassVar = (
         "sample --model landscape.pt --num 4 --steps 20 --seed 7 --out out",
         "sample --model landscape.pt --audio-from rain.mp4 --guidance gradient --out rain",
+        "sample --model landscape.pt --superres sr.pt --out large",
         "sample --model landscape --seconds 8 --dtype bfloat16 --out long",
         "sample --model landscape.pt --out out    # several: accelerate launch --num_processes 2 -m mmdiffusion ...",
     )
@@ -60,6 +62,11 @@ class Sample(ModelJob):
         choices=("replacement", "gradient"),
     )
     guidance_scale: float = option("weight of the gradient", default=1e-4, metavar="SCALE")
+    superres: pathlib.Path | None = option(
+        "a super-resolution network, published or a directory, to make the clips larger by before they are written",
+        default=None,
+    )
+    superres_steps: int = option("calls of that for each frame", default=25, minimum=1)
     batch_size: int = option("clips sampled together", default=1, minimum=1)
     dtype: str | None = option(
         "of the model: bfloat16 on CUDA, float32 on a CPU; with AMX bfloat16 is about 3 times as fast there too",
@@ -94,6 +101,9 @@ def run(job: Sample) -> str:
     pipeline.check_inputs(**_of_the_call(job))
     clips = pipeline.clip_format
     _check_clips(job, clips)
+    enlarge = None if job.superres is None else load_superres(job.superres, "ddim", dtype, processes.device)
+    if enlarge is not None:
+        enlarge.check_inputs(torch.zeros(1, 1, *clips.video_size[1:]), job.superres_steps)
     given = _read(job, clips)
     settings = _settings(job, dtype, unet.config)
     rates = {"frame_rate": clips.frame_rate, "sample_rate": clips.sample_rate}
@@ -103,7 +113,7 @@ def run(job: Sample) -> str:
     processes.wait()
     folder = Folder.create(job.out, settings, **options)
     numbers = range(processes.rank, job.num, processes.count)
-    fill(folder, pipeline, numbers, job, is_quiet=processes.rank > 0, **given)
+    fill(folder, pipeline, numbers, job, enlarge=enlarge, is_quiet=processes.rank > 0, **given)
     processes.wait()
     if processes.rank:
         return ""
@@ -117,6 +127,7 @@ def fill(
     numbers: Iterable[int],
     job: Sample,
     *,
+    enlarge: SuperResolutionPipeline | None = None,
     is_quiet: bool = False,
     **given: Any,
 ) -> int:
@@ -125,6 +136,7 @@ def fill(
     A clip depends on the job's seed and its number alone, not on what is sampled beside or before it.
 
     Args:
+        enlarge: what makes the video larger, if anything does.
         is_quiet: without a bar of the steps done and the time left.
         given: a tensor audio or video, as of the pipeline's call.
     """
@@ -133,6 +145,8 @@ def fill(
     calls = windows * len(for_streams(pipeline.scheduler, job.steps)[0].timesteps)
     record = {"batch_size": job.batch_size, "device": str(pipeline.device), "versions": versions()}
     pipeline.set_progress_bar_config(disable=True)
+    if enlarge is not None:
+        enlarge.set_progress_bar_config(disable=is_quiet, desc="super-resolution", leave=False)
     with tqdm(total=calls * len(lacking), unit="step", disable=is_quiet or not lacking) as bar:
         for at in range(0, len(lacking), job.batch_size):
             batch = lacking[at : at + job.batch_size]
@@ -151,9 +165,14 @@ def fill(
                 **_of_the_call(job),
                 **given,
             )
-            video, audio = made.video.cpu(), made.audio.cpu()
+            video, audio = made.video, made.audio.cpu()
+            sampled = time.perf_counter() - begun
+            if enlarge is not None:
+                generators = [torch.Generator().manual_seed(x) for x in seeds]
+                (video,) = enlarge(video, job.superres_steps, generator=generators, return_dict=False)
+            video = video.cpu()
             elapsed = time.perf_counter() - begun
-            times = {"seconds": round(elapsed / len(batch), 3), "seconds_per_step": round(elapsed / calls, 4)}
+            times = {"seconds": round(elapsed / len(batch), 3), "seconds_per_step": round(sampled / calls, 4)}
             for row, number in enumerate(batch):
                 folder.add(number, Clip(video[row], audio[row]), {"seed": seeds[row], **times, **record})
     return len(lacking)
@@ -235,4 +254,5 @@ def _settings(job: Sample, dtype: str, config: Any) -> dict[str, Any]:
         "guidance_scale": job.guidance_scale if job.guidance == "gradient" else None,
         f"{job.given_stream or 'video'}_from": digest(source) if source else None,
         "start": job.start,
+        **({"superres": digest(job.superres), "superres_steps": job.superres_steps} if job.superres else {}),
     }

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 import mmattn
 from mmdiffusion.clips import STREAMS
-from mmdiffusion.data import Batches, to_clip
+from mmdiffusion.data import Batches, Item, to_clip
 from mmdiffusion.diffusion.process import GaussianDiffusion
 from mmdiffusion.training.losses import denoising_losses, loss_weights
 from mmdiffusion.training.recipe import Recipe
 from mmdiffusion.training.state import State
 from mmdiffusion.training.timesteps import UniformTimesteps
+
+Given: TypeAlias = Callable[[Item, Sequence[torch.Generator]], Mapping[str, Tensor]]
 
 _QUARTERS = 4  # of the timesteps, whose losses are told apart
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,6 +34,7 @@ def train(
     data: Any,
     recipe: Recipe,
     *,
+    given: Given | None = None,
     state: State | None = None,
     workers: int = 0,
     accelerator: Any = None,
@@ -42,9 +45,11 @@ def train(
     dropout. So a state that is saved, loaded and given here goes on as if nothing had been.
 
     Args:
-        unet: a CoupledUNet, of one or both streams, float32.
+        unet: a CoupledUNet, of one or both streams, float32; or a `FrameNetwork` (`mmdiffusion.training.superres`).
         data: of `mmdiffusion.data`.
         recipe: how.
+        given: f(batch, generators) -> what the network takes by name besides, tensors [B, ...] on the CPU; there is a
+            generator for each clip.
         state: where to go on; None begins. It is changed in place, and yielded.
         workers: processes that read clips ahead; 0 reads them here.
         accelerator: an Accelerator of accelerate, for several processes that share each step; all of them have the
@@ -78,10 +83,12 @@ def train(
             clips = {name: getattr(clip, name) for name in unet.config["streams"]}
             number = micro * count + rank
             draws = draw(recipe, state.step, number, clips, state.timesteps, unet.shift_ranges())
+            options: dict[str, Any] = {"shifts": draws.shifts or None}
+            if given is not None:
+                generators = _generators(recipe, state.step, "given", number, len(batch.name))
+                options |= {name: x.to(device) for name, x in given(batch, generators).items()}
             with autocast():
-                losses = denoising_losses(
-                    network, diffusion, clips, draws.noises, draws.t.to(device), shifts=draws.shifts or None
-                )
+                losses = denoising_losses(network, diffusion, clips, draws.noises, draws.t.to(device), **options)
             weights = loss_weights(recipe.weighting, diffusion, draws.t, gamma=recipe.min_snr_gamma) * draws.weights
             total = (weights.to(device) * sum(losses[name] for name in clips)).mean()
             clock.lap("forward")
@@ -124,9 +131,7 @@ def draw(
 ) -> Draws:
     """Of the seed, the step, and the clip's number in the step alone, whatever shares the step."""
     count = len(next(iter(clips.values())))
-    generators = [
-        torch.Generator().manual_seed(_seed(recipe.seed, step, "clip", micro * count + i)) for i in range(count)
-    ]
+    generators = _generators(recipe, step, "clip", micro, count)
     drawn = [timesteps.draw(generator) for generator in generators]
     noises = {
         name: torch.stack([torch.randn(clips[name].shape[1:], generator=x) for x in generators]).to(clips[name].device)
@@ -161,6 +166,12 @@ def _of_all(drawn: Sequence[_Seen], accelerator: Any) -> Sequence[_Seen]:
         (accelerator.gather(t.to(total.device)).cpu(), *accelerator.gather((losses, total)))
         for t, losses, total in drawn
     ]
+
+
+def _generators(recipe: Recipe, step: int, what: str, micro: int, count: int) -> list[torch.Generator]:
+    """One for each clip of a micro-batch."""
+    seeds = [_seed(recipe.seed, step, what, micro * count + i) for i in range(count)]
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def _apply(state: State, clock: _Clock) -> None:

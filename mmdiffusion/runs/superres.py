@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: MIT
+"""The job behind `mmdiffusion superres`: films made larger, frame by frame."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import mmattn
+from mmdiffusion import media
+from mmdiffusion._files import whole_file
+from mmdiffusion.diffusion.schedulers import SCHEDULERS
+from mmdiffusion.diffusion.superres import SuperResolutionPipeline
+from mmdiffusion.runs.models import DTYPES, load_superres
+from mmdiffusion.runs.options import SEEDS, check, option
+from mmdiffusion.runs.processes import Processes
+from mmdiffusion.runs.sample import clip_seed, digest, versions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SuperResolve:
+    """Make films larger by a super-resolution network, 64 x 64 to 256 x 256 by the released one: NAME.mp4 of each in a
+    folder, at its own frame rate, with its sound copied as it is, and NAME.json with all settings. The same command
+    again goes on where it was stopped: finished frames are kept as NAME.frames/*.png until their film is written.
+    """
+
+    summary: ClassVar = "films made larger, with their sound as it is"
+    examples: ClassVar = (
+        "superres clip.mp4 --model sr.pt --out large",
+        "superres out/*.mp4 --model sr.pt --dtype bfloat16 --out large",
+    )
+
+    films: tuple[pathlib.Path, ...] = option("what is made larger", metavar="FILM", is_positional=True)
+    model: pathlib.Path = option("a published checkpoint, or a directory of save_pretrained")
+    out: pathlib.Path = option("the folder; made if it is not there")
+    config: pathlib.Path | None = option(
+        "JSON with arguments of SuperResolutionUNet, over what is inferred", default=None, metavar="FILE"
+    )
+    fit: str = option(
+        "how a film of another shape becomes the network's: all of it with black bars, or its middle",
+        default="letterbox",
+        choices=("letterbox", "crop"),
+    )
+    steps: int = option("calls of the network for each frame", default=25, minimum=1)
+    scheduler: str = option(
+        "how noise becomes frames; ddpm has the learned variance", default="ddim", choices=tuple(SCHEDULERS)
+    )
+    noise: str = option(
+        "shared by the frames of a film, so that what does not move stays as it is, or each has its own",
+        default="shared",
+        choices=("shared", "fresh"),
+    )
+    seed: int = option("of all films", default=0, **SEEDS)
+    frames_per_call: int | None = option(
+        "frames that go through the network together; as many as fit by default", default=None, minimum=1
+    )
+    dtype: str | None = option(
+        "of the network: bfloat16 on CUDA, float32 on a CPU; with AMX bfloat16 is several times as fast there too",
+        default=None,
+        choices=tuple(DTYPES),
+    )
+    device: str | None = option("cpu, cuda, cuda:1; by default CUDA where there is one", default=None)
+    force: bool = option("make anew what is there", default=False)
+
+    def __post_init__(self) -> None:
+        check(self)
+        names = [film.stem for film in self.films]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"films has {', '.join(twice)} more than once; expected names that differ in one folder")
+
+
+def run(job: SuperResolve) -> str:
+    """Make the films that the folder lacks; nothing is written before all of them are known to be readable."""
+    processes = Processes(job.device)
+    if processes.device.type == "cpu":
+        mmattn.keep_freed_memory()
+    dtype = job.dtype or ("float32" if processes.device.type == "cpu" else "bfloat16")
+    pipeline = load_superres(job.model, job.scheduler, dtype, processes.device, config=job.config)
+    settings = {
+        "model": digest(job.model),
+        "config": {name: value for name, value in pipeline.unet.config.items() if not name.startswith("_")},
+        **{name: getattr(job, name) for name in ("fit", "steps", "scheduler", "noise", "seed")},
+        "dtype": dtype,
+    }
+    outputs = [_Output(job.out, film, settings, is_forced=job.force) for film in job.films]
+    job.out.mkdir(parents=True, exist_ok=True)
+    mine = [output for output in outputs[processes.rank :: processes.count] if not output.is_whole]
+    frames = 0
+    for output in mine:
+        frames += _make(output, pipeline, job, is_quiet=processes.rank > 0)
+    processes.wait()
+    if processes.rank:
+        return ""
+    made = f", {frames} frames made now" if processes.count == 1 else ""
+    return f"{job.out}: {len(outputs)} films of {pipeline.unet.config['image_size']} pixels{made}"
+
+
+class _Output:
+    """The film that is made of one, its record, and its frames while it is being made."""
+
+    def __init__(self, folder: pathlib.Path, film: pathlib.Path, settings: dict[str, Any], *, is_forced: bool) -> None:
+        self.film, self.path = film, folder / f"{film.stem}.mp4"
+        self.record, self._frames = folder / f"{film.stem}.json", folder / f"{film.stem}.frames"
+        if self.path.exists() and self.path.samefile(film):
+            raise ValueError(f"out is {folder}, where {film} would be overwritten; expected another folder")
+        with media.open_film(film) as opened:
+            self.frame_rate: Fraction = opened.frame_rate
+            media.check_sound(opened)
+        self.settings = json.loads(json.dumps({"film": digest(film), **settings}))
+        if is_forced:
+            self._clear()
+        self._refuse_others()
+        self.is_whole = self.path.exists()
+
+    def begin(self) -> None:
+        """Write what the frames will depend on, before the first of them."""
+        self._frames.mkdir(exist_ok=True)
+        self._write({})
+
+    def frame(self, number: int) -> pathlib.Path:
+        return self._frames / f"{number:06d}.png"
+
+    def lacks(self, number: int) -> bool:
+        return not self.frame(number).exists()
+
+    def finish(self, count: int, details: dict[str, Any]) -> None:
+        """Put the frames and the sound together; the frames go when the film is there."""
+        with media.open_film(self.film) as film:
+            sound_of = film if film.has_sound else None
+            media.write_film(self.path, self._pictures(count), fps=self.frame_rate, sound_of=sound_of)
+        self._write({"frames": count, **details})
+        self._clear_frames()
+
+    def _pictures(self, count: int) -> Iterator[Tensor]:
+        for number in range(count):
+            clip = media.read_clip(self.frame(number), num_frames=1, size=None, need=["video"])
+            assert clip.video is not None
+            yield clip.video[0]
+
+    def _write(self, details: dict[str, Any]) -> None:
+        with whole_file(self.record) as part:
+            part.write_text(json.dumps({"settings": self.settings, **details}, indent=2) + "\n")
+
+    def _refuse_others(self) -> None:
+        if not self.record.exists():
+            if self.path.exists():
+                raise FileExistsError(f"{self.path} exists, without a record beside it; --force makes it anew")
+            return
+        try:
+            found = dict(json.loads(self.record.read_text())["settings"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{self.record} is no record of a film; --force makes it anew") from error
+        names = [x for x in {**self.settings, **found} if found.get(x) != self.settings.get(x)]
+        if names:
+            others = ", ".join(f"{x} {found.get(x)} instead of {self.settings.get(x)}" for x in names)
+            raise FileExistsError(f"{self.record} is of other settings: {others}; --force makes it anew")
+
+    def _clear(self) -> None:
+        for file in (self.path, self.record):
+            file.unlink(missing_ok=True)
+        self._clear_frames()
+
+    def _clear_frames(self) -> None:
+        """Remove what is ours; a folder with anything else in it stays."""
+        if not self._frames.is_dir():
+            return
+        for file in self._frames.glob("[0-9][0-9][0-9][0-9][0-9][0-9].png"):
+            file.unlink(missing_ok=True)
+        if not any(self._frames.iterdir()):
+            self._frames.rmdir()
+
+
+def _make(output: _Output, pipeline: SuperResolutionPipeline, job: SuperResolve, *, is_quiet: bool) -> int:
+    """Make the frames that a film lacks, then the film, and return how many those were."""
+    config = pipeline.unet.config
+    size = config["image_size"] // config["scale"]
+    with media.open_film(output.film) as film:
+        small = film.read_clip(fps=output.frame_rate, size=(size, size), fit=job.fit, need=["video"]).video  # type: ignore[arg-type]
+    assert small is not None
+    output.begin()
+    lacking = [number for number in range(len(small)) if output.lacks(number)]
+    count = job.frames_per_call or pipeline.frames_that_fit(config["image_size"], config["image_size"])
+    begun = time.perf_counter()
+    with tqdm(total=job.steps * len(lacking), unit="step", desc=output.film.stem, disable=is_quiet) as bar:
+        for at in range(0, len(lacking), count):
+            numbers = lacking[at : at + count]
+
+            def on_step(*_: Any, frames: int = len(numbers)) -> None:
+                bar.update(frames)
+
+            # Each frame is a video of its own, so that it does not depend on what it is made beside.
+            seeds = [clip_seed(job.seed, 0 if job.noise == "shared" else number) for number in numbers]
+            (made,) = pipeline(
+                small[numbers].unsqueeze(1),
+                job.steps,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                frames_per_call=count,
+                callback_on_step_end=on_step,
+                return_dict=False,
+            )
+            for number, picture in zip(numbers, made[:, 0].cpu(), strict=True):
+                media.write_image(output.frame(number), picture)
+    elapsed = time.perf_counter() - begun
+    details: dict[str, Any] = {"device": str(pipeline.device), "versions": versions()}
+    if lacking:
+        details["seconds_per_frame"] = round(elapsed / len(lacking), 3)
+    output.finish(len(small), details)
+    return len(lacking)

@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: MIT
+"""Films as training data: the index of a folder and what it refuses, clips and their order, packs, the commands."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import pickle
+import shutil
+from fractions import Fraction
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("av")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+from mmdiffusion import cli, media
+from mmdiffusion.clips import ClipFormat
+from mmdiffusion.data import (
+    Batches,
+    ClipDataset,
+    FilmEntry,
+    FilmError,
+    PackedClips,
+    index,
+    index_folder,
+    open_dataset,
+    pack,
+    to_clip,
+)
+
+FORM = ClipFormat((4, 3, 16, 16), (1, 6400), 10, 16000)
+
+
+def film(path, frames, seed, *, is_silent=False):
+    """A film of noise at 20 frames and 8000 samples a second, 24 x 32."""
+    random = torch.Generator().manual_seed(seed)
+    video = torch.rand((frames, 3, 6, 8), generator=random).repeat_interleave(4, 2).repeat_interleave(4, 3) * 2 - 1
+    audio = None if is_silent else torch.rand((1, frames * 400), generator=random) * 0.6 - 0.3
+    path.parent.mkdir(parents=True, exist_ok=True)
+    media.write_video(path, video, audio, fps=20, sample_rate=8000)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Films of 24 and 14 frames at 10 a second, one of them nested, and files of no use for five reasons."""
+    root = tmp_path_factory.mktemp("films")
+    film(root / "long.mp4", 48, 1)
+    film(root / "rain" / "deep" / "short.mp4", 28, 2)
+    film(root / "rain" / "silent.mp4", 20, 3, is_silent=True)
+    film(root / "rain" / "brief.mp4", 4, 4)
+    film(root / ".hidden.mp4", 20, 5)
+    media.write_audio(root / "sound.wav", torch.zeros(1, 16000))
+    (root / "notes.txt").write_text("no film")
+    (root / "empty.mp4").touch()
+    return root
+
+
+@pytest.fixture
+def folder(made, tmp_path, monkeypatch):
+    """A copy of the films, and the user's cache in an empty folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return pathlib.Path(shutil.copytree(made, tmp_path / "films"))
+
+
+def take(batches, count):
+    return [next(batches) for _ in range(count)]
+
+
+def assert_same(ours, theirs):
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one.video, other.video) and torch.equal(one.audio, other.audio) and one.name == other.name
+
+
+def test_index_tells_of_every_file_and_of_every_reason(folder):
+    entries = {entry.name: entry for entry in index_folder(folder, processes=2)}
+    reasons = {name: entry.refusal(FORM) for name, entry in entries.items()}
+    assert {name for name, why in reasons.items() if not why} == {"long.mp4", "rain/deep/short.mp4"}
+    assert reasons["rain/silent.mp4"] == "no sound"
+    assert reasons["sound.wav"] == "no picture"
+    assert reasons["rain/brief.mp4"].startswith("too short: 0.2")
+    assert reasons["empty.mp4"] == "is empty: 0 bytes"
+    assert "no media file" in reasons["notes.txt"]
+    assert len(reasons) == 7  # what is hidden is somebody's own
+    assert entries["long.mp4"].ends["video"] == pytest.approx(2.4)
+    assert entries["long.mp4"].forms["video"] == "h264 24 x 32 at 20 a second"
+    assert entries["long.mp4"].forms["audio"] == "aac 1 x 8000 a second"
+    assert entries["long.mp4"].clips(FORM) == range(0, 21)
+
+
+def test_index_looks_at_a_file_once_until_it_changes(folder, monkeypatch):
+    before = sorted(folder.rglob("*"))
+    first = index_folder(folder, processes=1)
+    opened = []
+
+    def open_film(path):
+        opened.append(pathlib.Path(path).name)
+        return media.open_film(path)
+
+    monkeypatch.setattr(index, "open_film", open_film)
+    monkeypatch.setattr(index, "read_by", lambda _, dataset: map(dataset.__getitem__, range(len(dataset))))
+    assert index_folder(folder) == first and opened == []
+    film(folder / "long.mp4", 30, 9)
+    (folder / "notes.txt").unlink()
+    film(folder / "new.mp4", 20, 10)
+    second = {entry.name: entry for entry in index_folder(folder)}
+    assert sorted(opened) == ["long.mp4", "new.mp4"]
+    assert len(second["long.mp4"].clips(FORM)) == 12 and "notes.txt" not in second
+    assert sorted(folder.rglob("*")) == sorted({*before, folder / "new.mp4"} - {folder / "notes.txt"})
+
+
+@pytest.mark.parametrize("content", ("", "{", "[]", '{"version": 1, "films": [{}]}', '{"version": 0, "films": []}'))
+def test_a_broken_index_is_made_anew(folder, content):
+    first = index_folder(folder, processes=1)
+    (kept,) = index.cache_folder().iterdir()
+    kept.write_text(content)
+    assert index_folder(folder, processes=1) == first
+    assert len(json.loads(kept.read_text())["films"]) == 7
+
+
+def test_an_index_that_cannot_be_kept_is_said(folder, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.warns(UserWarning, match="the index of films is not kept"):
+        entries = index_folder(folder, cache=tmp_path / "file" / "cache", processes=1)
+    assert len(entries) == 7
+
+
+def test_index_follows_links_but_not_in_circles(folder, tmp_path):
+    os.symlink(folder, folder / "rain" / "again")
+    film(tmp_path / "elsewhere" / "other.mp4", 20, 6)
+    os.symlink(tmp_path / "elsewhere", folder / "linked")
+    os.symlink(tmp_path / "nowhere.mp4", folder / "dangling.mp4")
+    entries = {entry.name: entry.refusal(FORM) for entry in index_folder(folder, processes=1)}
+    assert entries["linked/other.mp4"] == ""
+    assert entries["dangling.mp4"] == "No such file or directory"
+    assert len(entries) == 9
+
+
+def test_clips_begin_where_both_streams_have_begun():
+    entry = FilmEntry("x", 1, 1, {"video": 0.0, "audio": 0.52}, {"video": 2.0, "audio": 1.96})
+    assert entry.clips(FORM) == range(5, 17)  # the last ends at 2.0 s: of its last frame more than half has sound
+    assert dataclasses.replace(entry, ends={"video": 2.0, "audio": 1.94}).clips(FORM) == range(5, 16)
+    assert dataclasses.replace(entry, fault="is broken").clips(FORM) == range(0)
+    assert dataclasses.replace(entry, ends={}).refusal(FORM) == "no picture and no sound"
+
+
+@pytest.mark.parametrize("fit", ("letterbox", "crop"))
+def test_items_are_the_clips_of_the_films(folder, fit):
+    clips = ClipDataset(folder, FORM, fit=fit, processes=1)
+    assert clips.names == ["long.mp4", "rain/deep/short.mp4"]
+    assert len(clips) == 21 + 11
+    for i, name, frame in (
+        (0, "long.mp4", 0),
+        (20, "long.mp4", 20),
+        (21, "rain/deep/short.mp4", 0),
+        (31, "rain/deep/short.mp4", 10),
+    ):
+        expected = media.read_clip(folder / name, num_frames=4, size=(16, 16), fit=fit, start=Fraction(frame, 10))
+        found, item = to_clip(clips[i]), clips[i]
+        assert item.name == f"{name} from {frame / 10:.2f} s"
+        torch.testing.assert_close(found.video, expected.video, rtol=0, atol=1.01 / 255)
+        torch.testing.assert_close(found.audio, expected.audio, rtol=0, atol=0.51 / 32768)
+    with pytest.raises(IndexError, match="clip is 32; expected 0 to 31"):
+        clips[32]
+
+
+def test_flipped_clips_are_mirror_images(folder):
+    clips, both = ClipDataset(folder, FORM, processes=1), ClipDataset(folder, FORM, flip=True)
+    assert len(both) == 2 * len(clips)
+    assert_same([both[5]], [clips[5]])
+    assert torch.equal(both[32 + 5].video, clips[5].video.flip(3)) and torch.equal(both[32 + 5].audio, clips[5].audio)
+    assert both[32 + 5].name == "long.mp4 from 0.50 s, mirrored"
+
+
+def test_many_films_are_open_a_few_at_a_time(folder):
+    for i in range(12):
+        shutil.copy(folder / "long.mp4", folder / f"copy-{i}.mp4")
+    clips = ClipDataset(folder, FORM, processes=1)
+    descriptors = pathlib.Path("/proc/self/fd")
+    before = len(list(descriptors.iterdir())) if descriptors.exists() else 0
+    first = [clips[21 * i] for i in range(13)]
+    if descriptors.exists():
+        assert len(list(descriptors.iterdir())) - before <= 8
+    assert_same([clips[21 * i] for i in range(13)], first)
+    assert_same([pickle.loads(pickle.dumps(clips))[0]], first[:1])
+
+
+def test_workers_and_restarts_change_nothing(folder):
+    clips = ClipDataset(folder, FORM, flip=True, processes=1)
+    expected = take(Batches(clips, 6, seed=3), 12)
+    with_workers = Batches(clips, 6, seed=3, workers=2)
+    assert_same(take(with_workers, 5), expected[:5])
+    state = with_workers.state_dict()
+    with_workers.close()
+    again = Batches(clips, 6, seed=3, workers=1)
+    again.load_state_dict(json.loads(json.dumps(state)))
+    assert_same(take(again, 7), expected[5:])
+    assert again.epoch == 1
+    again.close()
+
+
+@pytest.mark.parametrize("workers", (0, 1))
+def test_a_film_that_vanishes_is_named(folder, workers):
+    batches = Batches(ClipDataset(folder, FORM, processes=1), 16, workers=workers)
+    (folder / "rain" / "deep" / "short.mp4").unlink()
+    with pytest.raises(FilmError, match=r"^.*No such file.*short\.mp4.*$"):
+        take(batches, 4)
+    batches.close()
+
+
+def test_a_film_that_changes_is_named(folder):
+    clips = ClipDataset(folder, FORM, processes=1)
+    clips[20]
+    film(folder / "new.mp4", 10, 7)
+    shutil.move(folder / "new.mp4", folder / "long.mp4")
+    clips._open.clear()
+    with pytest.raises(ValueError, match=r"long\.mp4 has 0\.000 s of video from where it is read"):
+        clips[20]
+
+
+def test_workers_begin_while_films_are_open(folder):
+    """Forked, they inherit films whose decoders have threads elsewhere, live ones and garbage, and close none."""
+    clips = ClipDataset(folder, FORM, processes=1)
+    expected = [clips[0], clips[25]]
+    garbage: list = [media.open_film(folder / "long.mp4")]
+    garbage[0].read_clip(num_frames=4)
+    garbage.append(garbage)
+    del garbage
+    batches = Batches(clips, 32, workers=1)
+    found = next(batches)
+    order = {name: k for k, name in enumerate(found.name)}
+    for item in expected:
+        assert torch.equal(found.video[order[item.name]], item.video)
+    batches.close()
+
+
+def test_bad_folders(folder, tmp_path):
+    with pytest.raises(NotADirectoryError, match="nowhere'; expected a folder of films"):
+        ClipDataset(tmp_path / "nowhere", FORM)
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(ValueError, match="bare', with no files; expected films with sound"):
+        ClipDataset(tmp_path / "bare", FORM)
+    for name in ("long.mp4", "rain/deep/short.mp4"):
+        (folder / name).unlink()
+    with pytest.raises(
+        ValueError, match=r"with 5 files and not one film .*empty.mp4: is empty.*; and 2 more\); expected"
+    ):
+        ClipDataset(folder, FORM, processes=1)
+
+
+def test_bad_formats(folder):
+    with pytest.raises(ValueError, match="3 channels of video and 2 of audio; expected 3 and 1"):
+        ClipDataset(folder, ClipFormat((4, 3, 16, 16), (2, 6400)))
+    with pytest.raises(ValueError, match="expected streams that last equally long"):
+        ClipDataset(folder, ClipFormat((4, 3, 16, 16), (1, 6000)))
+    with pytest.raises(ValueError, match="fit is 'wide'; expected one of crop, letterbox"):
+        ClipDataset(folder, FORM, fit="wide")
+
+
+@pytest.fixture
+def packed(folder, tmp_path):
+    clips = ClipDataset(folder, FORM, processes=1)
+    assert pack(clips, tmp_path / "films.pack") == (tmp_path / "films.pack").stat().st_size
+    return clips, tmp_path / "films.pack"
+
+
+def test_packed_films_have_the_clips_of_the_folder(packed):
+    clips, path = packed
+    ours = PackedClips(path, FORM, flip=True)
+    assert len(ours) == 2 * len(clips) and ours.names == clips.names
+    ours.verify()
+    for i in range(len(clips)):
+        assert torch.equal(ours[i].video, clips[i].video) and ours[i].name == clips[i].name
+        assert (ours[i].audio.int() - clips[i].audio.int()).abs().max() <= 1
+    assert torch.equal(ours[40].video, ours[8].video.flip(3))
+    assert_same(take(Batches(ours, 8, workers=2), 6), take(Batches(pickle.loads(pickle.dumps(ours)), 8), 6))
+    longer = PackedClips(path, ClipFormat((14, 3, 16, 16), (1, 22400)))
+    assert len(longer) == 11 + 1
+    assert torch.equal(longer[11].video[:4], ours[21].video)
+
+
+def test_a_pack_at_a_rate_of_no_whole_samples(folder, tmp_path):
+    form = ClipFormat((5, 3, 16, 16), (1, round(5 * 16000 * 1001 / 15000)), 15000 / 1001, 16000)
+    clips = ClipDataset(folder, form, processes=1)
+    pack(clips, tmp_path / "films.pack")
+    ours = PackedClips(tmp_path / "films.pack", form)
+    for i in (0, 7, len(clips) - 1):
+        assert torch.equal(ours[i].video, clips[i].video) and ours[i].audio.shape == form.audio_size
+        one, other = to_clip(ours[i]).audio, to_clip(clips[i]).audio
+        assert (one - other).norm() < 0.2 * other.norm()  # begins up to half a sample earlier or later
+
+
+def test_damaged_packs(packed, tmp_path):
+    _, path = packed
+    content = path.read_bytes()
+    broken = tmp_path / "broken.pack"
+    for length in (len(content) - 1, len(content) // 2, 30):
+        broken.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=rf"broken.pack is cut off, at {length} bytes"):
+            PackedClips(broken, FORM)
+    broken.write_bytes(content[:-100] + bytes([content[-100] ^ 1]) + content[-99:])
+    with pytest.raises(ValueError, match="has changed since it was written, in its table"):
+        PackedClips(broken, FORM)
+    broken.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+    with pytest.raises(ValueError, match=r"has changed since it was written, in long\.mp4; pack the films again"):
+        PackedClips(broken, FORM)[0]
+    broken.write_bytes(b"PK" + content)
+    with pytest.raises(ValueError, match="is no packed file of clips"):
+        PackedClips(broken, FORM)
+    with pytest.raises(
+        ValueError, match=r"clips of size \[3, 16, 16\] instead of \[3, 8, 8\], sample_rate 16000 instead"
+    ):
+        PackedClips(path, ClipFormat((4, 3, 8, 8), (1, 3200), 10, 8000))
+    with pytest.raises(ValueError, match="no film of 40 frames"):
+        PackedClips(path, ClipFormat((40, 3, 16, 16), (1, 64000)))
+
+
+def test_a_pack_is_whole_or_absent(folder, tmp_path):
+    clips = ClipDataset(folder, FORM, processes=1)
+    (folder / "rain" / "deep" / "short.mp4").unlink()
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=r"rain/deep/short\.mp4 cannot be read: No such file or directory"):
+        pack(clips, tmp_path / "out" / "films.pack")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_open_dataset(folder, tmp_path, packed):
+    clips, path = packed
+    assert_same([open_dataset(folder, FORM, flip=True)[3]], [clips[3]])
+    assert_same([open_dataset(str(path), FORM)[3]], [clips[3]])
+    with pytest.raises(FileNotFoundError, match="which is not there; expected a folder, a packed file or 'synthetic'"):
+        open_dataset("synthetik", FORM)
+    with pytest.raises(ValueError, match=r"long\.mp4'; expected a folder of films"):
+        open_dataset(folder / "long.mp4", FORM)
+
+
+def test_commands(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    form = ["--frames", "4", "--size", "16"]
+    cli.main(["data", "check", "films", "--clips", "2", "--workers", "1", *form])
+    said = capsys.readouterr().out
+    assert "rain/silent.mp4 " in said and "no sound (h264 24 x 32 at 20 a second)" in said
+    assert "2 films of 0.1 minutes, 32 clips; clips.png has 2" in said and "1 refused: no sound" in said
+    assert (tmp_path / "clips.png").stat().st_size > 1000
+    with pytest.raises(SystemExit):
+        cli.main(["data", "check", "films", *form])
+    assert "clips.png exists; --force overwrites it" in capsys.readouterr().err
+    cli.main(["data", "pack", "films", "films.pack", *form])
+    said = capsys.readouterr().out
+    assert "2 films, 32 clips" in said and "left out sound.wav: no picture" in said
+    cli.main(["data", "check", "films.pack", "--force", *form])
+    assert "films.pack is whole: 2 films, 32 clips" in capsys.readouterr().out
+    cli.main(["data", "synthetic", "balls", "--clips", "2", "--measured", "8", "--size", "16", "--sample-rate", "8000"])
+    assert "100.0% of" in capsys.readouterr().out
+    assert sorted(x.name for x in (tmp_path / "balls").iterdir()) == [
+        "sheet.png",
+        "synthetic-0000.mp4",
+        "synthetic-0001.mp4",
+    ]
+    balls = ClipDataset("balls", ClipFormat((16, 3, 16, 16), (1, 12800), 10, 8000), processes=1)
+    assert len(balls) == 2
