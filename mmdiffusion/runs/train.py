@@ -76,6 +76,7 @@ class Train(ModelJob):
     precision: str | None = option("what the network computes in" + _OF_PRESET, default=None, choices=PRECISIONS)
     seed: int = option("of the weights and of all that is drawn", default=0, **SEEDS)
     device: str | None = option("cpu, cuda, cuda:1; by default CUDA where there is one", default=None)
+    flip: bool = option("films mirrored as well", default=False)
     init: pathlib.Path | None = option(
         "begin with the weights of a published checkpoint, or of a directory of save_pretrained", default=None
     )
@@ -122,7 +123,7 @@ def run(job: Train) -> str:
     torch.nn.Module.to(unet, processes.device, torch.float32)
     if job.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    data = open_dataset(job.data, ClipFormat.of(unet.config), job.seed)
+    data = open_dataset(job.data, ClipFormat.of(unet.config), job.seed, flip=job.flip)
     alone = _alone(job.out) if processes.rank == 0 else contextlib.nullcontext()
     with alone, _told_to_stop() as signals:
         return _Run(job, recipe, unet, data, processes).go(signals)
@@ -158,6 +159,7 @@ class _Run:
             "clips": len(data),
             "config": {name: value for name, value in unet.config.items() if not name.startswith("_")},
             **recipe.settings(),
+            **({"flip": True} if job.flip else {}),
         }
         self.states = States(job.out / "states", settings, keep=job.keep)
         self.log = Log(job.out / "log.jsonl")
