@@ -374,14 +374,15 @@ def test_full_disk(capsys, small_files):
 
 
 def test_init(capsys):
-    """From weights: those of a published checkpoint, and of another run."""
-    checkpoints.write(unet().to_published(), "weights.pt")
+    """From weights: those of a published checkpoint, never trained before, and of another run."""
+    checkpoints.write(unet().to_published(), "weights.pt", is_random=True)
     pathlib.Path("config.json").write_text(json.dumps(TINY))
     small = ("--batch-size", "2", "--micro-batch", "2", "--preview-every", "0")
     run("--init", "weights.pt", "--config", "config.json", *small, steps=1)
     begun = read(sorted(pathlib.Path("run/states").iterdir())[0])
     assert all(torch.equal(begun[f"model.{name}"], x) for name, x in unet().named_parameters())
     assert "begun_from" in refused(capsys, "--config", "config.json", *small)
+    assert not CoupledUNet.from_pretrained("run/model/unet").config["random_weights"]
     run("--init", "run/model", *small, steps=1, out="again")
     averaged = read(weights())
     begun = read(sorted(pathlib.Path("again/states").iterdir())[0])

@@ -134,7 +134,9 @@ def _network(job: Train) -> CoupledUNet:
     torch.manual_seed(job.seed)
     if job.model_preset:
         return CoupledUNet(**{**checkpoints.PRESETS[job.model_preset], **read_config(job.config)})
-    return load(job.init or published.newest(job.resume)[0], job)  # type: ignore[arg-type]
+    unet = load(job.init or published.newest(job.resume)[0], job)  # type: ignore[arg-type]
+    unet.register_to_config(random_weights=False)  # no longer, once they are trained
+    return unet
 
 
 def code_digest() -> str:
@@ -157,7 +159,11 @@ class _Run:
             "data": job.data,
             "begun_from": digest(begun_from) if job.init and begun_from else str(begun_from) if begun_from else None,
             "clips": len(data),
-            "config": {name: value for name, value in unet.config.items() if not name.startswith("_")},
+            "config": {
+                name: value
+                for name, value in unet.config.items()
+                if not name.startswith("_") and name != "random_weights"
+            },
             **recipe.settings(),
             **({"flip": True} if job.flip else {}),
         }
