@@ -339,7 +339,7 @@ def providers_of(args: argparse.Namespace, shape: Shape, dtype: str, mode: str) 
             gflop=shape.gflop(mode),
             gbytes=shape.gbytes(mode, getattr(torch, stored)),
             probe=(memory_probe, (name, shape, stored, mode, args.threads)),
-            note=cli.chosen("conv", args.device, dtype, shape.channels) if is_own(name) else computes,
+            note=cli.chosen("dilated_conv1d", args.device, dtype, shape.channels) if is_own(name) else computes,
             compare=None
             if mode == "forward"
             else lambda result: comparable(network_of(name, shape, dtype, args.device), result),
