@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Dilated convolutions against their peers, on the same values in the same process.
 
-conv    the convolution alone, K = 3, from channels-first tensors [B, C, L] (the baseline, as in the release) or
+conv    the convolution alone, K = 3, from channels-first tensors [B, C, L] (the baseline, as published) or
         channels-last ones (mmattn)
 block   the audio residual block: GroupNorm, SiLU, that convolution; GroupNorm, FiLM, SiLU, a 1x1 convolution; plus the
         skip, a 1x1 convolution where the width changes
@@ -23,12 +23,13 @@ from dataclasses import dataclass
 import cli
 import harness
 import peers
+import published
 import report
 import torch
 import torch.nn.functional as F
 from harness import NotApplicable, Provider
 from peers import Peer
-from torch import Tensor, nn
+from torch import Tensor
 
 import mmattn
 
@@ -186,56 +187,15 @@ def fused(shape: Shape) -> Function:
     return function
 
 
-class _Norm(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.GroupNorm = nn.GroupNorm(GROUPS, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.GroupNorm(x)
-
-
-class _Conv(nn.Module):
-    def __init__(self, channels: int, out_channels: int, k: int, dilation: int = 1) -> None:
-        super().__init__()
-        padding = dilation * (k // 2)
-        self.audio_conv = nn.Conv1d(channels, out_channels, k, padding=padding, dilation=dilation)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.audio_conv(x)
-
-
-class EagerBlock(nn.Module):
-    """The audio residual block of torch's modules, composed and named as in the release."""
-
-    def __init__(self, channels: int, out_channels: int, *, dilation: int) -> None:
-        super().__init__()
-        self.audio_in_layers = nn.Sequential(_Norm(channels), nn.SiLU(), _Conv(channels, out_channels, 3, dilation))
-        self.audio_out_layers = nn.Sequential(
-            _Norm(out_channels), nn.SiLU(), nn.Dropout(0.0), _Conv(out_channels, out_channels, 1)
-        )
-        same = channels == out_channels
-        self.audio_skip_connection = nn.Identity() if same else _Conv(channels, out_channels, 1)
-
-    def forward(self, audio: Tensor, film: Tensor) -> Tensor:
-        h = self.audio_in_layers(audio)
-        norm, *rest = self.audio_out_layers
-        scale, shift = film.unsqueeze(-1).chunk(2, 1)
-        h = norm(h) * (1 + scale) + shift
-        for layer in rest:
-            h = layer(h)
-        return self.audio_skip_connection(audio) + h
-
-
 FUNCTIONS = {
     "conv": {BASELINE: conv_eager, OWN: fused, LAST: conv_channels_last},
     "frames": {BASELINE: frames_eager, OWN: fused, LAST: frames_channels_last, cli.COMPILE: frames_eager},
 }
 BLOCKS = {
-    BASELINE: EagerBlock,
+    BASELINE: published.AudioBlock,
     OWN: mmattn.DilatedConvBlock,
     FIRST: mmattn.DilatedConvBlock,
-    cli.COMPILE: EagerBlock,
+    cli.COMPILE: published.AudioBlock,
 }
 PROVIDERS = (BASELINE, OWN, FIRST, LAST, cli.COMPILE)
 

@@ -263,7 +263,7 @@ else
             bench attn-cuda 120 "${rest[@]}" --dtype bfloat16 --batch 1 4 16 --budget 0.4 \
                 --providers mmattn "SDPA over views" "SDPA over copies" "full SDPA" "frame loop"
             bench unet-cuda 110 "${rest[@]}" --dtype float16 --batch 1 4 --budget 1 --breakdown \
-                --providers release mmdiffusion "release, half" "mmdiffusion, CUDA graph"
+                --providers published mmdiffusion "published, half" "mmdiffusion, CUDA graph"
             # torch.compile takes longer than all the rest.
             bench conv-cuda 110 "${rest[@]}" --dtype bfloat16 --batch 4 16 --budget 0.3 \
                 --providers eager mmattn "eager, channels last"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Group normalisation and SiLU against their peers, on the same values in the same process.
 
-The baseline is torch's own group_norm and silu on channels-first tensors [B, C, L], as the release has them; mmattn
-takes channels-last ones, [B, L, C]. Gradients are those of the input, the weight and the bias. The op is bound by
+The baseline is torch's own group_norm and silu on channels-first tensors [B, C, L], as published; mmattn takes
+channels-last ones, [B, L, C]. Gradients are those of the input, the weight and the bias. The op is bound by
 memory, so its rate is that of the least traffic: each input read once, each output written once. FLOP are not counted.
 """
 

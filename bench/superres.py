@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The super-resolution network against the same one composed as in the release (bench/release_superres.py).
+"""The super-resolution network against the same one composed as published (bench/published_superres.py).
 
 One forward call, as a step of sampling makes it. Rows of float32 compute in it. Rows of bfloat16 are mmdiffusion and
-the tuned peers with parameters and inputs in that dtype, against the release in fp32 (the baseline) and under autocast
-to it. Tuned is what an expert would make of the same network in plain torch: channels last, fused attention, and
-torch.compile of that. Work is that of the release's matrix products and convolutions, whatever an implementation saves.
+the tuned peers with parameters and inputs in that dtype, against the published network in fp32 (the baseline) and under
+autocast to it. Tuned is what an expert would make of the same network in plain torch: channels last, fused attention,
+and torch.compile of that. Work is that of the published network's matrix products and convolutions, whatever an
+implementation saves.
 
 Parts are those of bench/unet.py, the 3x3 convolutions by the resolution of their output; a convolution of mmdiffusion
 includes the norm, FiLM and SiLU in front of it. `--help` has examples.
@@ -24,7 +25,7 @@ from typing import Any
 import cli
 import harness
 import peers
-import release_superres as release
+import published_superres as published
 import report
 import torch
 import torch._inductor.config
@@ -33,8 +34,8 @@ from harness import NotApplicable, Provider
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-BASELINE = "release"
-AUTOCAST = "release, autocast"
+BASELINE = "published"
+AUTOCAST = "published, autocast"
 TUNED = "torch, tuned"
 COMPILED = "torch, tuned, compiled"
 OWN = "mmdiffusion"
@@ -97,10 +98,10 @@ class Shape:
 PUBLISHED, SMALL = (256, 192), (64, 32)
 
 
-def skeleton(shape: Shape) -> release.ReleaseSuperResolutionUNet:
-    """The release's network without memory behind it."""
+def skeleton(shape: Shape) -> published.PublishedSuperResolutionUNet:
+    """The published network without memory behind it."""
     with torch.device("meta"):
-        return release.ReleaseSuperResolutionUNet(**shape.config())
+        return published.PublishedSuperResolutionUNet(**shape.config())
 
 
 @functools.lru_cache(maxsize=1)
@@ -121,11 +122,11 @@ def network(kind: str, shape: Shape, dtype: torch.dtype, device: str) -> nn.Modu
         return SuperResolutionUNet.from_published(parameters, image_size=shape.size)
     unet = skeleton(shape).to_empty(device=device).to(dtype)
     unet.load_state_dict(parameters)
-    return release.tuned(unet.eval()) if kind == TUNED else unet.eval()
+    return published.tuned(unet.eval()) if kind == TUNED else unet.eval()
 
 
 def network_of(name: str, shape: Shape, dtype: str, device: str) -> nn.Module:
-    """A provider's network: that of the release is in fp32, whatever the row."""
+    """A provider's network: the published one is in fp32, whatever the row."""
     kind = {COMPILED: TUNED, AUTOCAST: BASELINE}.get(name, name)
     return network(kind, shape.short(), torch.float32 if kind == BASELINE else getattr(torch, dtype), device)
 
@@ -174,16 +175,16 @@ def _at(height: int) -> str:
     return f"3x3 at {height}"
 
 
-def places_of_release() -> list[coupled.Place]:
+def places_of_published() -> list[coupled.Place]:
     return [
-        (release.Conv3x3, "forward", lambda conv, x: _at(x.shape[-1])),
+        (published.Conv3x3, "forward", lambda conv, x: _at(x.shape[-1])),
         (nn.Conv2d, "forward", ONE),
-        (release.Attention, "forward", ATTENTION),
-        (release.Norm, "forward", NORM),
-        (release.FiLM, "forward", NORM),
+        (published.Attention, "forward", ATTENTION),
+        (published.Norm, "forward", NORM),
+        (published.FiLM, "forward", NORM),
         (nn.SiLU, "forward", NORM),
-        (release.Pool, "forward", RESAMPLE),
-        (release.Repeat, "forward", RESAMPLE),
+        (published.Pool, "forward", RESAMPLE),
+        (published.Repeat, "forward", RESAMPLE),
         (torch, "cat", RESAMPLE),
     ]
 
@@ -209,10 +210,10 @@ def parts_of(shape: Shape) -> list[str]:
 
 @functools.cache
 def parts_of_work(shape: Shape) -> dict[str, float]:
-    """GFLOP by part, counted on the release's network."""
+    """GFLOP by part, counted on the published network."""
     inputs = shape.inputs(torch.float32, "meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        with coupled.divided(places_of_release(), counter.get_total_flops) as spent:
+        with coupled.divided(places_of_published(), counter.get_total_flops) as spent:
             skeleton(shape)(*inputs)
         spent[REST] = counter.get_total_flops() - spent.total()
     return {part: 1e-9 * spent[part] for part in parts_of(shape)}
@@ -228,7 +229,7 @@ def divide(name: str, shape: Shape, device: str, call: harness.Call) -> dict[str
 
     runs = []
     for _ in range(2):
-        with coupled.divided(places_of_own() if name == OWN else places_of_release(), clock) as spent:
+        with coupled.divided(places_of_own() if name == OWN else places_of_published(), clock) as spent:
             start = clock()
             call()
             spent[REST] = clock() - start - spent.total()
@@ -239,7 +240,7 @@ def divide(name: str, shape: Shape, device: str, call: harness.Call) -> dict[str
 
 def providers_of(args: argparse.Namespace, shape: Shape, dtype: str, mode: str) -> list[Provider]:
     def provider(name: str) -> Provider:
-        # In the rows of another dtype the release in fp32 is the same once more.
+        # In the rows of another dtype the published network in fp32 is the same once more.
         has_parts = name == OWN or (name == BASELINE and dtype == "float32") or name in (AUTOCAST, TUNED)
         stored = "float32" if name in (BASELINE, AUTOCAST) else dtype
         probed = "float32" if name == BASELINE else dtype

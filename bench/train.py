@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""A training step of the coupled U-Net against the release's loop: clips a second and peak memory.
+"""A training step of the coupled U-Net against the published loop: clips a second and peak memory.
 
     python bench/train.py --shape 1,8,32,1024,32 --steps 3
-    python bench/train.py --steps 2 --threads 2           # the released size: minutes
+    python bench/train.py --steps 2 --threads 2           # the published size: minutes
 
-A step is all of it: noise, forward, backward, AdamW, the average of the parameters. The release's loop is
-bench/release.py with torch's AdamW and a tensor at a time for the average, in fp32 and under autocast; ours is
+A step is all of it: noise, forward, backward, AdamW, the average of the parameters. The published loop is
+bench/published.py with torch's AdamW and a tensor at a time for the average, in fp32 and under autocast; ours is
 mmdiffusion.training.train, which also draws and converts the clips. Each runs in a fresh process that keeps freed
 memory, one after the other; the first step is not timed, the middle one of the others is given. Memory is the peak of
 the process less what it had before the network was made.
@@ -28,7 +28,7 @@ import unet
 
 import mmattn
 
-LOOPS = ("release", "release, autocast", "mmdiffusion", "mmdiffusion, bf16", "mmdiffusion, bf16, checkpointing")
+LOOPS = ("published", "published, autocast", "mmdiffusion", "mmdiffusion, bf16", "mmdiffusion, bf16, checkpointing")
 RATE = 0.9999
 _CLIPS = 64  # that exist
 
@@ -62,7 +62,7 @@ def ours(shape: unet.Shape, name: str) -> Iterator[Any]:
     yield from train(network, Noise(shape), recipe)
 
 
-def release(shape: unet.Shape, name: str) -> Iterator[None]:
+def published(shape: unet.Shape, name: str) -> Iterator[None]:
     from mmdiffusion.diffusion.process import GaussianDiffusion
 
     network, diffusion = unet.network(False, shape.short(), torch.float32, "cpu").train(), GaussianDiffusion()
@@ -91,7 +91,7 @@ def measure(name: str, shape: unet.Shape, steps: int, threads: int) -> dict[str,
     torch.set_num_threads(threads)
     mmattn.keep_freed_memory()
     before = _peak()
-    loop = ours(shape, name) if unet.is_own(name.split(",")[0]) else release(shape, name)
+    loop = ours(shape, name) if unet.is_own(name.split(",")[0]) else published(shape, name)
     next(loop)
     seconds = []
     for _ in range(steps):
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(measure(args.one, args.shape, args.steps, args.threads)))
         return 0
     print(f"{args.shape}, torch {torch.__version__}, {args.threads} threads, the middle of {args.steps} steps")
-    print(f"{'loop':34}{'s a step':>10}{'clips/s':>10}{'peak MB':>10}{'times the release':>20}")
+    print(f"{'loop':34}{'s a step':>10}{'clips/s':>10}{'peak MB':>10}{'times as published':>20}")
     first = None
     for name in args.loops:
         shape = ",".join(str(getattr(args.shape, x)) for x in ("batch", "frames", "size", "audio_len", "channels"))

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""The coupled U-Net against the same network composed as in the release (bench/release.py), with the same parameters.
+"""The coupled U-Net against the same network composed as published (bench/published.py), with the same parameters.
 
 forward   both predicted noises, without a graph
 both      a training step without the optimizer: loss = MSE(video) + MSE(audio), and the gradients of all parameters
 
 Rows of float32 compute in it. Rows of bfloat16 and float16 are mmdiffusion with parameters and inputs in that dtype,
-against the release in fp32 (the baseline) and under autocast to it. Work is that of the release's matrix products
-and convolutions, forward, and three times that with gradients, whatever an implementation saves of it.
+against the published network in fp32 (the baseline) and under autocast to it. Work is that of the published network's
+matrix products and convolutions, forward, and three times that with gradients, whatever an implementation saves of it.
 
 Parts: the forward pass is run once more with a clock around the functions of each part; what is called inside a part
 belongs to it, and what no part has is the rest. Attention includes its norm and its projections. "audio" is all of that
 stream outside of RS-MMA. A convolution of mmdiffusion includes the norm, FiLM and SiLU in front of it, which for the
-release are a part of their own. `--help` has examples.
+published network are a part of their own. `--help` has examples.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from unittest import mock
 import cli
 import harness
 import peers
-import release
+import published
 import report
 import torch
 import torch.nn.functional as F
@@ -42,9 +42,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mmattn
 
-BASELINE = "release"
-AUTOCAST = "release, autocast"
-HALF = "release, half"
+BASELINE = "published"
+AUTOCAST = "published, autocast"
+HALF = "published, half"
 OWN = "mmdiffusion"
 GRAPH = "mmdiffusion, CUDA graph"
 PROVIDERS = (BASELINE, OWN, AUTOCAST, HALF, GRAPH, cli.COMPILE)
@@ -109,8 +109,8 @@ class Shape:
     def shifts(self) -> list[int]:
         """One for each block that shifts, in the order in which they run."""
         generator = torch.Generator().manual_seed(0)
-        blocks = (block for block in skeleton(self).modules() if isinstance(block, release.CrossAttention))
-        return [mmattn.draw_shift(self.frames, b.window, generator=generator) for b in blocks if b.shifting]
+        blocks = (block for block in skeleton(self).modules() if isinstance(block, published.CrossAttention))
+        return [mmattn.draw_shift(self.frames, b.local_window, generator=generator) for b in blocks if b.window_shift]
 
     def gflop(self, mode: str) -> float:
         return WORK[mode] * sum(parts_of_work(self).values())
@@ -125,27 +125,27 @@ PUBLISHED, SMALL = (16, 64, 25600, 128), (8, 16, 1024, 32)
 
 
 @functools.cache
-def skeleton(shape: Shape) -> release.ReleaseUNet:
-    """The release's network without memory behind it."""
+def skeleton(shape: Shape) -> published.PublishedUNet:
+    """The published network without memory behind it."""
     with torch.device("meta"):
-        return release.ReleaseUNet(**shape.config())
+        return published.PublishedUNet(**shape.config())
 
 
 @functools.lru_cache(maxsize=3)
 def network(own: bool, shape: Shape, dtype: torch.dtype, device: str) -> nn.Module:
-    """Ours or the release's, with the filled parameters; `shape` is a short one, as longer clips have the same."""
+    """Ours or the published one, with the filled parameters; `shape` is a short one, as longer clips have the same."""
     stored = dtype if own else torch.float32
     shapes = {key: value.shape for key, value in skeleton(shape).state_dict().items()}
-    parameters = {key: value.to(device, stored) for key, value in release.filled(shapes).items()}
+    parameters = {key: value.to(device, stored) for key, value in published.filled(shapes).items()}
     if own:
         try:
             from mmdiffusion import CoupledUNet
         except ImportError as error:
             raise NotApplicable(f"mmdiffusion cannot be imported: {error}") from error
         return CoupledUNet.from_published(parameters, **shape.config(), dropout=0.0)
-    unet = release.ReleaseUNet(**shape.config())
+    unet = published.PublishedUNet(**shape.config())
     unet.load_state_dict(parameters)
-    return release.to_half(unet.to(device), dtype)
+    return published.to_half(unet.to(device), dtype)
 
 
 def is_own(name: str) -> bool:
@@ -153,7 +153,7 @@ def is_own(name: str) -> bool:
 
 
 def network_of(name: str, shape: Shape, dtype: str, device: str) -> nn.Module:
-    """A provider's network: that of the release is in fp32, whatever the row, unless it is to be in half precision."""
+    """A provider's network: the published one is in fp32, whatever the row, unless it is to be in half precision."""
     is_low = is_own(name) or name == HALF
     return network(is_own(name), shape.short(), getattr(torch, dtype) if is_low else torch.float32, device)
 
@@ -229,20 +229,20 @@ RESAMPLE, AUDIO = "resampling, concatenation", "audio"
 PARTS = (SPATIAL, TEMPORAL, ONE, WITHIN_FRAMES, OVER_FRAMES, CROSS, AUDIO, NORM, RESAMPLE, REST)
 
 
-def places_of_release() -> list[Place]:
+def places_of_published() -> list[Place]:
     forwards = {
-        release.SpatialConv: SPATIAL,
-        release.TemporalConv: TEMPORAL,
-        release.VideoConv: lambda conv, *_: ONE if conv.video_conv.kernel_size == (1, 1, 1) else SPATIAL,
-        release.AudioConv: AUDIO,
-        release.SelfAttention: AUDIO,
-        release.SpatialAttention: WITHIN_FRAMES,
-        release.TemporalAttention: OVER_FRAMES,
-        release.CrossAttention: CROSS,
-        release.Norm: NORM,
-        release.FiLM: NORM,
+        published.SpatialConv: SPATIAL,
+        published.TemporalConv: TEMPORAL,
+        published.VideoConv: lambda conv, *_: ONE if conv.video_conv.kernel_size == (1, 1, 1) else SPATIAL,
+        published.AudioConv: AUDIO,
+        published.SelfAttention: AUDIO,
+        published.SpatialAttention: WITHIN_FRAMES,
+        published.TemporalAttention: OVER_FRAMES,
+        published.CrossAttention: CROSS,
+        published.Norm: NORM,
+        published.FiLM: NORM,
         nn.SiLU: NORM,
-        release.Resample: RESAMPLE,
+        published.Resample: RESAMPLE,
     }
     return [(cls, "forward", part) for cls, part in forwards.items()] + [(torch, "cat", RESAMPLE)]
 
@@ -297,10 +297,10 @@ def divided(places: list[Place], clock: Callable[[], float]) -> Iterator[Counter
 
 @functools.cache
 def parts_of_work(shape: Shape) -> dict[str, float]:
-    """GFLOP of the forward pass by part, counted on the release's network."""
+    """GFLOP of the forward pass by part, counted on the published network."""
     inputs = shape.inputs(torch.float32, "meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        with divided(places_of_release(), counter.get_total_flops) as spent:
+        with divided(places_of_published(), counter.get_total_flops) as spent:
             skeleton(shape)(*inputs, shifts=shape.shifts())
         spent[REST] = counter.get_total_flops() - spent.total()
     return {part: 1e-9 * spent[part] for part in PARTS}
@@ -316,7 +316,7 @@ def divide(name: str, shape: Shape, device: str, call: harness.Call) -> dict[str
 
     runs = []
     for _ in range(2):
-        with divided(places_of_own() if is_own(name) else places_of_release(), clock) as spent:
+        with divided(places_of_own() if is_own(name) else places_of_published(), clock) as spent:
             start = clock()
             call()
             spent[REST] = clock() - start - spent.total()
@@ -327,7 +327,7 @@ def divide(name: str, shape: Shape, device: str, call: harness.Call) -> dict[str
 
 def providers_of(args: argparse.Namespace, shape: Shape, dtype: str, mode: str) -> list[Provider]:
     def provider(name: str) -> Provider:
-        # In the rows of another dtype the release in fp32 is the same once more.
+        # In the rows of another dtype the published network in fp32 is the same once more.
         has_parts = (
             mode == "forward" and name in (BASELINE, AUTOCAST, HALF, OWN) and (name != BASELINE or dtype == "float32")
         )
@@ -417,7 +417,7 @@ def shapes_of(args: argparse.Namespace) -> list[Shape]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    # A step of the release takes a minute on a few cores, and warming up is one more.
+    # A step of the published network takes a minute on a few cores, and warming up is one more.
     header = HEADER | {"versus": [peer for peer in HEADER["versus"] if peer in args.providers]}
     status = cli.run(args, header, shapes_of(args), providers_of, minimum={"both": 2})
     if args.breakdown:

@@ -13,7 +13,7 @@ from mmattn.testing import relative_error
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "bench"))
 
-from release import filled
+from published import filled
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "amx")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

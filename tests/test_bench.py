@@ -28,8 +28,8 @@ import harness
 import norm
 import peers
 import plot
+import published
 import registry
-import release
 import report
 import tables
 import unet
@@ -527,26 +527,25 @@ def test_conv_end_to_end(quick_run):
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_release_meets_the_published_outputs(number):
+def test_published_network_meets_the_stored_outputs(number):
     safetensors = pytest.importorskip("safetensors")
     with safetensors.safe_open(ROOT / f"tests/data/unet_{number}.safetensors", "pt") as file:
         stored = {name: json.loads(value) for name, value in file.metadata().items()}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    network = release.ReleaseUNet(**stored["config"])
+    network = published.PublishedUNet(**stored["config"])
     assert {name: list(value.shape) for name, value in network.state_dict().items()} == stored["state_dict"]
-    network.load_state_dict(release.filled(stored["state_dict"], stored["fill_seed"]))
+    network.load_state_dict(published.filled(stored["state_dict"], stored["fill_seed"]))
     with torch.no_grad():
         got = network(*(tensors[name] for name in ("video", "audio", "timesteps")), stored["shifts"])
     assert harness.relative_difference(got, [tensors["video_out"], tensors["audio_out"]]) < 3e-5
 
 
-def test_release_is_the_published_network_and_its_work():
-    published = json.loads((ROOT / "tests/data/unet_full_keys.json").read_text())
+def test_published_network_has_the_stored_keys_and_work():
+    keys = json.loads((ROOT / "tests/data/unet_full_keys.json").read_text())
     shape = unet.Shape(1, *unet.PUBLISHED)
-    assert shape.config() == published["config"]
-    assert {name: list(value.shape) for name, value in unet.skeleton(shape).state_dict().items()} == published[
-        "state_dict"
-    ]
+    assert shape.config() == keys["config"]
+    skeleton = unet.skeleton(shape).state_dict()
+    assert {name: list(value.shape) for name, value in skeleton.items()} == keys["state_dict"]
     assert shape.gflop("forward") == pytest.approx(1329, abs=0.5)
     assert shape.gflop("both") == pytest.approx(3 * shape.gflop("forward"))
     parts = unet.parts_of_work(shape)
@@ -582,7 +581,8 @@ def test_unet_end_to_end(quick_run, capsys, monkeypatch, threads):
         assert "parts" not in by["both", name]
     assert sum(part["gflop"] for part in parts.values()) == pytest.approx(by["forward", unet.BASELINE]["gflop"])
     assert by["forward", unet.AUTOCAST]["reason"] == "fp32 needs no autocast"
-    titles = "mmdiffusion ms | GFLOP/s | of matmul | vs release | vs release, autocast | extra MB: mmdiffusion, release"
+    titles = "mmdiffusion ms | GFLOP/s | of matmul | vs published | vs published, autocast"
+    titles += " | extra MB: mmdiffusion, published"
     assert table[0] == f"| shape | dtype | mode | {titles} |"
 
 
@@ -663,7 +663,7 @@ def test_floors_count_the_work_of_the_network(capsys):
     pytest.importorskip("diffusers")
     shape = unet.Shape(1, 8, 16, 1024, 32)
     walk, _ = floors.walk_unet(shape)
-    # The release computes a few things at a higher resolution, and its head of the video in one convolution.
+    # The published network computes a few things at a higher resolution, and its head of the video in one convolution.
     assert 0.95 < walk.total("gflop") / shape.gflop("forward") <= 1
     assert walk.total("moved") >= walk.total("least") > shape.gbytes("forward", torch.bfloat16)
     names = {name for name, _, _ in walk.calls}

@@ -316,9 +316,9 @@ def test_another_padding_mode(name):
 
 
 def test_padding_mode_of_the_published_audio_block():
-    from published import PublishedAudioBlock
+    from published import AudioBlock
 
-    published = fill(PublishedAudioBlock(64, 96, 4, embedding_channels=24))
+    published = fill(AudioBlock(64, 96, 4, embedding_channels=24))
     convolution = published.audio_in_layers[2].audio_conv
     convolution.padding_mode, convolution._reversed_padding_repeated_twice = "circular", (4, 4)
     made, _ = audio_block()

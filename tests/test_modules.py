@@ -14,7 +14,7 @@ import warnings
 import pytest
 import torch
 from helpers import DEVICE, DEVICES, DTYPES, GPU_DTYPES, REFERENCE_AND_CPU, fill, on_a_side_stream, replays
-from published import PublishedAudioBlock, PublishedBlock
+from published import AudioBlock, CrossAttention
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -264,9 +264,9 @@ class Host(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList([fill(PublishedBlock(64, 2, 2), 1), nn.Identity()])
-        self.level = nn.ModuleDict({"deep": nn.Sequential(nn.Identity(), fill(PublishedBlock(64, 1, 4, False), 2))})
-        self.shared = fill(PublishedBlock(64, 4, 1, groups=16), 3)
+        self.blocks = nn.ModuleList([fill(CrossAttention(64, 2, 2), 1), nn.Identity()])
+        self.level = nn.ModuleDict({"deep": nn.Sequential(nn.Identity(), fill(CrossAttention(64, 1, 4, False), 2))})
+        self.shared = fill(CrossAttention(64, 4, 1, groups=16), 3)
         self.again = self.shared
         self.head = nn.Linear(4, 4)
         for block in (self.blocks[0], self.shared):
@@ -406,7 +406,7 @@ def test_copies_of_a_swapped_host():
         with torch.no_grad():
             made.shared.v_qkv.weight.zero_()
         assert host.shared.v_qkv.weight.any()
-        assert mmattn.unswap(made) == 3 and type(made.shared) is PublishedBlock
+        assert mmattn.unswap(made) == 3 and type(made.shared) is CrossAttention
 
 
 class PublishedCheckpoint(torch.autograd.Function):
@@ -426,7 +426,7 @@ class PublishedCheckpoint(torch.autograd.Function):
         return None, None, *torch.autograd.grad(out, (*inputs, *ctx.parameters), grads, allow_unused=True)
 
 
-class CheckpointedBlock(PublishedBlock):
+class CheckpointedBlock(CrossAttention):
     def forward(self, video, audio):
         return PublishedCheckpoint.apply(self._forward, 2, video, audio, *self.parameters())
 
@@ -434,7 +434,7 @@ class CheckpointedBlock(PublishedBlock):
         return super().forward(video, audio)
 
 
-class FlaggedBlock(PublishedBlock):
+class FlaggedBlock(CrossAttention):
     use_checkpoint = True
 
     def forward(self, video, audio):
@@ -445,7 +445,7 @@ class FlaggedBlock(PublishedBlock):
 def test_swap_keeps_the_checkpointing_of_a_block(cls, monkeypatch):
     """Little is kept for backward, the block is computed twice, and the second time with the shift of the first."""
     block = fill(cls(64, 2, 1))
-    plain = fill(PublishedBlock(64, 2, 1))
+    plain = fill(CrossAttention(64, 2, 1))
     video, audio = streams(frames=9, audio_len=31)
     mmattn.swap(block)
     shifts, attend = [], mmattn.modules.random_shift_attention
@@ -473,7 +473,7 @@ def test_swap_keeps_the_checkpointing_of_a_block(cls, monkeypatch):
     assert all(torch.equal(x, y) for x, y in zip(*given, strict=True))
 
 
-class ScaledFork(PublishedBlock):
+class ScaledFork(CrossAttention):
     def __init__(self, *args):
         super().__init__(*args)
         self.q_scale = nn.Parameter(torch.ones(1))
@@ -511,11 +511,11 @@ LOOK_ALIKES = {
 @pytest.mark.parametrize("name", LOOK_ALIKES)
 def test_a_look_alike_is_refused_and_leaves_the_model_whole(name):
     alter, message = LOOK_ALIKES[name]
-    model = nn.ModuleList([PublishedBlock(64, 1, 1), PublishedBlock(64, 1, 1)])
+    model = nn.ModuleList([CrossAttention(64, 1, 1), CrossAttention(64, 1, 1)])
     alter(model[0])
     with pytest.raises(ValueError, match=message):
         mmattn.swap(model)
-    assert all(type(block) is PublishedBlock for block in model)
+    assert all(type(block) is CrossAttention for block in model)
     if name != "forward":
         with pytest.raises(ValueError, match=message.replace("0.", "").replace("of 0 ", "of block ")):
             RandomShiftAttention.from_published(model[0])
@@ -527,18 +527,18 @@ def test_a_subclass_with_more_in_it_is_refused():
 
 
 def test_hooks_of_what_a_swapped_block_does_not_call():
-    block, (video, audio) = fill(PublishedBlock(64, 2, 2)), streams()
+    block, (video, audio) = fill(CrossAttention(64, 2, 2)), streams()
     mmattn.swap(block)
     seen = []
     handle = block.v_norm.register_forward_hook(lambda *_: None)
-    with pytest.raises(RuntimeError, match=r"v_norm of a swapped PublishedBlock has hooks .* mmattn.unswap"):
+    with pytest.raises(RuntimeError, match=r"v_norm of a swapped CrossAttention has hooks .* mmattn.unswap"):
         block(video, audio)
     handle.remove()
     block.v_norm.GroupNorm.register_forward_hook(lambda *_: seen.append("norm"))
     block.video_proj_out.video_conv.register_forward_hook(lambda m, args, out: seen.append(out.shape))
     block.register_forward_hook(lambda *_: seen.append("block"))
     block.fixed_shift = 1
-    for x, y in zip(block(video, audio, shift=1), PublishedBlock.forward(block, video, audio), strict=True):
+    for x, y in zip(block(video, audio, shift=1), CrossAttention.forward(block, video, audio), strict=True):
         assert relative_error(x, y) < 1e-5
     assert seen[:3] == ["norm", (2, 64, 4, 3, 3), "block"]
 
@@ -546,7 +546,7 @@ def test_hooks_of_what_a_swapped_block_does_not_call():
 def test_lora_of_a_swapped_block():
     """As peft computes it on the published one, before the swap and after it."""
     peft = pytest.importorskip("peft")
-    block, (video, audio) = fill(PublishedBlock(64, 2, 2)), streams()
+    block, (video, audio) = fill(CrossAttention(64, 2, 2)), streams()
     block.fixed_shift = 1
     config = peft.LoraConfig(r=2, target_modules=["v_qkv", "a_qkv", "video_conv", "audio_conv"])
     with warnings.catch_warnings():
@@ -564,7 +564,7 @@ def test_lora_of_a_swapped_block():
 
 def test_swap_of_a_half_model_with_fp32_norms():
     """As the release's convert_to_fp16 leaves its blocks."""
-    block = fill(PublishedBlock(64, 2, 2)).bfloat16()
+    block = fill(CrossAttention(64, 2, 2)).bfloat16()
     block.v_norm.float(), block.a_norm.float()
     block.fixed_shift = 1
     video, audio = streams(dtype=torch.bfloat16)
@@ -576,7 +576,7 @@ def test_swap_of_a_half_model_with_fp32_norms():
 
 
 def test_swap_of_a_block_itself():
-    block, (video, audio) = fill(PublishedBlock(64)), streams()
+    block, (video, audio) = fill(CrossAttention(64)), streams()
     made = RandomShiftAttention.from_published(block)
     assert mmattn.swap(block) == 1
     assert all(
@@ -625,7 +625,7 @@ def test_published_names_nested_under_any_prefix():
 
 
 def test_strict_loading_reports_names():
-    keys = PublishedBlock(64).state_dict()
+    keys = CrossAttention(64).state_dict()
     del keys["v_qkv.bias"]
     keys["a_qkv.extra"] = torch.zeros(1)
     holder = nn.Sequential(RandomShiftAttention(64))
@@ -634,11 +634,11 @@ def test_strict_loading_reports_names():
         holder.load_state_dict(nested)
     result = holder.load_state_dict(nested, strict=False)
     assert result.missing_keys == ["0.video_qkv.bias"] and result.unexpected_keys == ["0.a_qkv.extra"]
-    both = {**PublishedBlock(64).state_dict(), "video_qkv.bias": torch.zeros(192)}
+    both = {**CrossAttention(64).state_dict(), "video_qkv.bias": torch.zeros(192)}
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"v_qkv.bias"'):
         RandomShiftAttention(64).load_state_dict(both)
     with pytest.raises(RuntimeError, match=r"size mismatch for video_qkv.weight: .*\[384, 128\]"):
-        RandomShiftAttention(64).load_state_dict(PublishedBlock(128).state_dict())
+        RandomShiftAttention(64).load_state_dict(CrossAttention(128).state_dict())
 
 
 def test_state_dict_round_trip():
@@ -656,7 +656,7 @@ def test_a_copy_takes_published_names_too():
     """As the averaged copy of a model in training does, which outlives it."""
     copied = copy.deepcopy(RandomShiftAttention(64, num_heads=2, window=2))
     gc.collect()
-    published = fill(PublishedBlock(64, 2, 2))
+    published = fill(CrossAttention(64, 2, 2))
     copied.load_state_dict(published.state_dict())
     video, audio = streams()
     for x, y in zip(copied(video, audio, shift=0), published(video, audio), strict=True):
@@ -733,7 +733,7 @@ def test_cuda_graph_draws_anew_each_replay():
 @pytest.mark.parametrize("dtype", GPU_DTYPES.values(), ids=GPU_DTYPES)
 def test_against_the_published_block_on_the_device(dtype):
     """Outputs and all gradients against fp64, the published block in the same dtype being the budget."""
-    block = fill(PublishedBlock(64, 2, 2)).to("cuda", dtype)
+    block = fill(CrossAttention(64, 2, 2)).to("cuda", dtype)
     block.fixed_shift = 1
     exact, made = copy.deepcopy(block).double(), RandomShiftAttention.from_published(copy.deepcopy(block))
     video, audio = (x.cuda() for x in streams(dtype=dtype))
@@ -850,7 +850,7 @@ class AudioCase:
 
     def published(self):
         options = {"embedding_channels": self.embedding_channels, "groups": self.groups}
-        return fill(PublishedAudioBlock(self.channels, self.out_channels, self.dilation, **options))
+        return fill(AudioBlock(self.channels, self.out_channels, self.dilation, **options))
 
     def block(self, **options):
         made = DilatedConvBlock(
@@ -1249,7 +1249,7 @@ def test_audio_block_recorded_and_compiled(fresh_dynamo):
 @pytest.mark.parametrize("dtypes", ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)), ids=str)
 def test_autocast_takes_streams_of_different_dtypes(dtypes):
     """As the published block does."""
-    made, block = module(), fill(PublishedBlock(64, 2, 2))
+    made, block = module(), fill(CrossAttention(64, 2, 2))
     swapped = copy.deepcopy(block)
     mmattn.swap(swapped)
     video, audio = (x.to(dtype) for x, dtype in zip(streams(), dtypes, strict=True))

@@ -30,7 +30,7 @@ from mmdiffusion.training.superres import FrameNetwork, Frames, small_images  # 
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "bench"))
 
-import release_superres  # noqa: E402
+import published_superres  # noqa: E402
 
 # numpy's about torch's tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")
@@ -93,9 +93,9 @@ def test_published_values_at_a_step_of_sampling():
     assert relative_error(out, tensors["model_out_t960"]) < 3e-5
 
 
-def network_of_the_release(unet):
+def published_network(unet):
     """The same network in plain torch."""
-    peer = release_superres.ReleaseSuperResolutionUNet(**unet.config)
+    peer = published_superres.PublishedSuperResolutionUNet(**unet.config)
     peer.load_state_dict(unet.to_published())
     return peer
 
@@ -119,7 +119,7 @@ def test_options(options, device):
     """Each against the network in plain torch, its checkpoint back, and no parameter is without a gradient."""
     unet = small(**options).to(device)
     inputs = [x.to(device) for x in images(channels=unet.config["in_channels"])]
-    expected = network_of_the_release(unet).to(device)(*inputs)
+    expected = published_network(unet).to(device)(*inputs)
     found = unet(*inputs)
     assert found.is_contiguous()
     assert found.shape[1] == unet.config["out_channels"]
@@ -136,9 +136,9 @@ def public(config):
     return {name: list(x) if isinstance(x, tuple) else x for name, x in config.items() if not name.startswith("_")}
 
 
-def test_gradients_are_those_of_the_release():
+def test_gradients_are_those_of_the_published_network():
     unet = small()
-    peer = network_of_the_release(unet)
+    peer = published_network(unet)
     for network in (unet, peer):
         network(*images()).square().sum().backward()
     expected = {key: x.grad for key, x in peer.named_parameters()}
@@ -152,7 +152,7 @@ def test_gradients_are_those_of_the_release():
 
 def test_the_tuned_peer_is_the_same_network():
     unet = small()
-    peer = release_superres.tuned(network_of_the_release(unet))
+    peer = published_superres.tuned(published_network(unet))
     assert relative_error(peer(*images()), unet(*images())) < 1e-5
 
 

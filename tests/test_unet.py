@@ -23,7 +23,7 @@ from mmdiffusion.model.unet import _lay_out_weights  # noqa: E402
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "bench"))
 
-import release  # noqa: E402
+import published  # noqa: E402
 
 DATA = pathlib.Path(__file__).parent / "data"
 FULL = json.loads((DATA / "unet_full_keys.json").read_text())
@@ -111,10 +111,10 @@ OPTIONS = {
 }
 
 
-def network_of_the_release(config, state):
+def published_network(config, state):
     """The same network in plain torch, its window in the middle set by the number of frames in `config`."""
-    names = [name for name in release.ReleaseUNet.__init__.__annotations__ if name != "return"]
-    peer = release.ReleaseUNet(**{name: config[name] for name in names})
+    names = [name for name in published.PublishedUNet.__init__.__annotations__ if name != "return"]
+    peer = published.PublishedUNet(**{name: config[name] for name in names})
     peer.load_state_dict(state)
     return peer
 
@@ -129,7 +129,7 @@ def test_options(options, device):
     shifts = [largest // 2 + i % 2 for i, largest in enumerate(unet.shift_ranges())]
     shifts = [min(pair) for pair in zip(shifts, unet.shift_ranges(), strict=True)]
     found = unet(video, audio, timesteps, shifts=shifts)
-    peer = network_of_the_release(unet.config, unet.to_published()).to(device)
+    peer = published_network(unet.config, unet.to_published()).to(device)
     assert error(found, peer(video, audio, timesteps, shifts=shifts)) < 1e-5
     missing = [name for name, x in gradients(unet, video, audio, timesteps, shifts=shifts).items() if x is None]
     assert missing == []
@@ -152,7 +152,7 @@ def test_other_clips(sizes):
     video, audio, timesteps = clip(**sizes)
     shifts = unet.shift_ranges(video.shape[1])
     config = {**unet.config, "video_size": video.shape[1:]}
-    expected = network_of_the_release(config, unet.to_published())(video, audio, timesteps, shifts=shifts)
+    expected = published_network(config, unet.to_published())(video, audio, timesteps, shifts=shifts)
     assert error(unet(video, audio, timesteps, shifts=shifts), expected) < 1e-5
 
 

@@ -190,7 +190,12 @@ class VideoBlock(_StreamBlock):
 
 
 class AudioBlock(_StreamBlock):
-    """The audio stream of a residual block: a dilated convolution."""
+    """The audio stream of a residual block: a dilated convolution.
+
+    Not a subclass of `mmattn.DilatedConvBlock`, of which it would override the whole forward: it resamples between the
+    halves, its embedding is the video's too and may be added instead of FiLM, and it takes tokens; the halves
+    themselves, `convolve` and `project_residual`, and the published keys are shared.
+    """
 
     def __init__(
         self, channels: int, out_channels: int, *, dilation: int, num_heads: int, resampling: Resampling, dropout: float

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""The coupled U-Net composed as in the release: the peer of bench/unet.py, in torch's own modules.
+"""The published coupled U-Net and its blocks in torch's own modules: what the benchmarks and the tests compare with.
 
-Written from the description of the published network, with its key names, so its checkpoints load as they are. What
-makes it the release's way is kept: video is [B, F, C, H, W] and audio [B, C, T], every layer brings them into the order
-that its torch module wants; norm, SiLU, FiLM and convolution are calls of their own; attention is product, softmax in
-fp32, product, of whole matrices; cross-attention gathers keys and values by index, one segment after another. Two
-things are left out, in its favour: the checkpointing that computes each block again in backward, and index maps that
-are kept for every length. The shifts are arguments.
+Written from the description of the published network, with its attribute and key names, so its checkpoints load as they
+are. What makes it the published way is kept: video is [B, F, C, H, W] and audio [B, C, T], every layer brings them into
+the order that its torch module wants; norm, SiLU, FiLM and convolution are calls of their own; attention is product,
+softmax in fp32, product, of whole matrices; cross-attention gathers keys and values by index, one segment after
+another. Two things are left out, in its favour: the checkpointing that computes each block again in backward, and index
+maps that are kept for every length. Nothing is drawn: shifts are arguments, or `fixed_shift` of a block.
 """
 
 from __future__ import annotations
@@ -35,17 +35,25 @@ def filled(shapes: Mapping[str, Sequence[int]], seed: int = 0) -> dict[str, Tens
     return tensors
 
 
-class Norm(nn.Module):
-    """GroupNorm in fp32 over (C/32, all positions); of video [B, F, C, H, W] over its frames too."""
+def at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
-    def __init__(self, channels: int) -> None:
+
+class Norm(nn.Module):
+    """GroupNorm, of video [B, F, C, H, W] over its frames too; in fp32 unless its weight is in half precision."""
+
+    def __init__(self, channels: int, groups: int = 32) -> None:
         super().__init__()
-        self.GroupNorm = nn.GroupNorm(32, channels)
+        self.GroupNorm = nn.GroupNorm(groups, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 5:
-            return self.GroupNorm(x.float()).type(x.dtype)
-        return self.GroupNorm(x.transpose(1, 2).float()).type(x.dtype).transpose(1, 2)
+        if x.dim() == 5:
+            return self._norm(x.transpose(1, 2)).transpose(1, 2)
+        return self._norm(x)
+
+    def _norm(self, x: Tensor) -> Tensor:
+        is_half = self.GroupNorm.weight.dtype in (torch.bfloat16, torch.float16)
+        return self.GroupNorm(x if is_half else at_least_fp32(x)).type(x.dtype)
 
 
 class SpatialConv(nn.Conv2d):
@@ -101,7 +109,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q [N, D, M], k and v [N, D, L] -> [N, D, M]."""
     scale = q.shape[1] ** -0.25  # on both factors, which keeps fp16 in range
     scores = torch.einsum("ndm,ndl->nml", q * scale, k * scale)
-    return torch.einsum("nml,ndl->ndm", scores.float().softmax(-1).type(scores.dtype), v)
+    return torch.einsum("nml,ndl->ndm", at_least_fp32(scores).softmax(-1).type(scores.dtype), v)
 
 
 class SelfAttention(nn.Module):
@@ -136,36 +144,47 @@ class TemporalAttention(SelfAttention):
         return rows.reshape(b, h, w, c, f).permute(0, 4, 3, 1, 2)
 
 
-class CrossAttention(nn.Module):
-    """Random-shift attention between the streams, with its norms and projections."""
+class Windows(nn.Module):
+    """One direction of the cross-attention: q [N, D, M], k and v [N, D, L], by segments of one frame."""
 
-    def __init__(self, channels: int, heads: int, window: int, shifting: bool) -> None:
-        super().__init__()
-        self.heads, self.window, self.shifting = heads, window, shifting
-        self.v_norm, self.a_norm = Norm(channels), Norm(channels)
-        self.v_qkv, self.a_qkv = (nn.Conv1d(channels, 3 * channels, 1) for _ in range(2))
-        self.video_proj_out, self.audio_proj_out = VideoConv(channels, channels), AudioConv(channels, channels)
-
-    def forward(self, video: Tensor, audio: Tensor, shift: int) -> Pair:
-        b, f, c, h, w = video.shape
-        rows = video.transpose(1, 2).reshape(b, c, f * h * w)
-        video_q, video_k, video_v = self.heads_of(self.v_qkv(self.v_norm(rows)))
-        audio_q, audio_k, audio_v = self.heads_of(self.a_qkv(self.a_norm(audio)))
-        to_video = self.windows(video_q, audio_k, audio_v, f, shift).reshape(b, c, f, h, w).transpose(1, 2)
-        to_audio = self.windows(audio_q, video_k, video_v, f, shift).reshape(b, c, -1)
-        return video + self.video_proj_out(to_video), audio + self.audio_proj_out(to_audio)
-
-    def heads_of(self, qkv: Tensor) -> Iterator[Tensor]:
-        return (x.reshape(x.shape[0] * self.heads, -1, x.shape[2]) for x in qkv.chunk(3, 1))
-
-    def windows(self, q: Tensor, k: Tensor, v: Tensor, frames: int, shift: int) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, frames: int, window: int, shift: int) -> Tensor:
         rows, n, keys = q.shape[2] // frames, k.shape[2] // frames, k.shape[2]
         out = []
         for i in range(frames):
             end = q.shape[2] if i == frames - 1 else (i + 1) * rows
-            index = torch.arange(self.window * n, device=k.device).add((i + shift) * n).remainder(keys)
+            index = torch.arange(window * n, device=k.device).add((i + shift) * n).remainder(keys)
             out.append(attend(q[..., i * rows : end], k.index_select(2, index), v.index_select(2, index)))
         return torch.cat(out, 2)
+
+
+class CrossAttention(nn.Module):
+    """Random-shift attention between the streams, with its norms and projections."""
+
+    def __init__(
+        self, channels: int, num_heads: int = 1, local_window: int = 1, window_shift: bool = True, groups: int = 32
+    ) -> None:
+        super().__init__()
+        self.channels, self.num_heads = channels, num_heads
+        self.local_window, self.window_shift = local_window, window_shift
+        self.fixed_shift = 0
+        self.v_norm, self.a_norm = Norm(channels, groups), Norm(channels, groups)
+        self.v_qkv, self.a_qkv = (nn.Conv1d(channels, 3 * channels, 1) for _ in range(2))
+        self.attention = Windows()
+        self.video_proj_out, self.audio_proj_out = VideoConv(channels, channels), AudioConv(channels, channels)
+
+    def forward(self, video: Tensor, audio: Tensor, shift: int | None = None) -> Pair:
+        """Shifted by `fixed_shift` if no shift is given."""
+        b, f, c, h, w = video.shape
+        at = f, self.local_window, self.fixed_shift if shift is None else shift
+        rows = video.transpose(1, 2).reshape(b, c, f * h * w)
+        video_q, video_k, video_v = self.heads_of(self.v_qkv(self.v_norm(rows)))
+        audio_q, audio_k, audio_v = self.heads_of(self.a_qkv(self.a_norm(audio)))
+        to_video = self.attention(video_q, audio_k, audio_v, *at).reshape(b, c, f, h, w).transpose(1, 2)
+        to_audio = self.attention(audio_q, video_k, video_v, *at).reshape(b, c, -1)
+        return video + self.video_proj_out(to_video), audio + self.audio_proj_out(to_audio)
+
+    def heads_of(self, qkv: Tensor) -> Iterator[Tensor]:
+        return (x.reshape(x.shape[0] * self.num_heads, -1, x.shape[2]) for x in qkv.chunk(3, 1))
 
 
 class InitialBlock(nn.Module):
@@ -197,6 +216,38 @@ class FiLM(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         scale, shift = emb.chunk(2, 1 if x.dim() == 3 else 2)
         return x * (1 + scale) + shift
+
+
+class AudioBlock(nn.Module):
+    """The audio half of the residual block; without embedding_channels it is given the FiLM [B, 2*Cout], or None."""
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        dilation: int = 1,
+        embedding_channels: int | None = None,
+        groups: int = 32,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        convolution = AudioConv(channels, out_channels, 3, dilation)
+        self.audio_in_layers = nn.Sequential(Norm(channels, groups), nn.SiLU(), convolution)
+        self.emb_layers = None
+        if embedding_channels is not None:
+            self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_channels, 2 * out_channels))
+        last = AudioConv(out_channels, out_channels)
+        self.audio_out_layers = nn.Sequential(Norm(out_channels, groups), nn.SiLU(), nn.Dropout(dropout), last)
+        same = channels == out_channels
+        self.audio_skip_connection = nn.Identity() if same else AudioConv(channels, out_channels)
+        self.film = FiLM()
+
+    def forward(self, audio: Tensor, condition: Tensor | None = None) -> Tensor:
+        h = self.audio_out_layers[0](self.audio_in_layers(audio))
+        film = condition if self.emb_layers is None else self.emb_layers(condition)
+        if film is not None:
+            h = self.film(h, film[..., None])
+        return self.audio_skip_connection(audio) + self.audio_out_layers[1:](h)
 
 
 class ResidualBlock(nn.Module):
@@ -249,8 +300,8 @@ class ResidualBlock(nn.Module):
         return layers[1:](self.film(layers[0](h), emb))
 
 
-class ReleaseUNet(nn.Module):
-    """The network; its arguments are those of the release's configuration."""
+class PublishedUNet(nn.Module):
+    """The network; its arguments are those of the published configuration."""
 
     def __init__(
         self,
@@ -272,7 +323,7 @@ class ReleaseUNet(nn.Module):
         resblock_updown: bool = True,
     ) -> None:
         super().__init__()
-        assert resblock_updown, "the release has no other resampling"
+        assert resblock_updown, "the published network has no other resampling"
         embedding = self.channels = model_channels
         self.time_embed = nn.Sequential(nn.Linear(embedding, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
 
@@ -347,7 +398,7 @@ class ReleaseUNet(nn.Module):
         def run(layers: nn.ModuleList, video: Tensor, audio: Tensor) -> Pair:
             for layer in layers:
                 if isinstance(layer, CrossAttention):
-                    video, audio = layer(video, audio, next(left) if layer.shifting else 0)
+                    video, audio = layer(video, audio, next(left) if layer.window_shift else 0)
                 elif isinstance(layer, InitialBlock):
                     video, audio = layer(video, audio)
                 else:
@@ -365,8 +416,8 @@ class ReleaseUNet(nn.Module):
         return self.video_out(video), self.audio_out(audio)
 
 
-def to_half(network: ReleaseUNet, dtype: torch.dtype) -> ReleaseUNet:
-    """In place, as the release computes in fp16: convolutions in the dtype, norms, embeddings and softmax in fp32."""
+def to_half(network: PublishedUNet, dtype: torch.dtype) -> PublishedUNet:
+    """In place, as published for fp16: convolutions in the dtype, norms, embeddings and softmax in fp32."""
     for module in network.modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             module.to(dtype)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The super-resolution network composed as in the release: the peer of bench/superres.py, in torch's own modules.
+"""The super-resolution network composed as published: the peer of bench/superres.py, in torch's own modules.
 
 Written from the description of the published network, with its key names, so its checkpoints load as they are. What
-makes it the release's way is kept: images are [B, C, H, W]; norm in fp32, FiLM, SiLU and convolution are calls of their
+makes it the published way is kept: images are [B, C, H, W]; norm in fp32, FiLM, SiLU and convolution are calls of their
 own; attention is product, softmax in fp32, product. `tuned` is the same network as well as plain torch can do it.
 """
 
@@ -114,8 +114,8 @@ class Stage(nn.Sequential):
         return x
 
 
-class ReleaseSuperResolutionUNet(nn.Module):
-    """(x [B, C, H, W], low_res [B, C, h, w], t [B]) -> [B, Cout, H, W]; arguments as of the release."""
+class PublishedSuperResolutionUNet(nn.Module):
+    """(x [B, C, H, W], low_res [B, C, h, w], t [B]) -> [B, Cout, H, W]; arguments as published."""
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ class ReleaseSuperResolutionUNet(nn.Module):
         return self.out(h)
 
 
-def tuned(unet: ReleaseSuperResolutionUNet) -> ReleaseSuperResolutionUNet:
+def tuned(unet: PublishedSuperResolutionUNet) -> PublishedSuperResolutionUNet:
     """In place: channels last, fused attention, no casts."""
     for layer in unet.modules():
         if isinstance(layer, (Norm, Attention)):
