@@ -72,6 +72,7 @@ bench: install ## the full benchmarks of this machine into bench/results and the
 	$(RUN) bench/norm.py --json bench/results/norm-cpu.json
 	$(RUN) bench/conv.py --json bench/results/conv-cpu.json
 	$(RUN) bench/unet.py --breakdown --json bench/results/unet-cpu.json
+	$(RUN) bench/superres.py --breakdown --json bench/results/superres-cpu.json
 	$(RUN) bench/plot.py bench/results/attn-cpu.json docs/attn-cpu.png --modes forward
 	$(RUN) bench/plot.py bench/results/conv-cpu.json docs/conv-cpu.png --modes forward --shape block
 	$(RUN) bench/plot.py bench/results/unet-cpu.json docs/unet-cpu.png

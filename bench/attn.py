@@ -304,7 +304,7 @@ def providers_of(args: argparse.Namespace, shape: Shape, dtype: str, mode: str) 
 
     def note(name: str) -> str:
         if name == "mmattn":
-            return cli.chosen("attention", args.device, dtype, shape.dim)
+            return cli.chosen("random_shift_attention", args.device, dtype, shape.dim)
         if name == FULL and shape.window < shape.frames:
             return f"another result, {shape.gflop(mode, full=True) / shape.gflop(mode):.0f}x the work"
         return ""

@@ -113,11 +113,12 @@ def parse(
 
 
 def chosen(op: str, device: str, dtype: str, channels: int) -> str:
-    """A note of which implementation "auto" picks."""
+    """A note of which implementation "auto" picks, and of what of the op it computes where that is not all."""
     from mmattn import dispatch
 
     like = torch.empty(1, 1, channels, dtype=getattr(torch, dtype), device=device)
-    return f"impl {dispatch.choose(op, 'auto', like)}"
+    impl = dispatch.choose(op, "auto", like)
+    return f"impl {impl} {dispatch.parts(op, impl)}".rstrip()
 
 
 def run(

@@ -272,7 +272,8 @@ def own_call(shape: Shape, dtype: str, mode: str, device: str) -> tuple[harness.
 def providers_of(args: argparse.Namespace, shape: Shape, dtype: str, mode: str) -> list[Provider]:
     apply = BLOCKS if shape.what == "block" else FUNCTIONS[shape.what]
     names = [name for name in args.providers if name in apply]
-    notes = dict.fromkeys((OWN, FIRST), cli.chosen("conv", args.device, dtype, shape.channels))
+    op = "spatial_conv2d" if shape.what == "frames" else "dilated_conv1d"
+    notes = dict.fromkeys((OWN, FIRST), cli.chosen(op, args.device, dtype, shape.channels))
     return peers.providers(args, make_peer, shape, dtype, mode, names, notes)
 
 

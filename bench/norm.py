@@ -102,7 +102,7 @@ def own_call(shape: Shape, dtype: str, mode: str, device: str) -> tuple[harness.
 
 
 def providers_of(args: argparse.Namespace, shape: Shape, dtype: str, mode: str) -> list[Provider]:
-    notes = {"mmattn": cli.chosen("norm", args.device, dtype, shape.channels)}
+    notes = {"mmattn": cli.chosen("group_norm", args.device, dtype, shape.channels)}
     return peers.providers(args, make_peer, shape, dtype, mode, args.providers, notes)
 
 

@@ -27,14 +27,12 @@ class Op:
     Attributes:
         function: its name.
         op: the name of what it calls in torch.ops.mmattn.
-        family: as kernels, results and messages call it; ops of one family share their kernels.
         arguments: of a source of random numbers and a length: positional tensors, and tensors and numbers by name.
         keeps_dtype: under autocast the output has the dtype of the first tensor, not autocast's.
     """
 
     function: str
     op: str
-    family: str
     arguments: Callable[[Random, int], tuple[list[Tensor], dict[str, Any]]]
     keeps_dtype: bool = False
 
@@ -78,11 +76,11 @@ def _conv2d(random: Random, length: int) -> tuple[list[Tensor], dict[str, Any]]:
 OPS = {
     op.function: op
     for op in (
-        Op("random_shift_attention", "random_shift_attention", "attention", _attention),
-        Op("self_attention", "self_attention", "self_attention", _self_attention),
-        Op("group_norm", "group_norm", "norm", _norm, keeps_dtype=True),
-        Op("dilated_conv1d", "conv", "conv", _conv1d),
-        Op("spatial_conv2d", "conv", "conv", _conv2d),
+        Op("random_shift_attention", "random_shift_attention", _attention),
+        Op("self_attention", "self_attention", _self_attention),
+        Op("group_norm", "group_norm", _norm, keeps_dtype=True),
+        Op("dilated_conv1d", "conv", _conv1d),
+        Op("spatial_conv2d", "conv", _conv2d),
     )
 }
 

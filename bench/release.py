@@ -12,7 +12,7 @@ are kept for every length. The shifts are arguments.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Pair = tuple[Tensor, Tensor]
+
+
+def filled(shapes: Mapping[str, Sequence[int]], seed: int = 0) -> dict[str, Tensor]:
+    """Parameters that all matter, by the rule of the reference values: keys in sorted order from one generator."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for key in sorted(shapes):
+        noise = torch.randn(tuple(shapes[key]), generator=generator)
+        if noise.dim() > 1:
+            tensors[key] = noise / noise[0].numel() ** 0.5
+        else:
+            tensors[key] = 0.1 * noise + (1 if key.endswith("weight") else 0)
+    return tensors
 
 
 class Norm(nn.Module):

@@ -76,7 +76,7 @@ def _measured(header: dict[str, Any], row: dict[str, Any]) -> dict[str, float]:
 
 
 def summary(results: Path) -> str:
-    """Six rows of all CPU results: the geometric mean of the ratios to each shape's strongest peer, and their range."""
+    """Rows of all CPU results: the geometric mean of the ratios to each shape's strongest peer, and their range."""
 
     def shapes(prefix: str) -> Callable[[dict[str, Any]], bool]:
         return lambda row: row["shape"].startswith(prefix)
@@ -95,6 +95,7 @@ def summary(results: Path) -> str:
             "the published composition, autocast in bfloat16",
         ),
         ("the same with gradients", "unet", "both", shapes(""), "the same"),
+        ("the super-resolution network", "superres", "forward", shapes(""), "the same; tuned, and compiled"),
     ):
         path = results / f"{file}-cpu.json"
         if not path.exists():

@@ -131,24 +131,12 @@ def skeleton(shape: Shape) -> release.ReleaseUNet:
         return release.ReleaseUNet(**shape.config())
 
 
-def fill(state: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
-    """Parameters of these names and sizes that all matter to the output; the published network is born as zero."""
-    generator = torch.Generator().manual_seed(seed)
-    filled = {}
-    for name in sorted(state):
-        noise = torch.randn(state[name].shape, generator=generator)
-        if noise.dim() == 1:
-            filled[name] = 0.1 * noise + (1 if name.endswith("weight") else 0)
-        else:
-            filled[name] = noise / noise[0].numel() ** 0.5
-    return filled
-
-
 @functools.lru_cache(maxsize=3)
 def network(own: bool, shape: Shape, dtype: torch.dtype, device: str) -> nn.Module:
     """Ours or the release's, with the filled parameters; `shape` is a short one, as longer clips have the same."""
     stored = dtype if own else torch.float32
-    parameters = {key: value.to(device, stored) for key, value in fill(skeleton(shape).state_dict()).items()}
+    shapes = {key: value.shape for key, value in skeleton(shape).state_dict().items()}
+    parameters = {key: value.to(device, stored) for key, value in release.filled(shapes).items()}
     if own:
         try:
             from mmdiffusion import CoupledUNet
@@ -351,7 +339,7 @@ def providers_of(args: argparse.Namespace, shape: Shape, dtype: str, mode: str) 
             gflop=shape.gflop(mode),
             gbytes=shape.gbytes(mode, getattr(torch, stored)),
             probe=(memory_probe, (name, shape, stored, mode, args.threads)),
-            note=cli.chosen("conv", args.device, dtype, shape.channels) if is_own(name) else computes,
+            note=cli.chosen("dilated_conv1d", args.device, dtype, shape.channels) if is_own(name) else computes,
             compare=None
             if mode == "forward"
             else lambda result: comparable(network_of(name, shape, dtype, args.device), result),

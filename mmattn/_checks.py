@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 ATTENTION_TENSORS = ("video_q", "video_k", "video_v", "audio_q", "audio_k", "audio_v")
+_VIDEO, _AUDIO = "[B, F*P, H, D]", "[B, T, H, D]"
 _COUNTS = {1: "one dimension", 2: "two dimensions", 3: "three dimensions", 4: "four dimensions"}
+_dispatch_keys = torch._C._dispatch_keys
 _plain_keys: set[int] = set()
 _INDIRECT = (
     "Negative",
@@ -32,16 +34,17 @@ _INDIRECT = (
 def is_plain(t: Tensor) -> bool:
     """Whether the memory of a tensor is its value: no lazy sign or conjugate, no subclass that computes for itself.
 
-    What torch dispatches a tensor by tells; the combinations that were found plain are kept.
+    Nor one whose storage was freed. What torch dispatches a tensor by tells the rest; the combinations that were found
+    plain are kept.
     """
-    keys = torch._C._dispatch_keys(t)
+    keys = _dispatch_keys(t)
     if keys.raw_repr() in _plain_keys:
-        return True
+        return t.data_ptr() != 0 or not t.numel()
     indirect = any(keys.has(getattr(torch._C.DispatchKey, name)) for name in _INDIRECT)
     if indirect or t.layout is not torch.strided or t.is_nested or t.is_quantized or t.is_meta:
         return False
     _plain_keys.add(keys.raw_repr())
-    return True
+    return is_plain(t)
 
 
 def plain(op: Any, args: Sequence[Any]) -> None:
@@ -50,6 +53,7 @@ def plain(op: Any, args: Sequence[Any]) -> None:
         if isinstance(t, Tensor) and not is_plain(t):
             name = op._schema.arguments[at].name
             _refuse_layout(name, t)
+            _refuse_freed(name, t)
             raise ValueError(f"{name} is {torch._C._dispatch_keys(t)}; expected a tensor whose memory is its value")
 
 
@@ -75,19 +79,22 @@ def window(frames: int, size: int) -> None:
         raise ValueError(f"window is {size}; expected 1..frames = 1..{frames}")
 
 
-def attention(tensors: Sequence[Tensor], frames: int, size: int, shift: int | Tensor) -> int | Tensor:
+def random_shift_attention(tensors: Sequence[Tensor], frames: int, size: int, shift: int | Tensor) -> int | Tensor:
     """The arguments of random-shift attention; returns the shift, as an int where it can be read."""
-    video_q, audio_q = tensors[0], tensors[3]
-    for name, q, length in (("video_q", video_q, "F*P"), ("audio_q", audio_q, "T")):
-        _sequence(name, q, f"[B, {length}, H, D]", 4)
-    batch, video_len, heads, dim = video_q.shape
-    audio_len = audio_q.shape[1]
-    for at, (name, t) in enumerate(zip(ATTENTION_TENSORS, tensors, strict=True)):
-        first, letters = (video_q, "[B, F*P, H, D]") if at < 3 else (audio_q, "[B, T, H, D]")
-        _like(name, t, first.shape, letters, video_q, "video_q")
-        _contiguous_channels(name, t)
-    if audio_q.shape != (batch, audio_len, heads, dim):
-        found = list(audio_q.shape)
+    video_q, video_k, video_v, audio_q, audio_k, audio_v = tensors
+    _sequence("video_q", video_q, _VIDEO, 4)
+    _sequence("audio_q", audio_q, _AUDIO, 4)
+    video_shape, audio_shape = video_q.shape, audio_q.shape
+    batch, video_len, heads, dim = video_shape
+    audio_len = audio_shape[1]
+    _contiguous_channels("video_q", video_q)
+    _like("video_k", video_k, video_shape, _VIDEO, video_q, "video_q")
+    _like("video_v", video_v, video_shape, _VIDEO, video_q, "video_q")
+    _like("audio_q", audio_q, audio_shape, _AUDIO, video_q, "video_q")
+    _like("audio_k", audio_k, audio_shape, _AUDIO, video_q, "video_q")
+    _like("audio_v", audio_v, audio_shape, _AUDIO, video_q, "video_q")
+    if audio_shape != (batch, audio_len, heads, dim):
+        found = list(audio_shape)
         raise ValueError(f"audio_q has shape {found}; expected [{batch}, T, {heads}, {dim}] to match video_q")
     if heads < 1 or dim < 1:
         raise ValueError(f"video_q has shape {list(video_q.shape)}; expected at least one head and one channel")
@@ -99,31 +106,27 @@ def attention(tensors: Sequence[Tensor], frames: int, size: int, shift: int | Te
     return shift_in_range(shift, frames - size, video_q)
 
 
-def attention_gradients(
-    d_out: Sequence[Tensor], tensors: Sequence[Tensor], out: Sequence[Tensor], lse: Sequence[Tensor]
-) -> None:
-    """What the backward of random-shift attention is given besides `attention`'s arguments, of video and of audio."""
-    names = (("d_video_out", "video_out", "video_lse"), ("d_audio_out", "audio_out", "audio_lse"))
-    for at, of_stream in enumerate(names):
-        _attention_results(of_stream, (d_out[at], out[at], lse[at]), tensors[3 * at], ATTENTION_TENSORS[3 * at])
-
-
 def self_attention(q: Tensor, k: Tensor, v: Tensor, segments: int) -> None:
     """The arguments of self-attention in segments."""
     _sequence("q", q, "[B, L, H, D]", 4)
     if min(q.shape[1:]) < 1:
         raise ValueError(f"q has shape {list(q.shape)}; expected [B, L, H, D], none of L, H, D zero")
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        _like(name, t, q.shape, "[B, L, H, D]", q, "q")
-        _contiguous_channels(name, t)
+    _contiguous_channels("q", q)
+    _like("k", k, q.shape, "[B, L, H, D]", q, "q")
+    _like("v", v, q.shape, "[B, L, H, D]", q, "q")
     integer("segments", segments)
     if segments < 1 or q.shape[1] % segments:
         raise ValueError(f"segments is {segments}; expected a divisor of the number of tokens, {q.shape[1]}")
 
 
-def self_attention_gradients(d_out: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> None:
-    """What the backward of self-attention is given besides `self_attention`'s arguments."""
-    _attention_results(("d_out", "out", "lse"), (d_out, out, lse), q, "q")
+def attention_results(names: Sequence[str], tensors: Sequence[Tensor], q: Tensor) -> None:
+    """What the backward of an attention op is given of each stream: d_out, out and lse; and after theirs q's name."""
+    batch, length, heads, _ = q.shape
+    for name, t in zip(names[:2], tensors[:2], strict=True):
+        _result(name, t, q.shape, f"the shape of {names[3]},", q.dtype, q)
+    _contiguous_channels(names[1], tensors[1])
+    _result(names[2], tensors[2], (batch, heads, length), "[B, H, L]", torch.float64, q)
+    _contiguous(names[2], tensors[2])
 
 
 def group_norm(
@@ -168,7 +171,6 @@ def conv(
     if residual is not None:
         _sequence("residual", residual, "[B, L, Cout]", 3)
         _like("residual", residual, (x.shape[0], x.shape[1], weight.shape[0]), "[B, L, Cout]", x, "x")
-        _contiguous_channels("residual", residual)
     norm_weight, norm_bias, scale, shift = prologue
     if groups is not None:
         _normalisation(x, norm_weight, norm_bias, groups, "norm's ")
@@ -183,15 +185,6 @@ def conv_gradients(d_out: Tensor, x: Tensor, weight: Tensor, stats: Tensor, grou
     _contiguous("stats", stats)
 
 
-def _attention_results(names: Sequence[str], tensors: Sequence[Tensor], q: Tensor, q_name: str) -> None:
-    batch, length, heads, _ = q.shape
-    for name, t in zip(names[:2], tensors[:2], strict=True):
-        _result(name, t, tuple(q.shape), f"the shape of {q_name},", q.dtype, q)
-    _contiguous_channels(names[1], tensors[1])
-    _result(names[2], tensors[2], (batch, heads, length), "[B, H, L]", torch.float64, q)
-    _contiguous(names[2], tensors[2])
-
-
 def shift_in_range(shift: int | Tensor, largest: int, like: Tensor) -> int | Tensor:
     """Refuse a shift that is not 0..largest; returns it, as an int where it can be read."""
     if isinstance(shift, Tensor):
@@ -203,6 +196,7 @@ def shift_in_range(shift: int | Tensor, largest: int, like: Tensor) -> int | Ten
         # A trace has no value to read, and an accelerator would be waited for.
         if shift.device.type != "cpu" or torch.compiler.is_compiling() or type(shift) is not Tensor:
             return shift
+        _refuse_freed("shift", shift)
         shift = int(shift)
     elif isinstance(shift, bool) or not isinstance(shift, (int, torch.SymInt)):
         raise TypeError(f"shift is {shift!r}; expected an int or an integer tensor of one element")
@@ -235,11 +229,18 @@ def _refuse_layout(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} is {what}; expected a dense tensor, torch.strided")
 
 
+def _refuse_freed(name: str, t: Tensor) -> None:
+    if type(t) in (Tensor, torch.nn.Parameter) and not t.is_meta and t.numel() and not t.data_ptr():
+        found = f"{list(t.shape)} on a storage of {t.untyped_storage().nbytes()} bytes"
+        raise ValueError(f"{name} is {found}; expected memory that has not been freed")
+
+
 def _like(name: str, t: Tensor, shape: Sequence[int], letters: str, first: Tensor, first_name: str) -> None:
-    """Refuse what has not this shape and the dtype and device of `first`."""
+    """Refuse what has not this shape, the dtype and device of `first`, and contiguous channels."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} is a {type(t).__name__}; expected a tensor {letters}")
     if t.dtype == first.dtype and t.device == first.device and t.shape == shape and t.layout is torch.strided:
+        _contiguous_channels(name, t)
         return
     _refuse_layout(name, t)
     if t.dim() != len(shape):

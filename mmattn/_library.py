@@ -13,8 +13,9 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from mmattn import _checks
+from mmattn import _checks, dispatch
 
+_PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 _library = torch.library.Library("mmattn", "IMPL")
 _functions: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Callable[..., Any]]] = {}
 _flop_formulas: dict[str, Callable[..., int]] = {}
@@ -36,7 +37,12 @@ def can_skip_dispatcher(*tensors: Tensor | None) -> bool:
         return False
     if forward_ad._current_level >= 0 or torch.autograd.profiler._is_profiler_enabled:
         return False
-    return all(t is None or (type(t) in (Tensor, torch.nn.Parameter) and _checks.is_plain(t)) for t in tensors)
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) not in _PLAIN_TYPES or not _checks.is_plain(t):
+            return False
+    return True
 
 
 def wants_gradients(*tensors: Tensor | None) -> bool:
@@ -196,10 +202,11 @@ def gradients_of(name: str) -> Callable[..., Any]:
 
 def is_autocast(device_type: str) -> bool:
     """Whether autocast is on for a device type; False for those that have none, such as meta."""
-    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+    has_autocast = device_type == "cpu" or device_type == "cuda" or _has_autocast(device_type)
+    return has_autocast and torch.is_autocast_enabled(device_type)
 
 
-@torch.compiler.assume_constant_result  # torch 2.11, for one, cannot trace the question
+@dispatch.constant_in_traces  # torch 2.11, for one, cannot trace the question
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 

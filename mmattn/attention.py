@@ -13,19 +13,9 @@ import torch
 from torch import Tensor
 
 from mmattn import _checks, dispatch
-from mmattn._library import (
-    below_autograd,
-    call,
-    count_flops,
-    gradients_of,
-    is_autocast,
-    register,
-    register_autograd,
-    to_autocast,
-)
-
-_OP = "mmattn::random_shift_attention"
-_BACKWARD_OP = "mmattn::random_shift_attention_backward"
+from mmattn._directions import AttentionOp
+from mmattn._library import call, is_autocast, to_autocast
+from mmattn_kernels import CircularWindows, Direction
 
 
 def draw_shift(frames: int, window: int, *, generator: torch.Generator | None = None) -> int:
@@ -94,10 +84,10 @@ def random_shift_attention(
     if is_autocast(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         tensors = tuple(to_autocast(t, dtype) for t in tensors)
-    _checks.attention(tensors, frames, window, shift)
+    _checks.random_shift_attention(tensors, frames, window, shift)
     if scale is None:
         scale = tensors[0].shape[-1] ** -0.5
-    chosen = dispatch.choose("attention", impl, tensors[0])
+    chosen = dispatch.choose("random_shift_attention", impl, tensors[0])
     if chosen == "reference":
         return reference(*tensors, frames=frames, window=window, shift=shift, scale=scale)
     number, tensor = (0, shift) if isinstance(shift, Tensor) else (shift, None)
@@ -145,29 +135,16 @@ def _attend_windows(
         scores = torch.einsum("bfqhd,bfkhd->bfhqk", queries * scale, keys)
         return torch.einsum("bfhqk,bfkhd->bfqhd", scores.softmax(-1), values)
 
-    whole = frames * q_segment
-    out = attend(q[:, :whole].reshape(batch, frames, q_segment, heads, dim), k_windows, v_windows)
-    out = out.reshape(batch, whole, heads, dim)
-    if whole < q_len:
-        left_over = attend(q[:, None, whole:], k_windows[:, -1:], v_windows[:, -1:])
+    equal = frames * q_segment  # queries in segments of equal length
+    out = attend(q[:, :equal].reshape(batch, frames, q_segment, heads, dim), k_windows, v_windows)
+    out = out.reshape(batch, equal, heads, dim)
+    if equal < q_len:
+        left_over = attend(q[:, None, equal:], k_windows[:, -1:], v_windows[:, -1:])
         out = torch.cat([out, left_over[:, 0]], dim=1)
     return out
 
 
-_ARGUMENTS = "SymInt frames, SymInt window, SymInt shift, Tensor? shift_tensor, float scale, str impl"
-_INPUTS = ", ".join(f"Tensor {name}" for name in _checks.ATTENTION_TENSORS)
-
-torch.library.define(_OP, f"({_INPUTS}, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
-torch.library.define(
-    _BACKWARD_OP,
-    f"(Tensor d_video_out, Tensor d_audio_out, {_INPUTS}, Tensor video_out, Tensor audio_out, Tensor video_lse, "
-    f"Tensor audio_lse, {_ARGUMENTS}) -> ({', '.join(['Tensor'] * 6)})",
-)
-
-
 class _Arguments(NamedTuple):
-    """Of the op."""
-
     video_q: Tensor
     video_k: Tensor
     video_v: Tensor
@@ -181,118 +158,21 @@ class _Arguments(NamedTuple):
     scale: float
     impl: str
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self[:6]
+    def check(self) -> None:
+        shift = self.shift if self.shift_tensor is None else self.shift_tensor
+        _checks.random_shift_attention(self[:6], self.frames, self.window, shift)
+
+    def directions(self) -> tuple[Direction, Direction]:
+        video_q, video_k, video_v, audio_q, audio_k, audio_v = self[:6]
+        return Direction(video_q, audio_k, audio_v), Direction(audio_q, video_k, video_v)
+
+    def windows(self) -> CircularWindows:
+        shift: int | Tensor = self.shift if self.shift_tensor is None else self.shift_tensor
+        if isinstance(shift, Tensor) and shift.device.type == "cpu":
+            # What is read here is what the kernel gets, whatever has been checked before: the tensor may have changed.
+            shift = _checks.shift_in_range(shift, self.frames - self.window, self.video_q)
+        return CircularWindows(self.frames, self.window, shift)
 
 
-class _Gradients(NamedTuple):
-    """What the backward op has before the arguments of the op: in front of its tensors, and behind them."""
-
-    d_out: tuple[Tensor, ...]
-    out: tuple[Tensor, ...]
-    lse: tuple[Tensor, ...]
-
-    @staticmethod
-    def split(args: tuple[Any, ...]) -> tuple[_Gradients, _Arguments]:
-        return _Gradients(args[:2], args[8:10], args[10:12]), _Arguments(*args[2:8], *args[12:])
-
-
-def _check(*args: Any) -> None:
-    a = _Arguments(*args)
-    _checks.attention(a.tensors, a.frames, a.window, a.shift if a.shift_tensor is None else a.shift_tensor)
-
-
-def _check_gradients(*args: Any) -> None:
-    given, a = _Gradients.split(args)
-    _check(*a)
-    _checks.attention_gradients(given.d_out, a.tensors, given.out, given.lse)
-
-
-def _geometry(a: _Arguments) -> dict[str, Any]:
-    shift: int | Tensor = a.shift if a.shift_tensor is None else a.shift_tensor
-    if isinstance(shift, Tensor) and shift.device.type == "cpu":
-        # What is read here is what the kernel gets, whatever has been checked before: the tensor may have changed.
-        shift = _checks.shift_in_range(shift, a.frames - a.window, a.video_q)
-    return {"frames": a.frames, "window": a.window, "shift": shift, "scale": a.scale}
-
-
-def _compute(*args: Any) -> tuple[Tensor, ...]:
-    a = _Arguments(*args)
-    return dispatch.kernels("attention", a.impl, a.video_q).forward(*a.tensors, **_geometry(a))
-
-
-def _compute_gradients(*args: Any) -> tuple[Tensor, ...]:
-    given, a = _Gradients.split(args)
-    d_video_out, d_audio_out = given.d_out
-    backward = dispatch.kernels("attention", a.impl, a.video_q).backward
-    return backward(d_video_out, d_audio_out, *a.tensors, *given.out, *given.lse, **_geometry(a))
-
-
-register("random_shift_attention", _check, _compute, _check_gradients, _compute_gradients)
-
-
-@torch.library.register_fake(_OP)
-def _fake_forward(*args: Any) -> tuple[Tensor, ...]:
-    _check(*args)
-    video_q, audio_q = args[0], args[3]
-    batch, video_len, heads, _dim = video_q.shape
-    return (
-        video_q.new_empty(video_q.shape),
-        audio_q.new_empty(audio_q.shape),
-        video_q.new_empty((batch, heads, video_len), dtype=torch.float64),
-        audio_q.new_empty((batch, heads, audio_q.shape[1]), dtype=torch.float64),
-    )
-
-
-@torch.library.register_fake(_BACKWARD_OP)
-def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
-    _check_gradients(*args)
-    return tuple(t.new_empty(t.shape) for t in args[2:8])
-
-
-_gradients = gradients_of("random_shift_attention")
-
-
-class _RandomShiftAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, ...]:
-        out = below_autograd("random_shift_attention", keyset, *args)
-        a = _Arguments(*args)
-        ctx.save_for_backward(*a.tensors, *out, a.shift_tensor)
-        ctx.numbers = a.frames, a.window, a.shift, a.scale, a.impl
-        ctx.mark_non_differentiable(*out[2:])
-        ctx.set_materialize_grads(False)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, d_video_out: Tensor | None, d_audio_out: Tensor | None, *_: None) -> tuple[Any, ...]:
-        *saved, shift_tensor = ctx.saved_tensors
-        frames, window, shift, scale, impl = ctx.numbers
-        video_out, audio_out = saved[6:8]
-        d_video_out = torch.zeros_like(video_out) if d_video_out is None else d_video_out
-        d_audio_out = torch.zeros_like(audio_out) if d_audio_out is None else d_audio_out
-        grads = _gradients(d_video_out, d_audio_out, *saved, frames, window, shift, shift_tensor, scale, impl)
-        return None, *grads, *[None] * (len(_Arguments._fields) - len(grads))
-
-
-register_autograd("random_shift_attention", _RandomShiftAttention)
-
-
-def direction_flops(q: Any, k: Any, segments: int, window: int, products: int) -> int:
-    """Of one direction of attention and so many products of [queries, keys, D]; q, k are shapes [B, L, H, D]."""
-    batch, queries, heads, dim = q
-    return products * 2 * batch * heads * queries * window * (k[1] // segments) * dim
-
-
-def _flops(*args: Any, products: int = 2, **_: Any) -> int:
-    a = _Arguments(*args)
-    directions: Any = (a.video_q, a.audio_k), (a.audio_q, a.video_k)
-    return sum(direction_flops(q, k, a.frames, a.window, products) for q, k in directions)
-
-
-def _gradient_flops(*args: Any, **_: Any) -> int:
-    return _flops(*_Gradients.split(args)[1], products=5)  # scores again, then dV, dP, dQ, dK
-
-
-count_flops("random_shift_attention", _flops, _gradient_flops)
+_OPTIONS = "SymInt frames, SymInt window, SymInt shift, Tensor? shift_tensor"
+AttentionOp("random_shift_attention", _Arguments, ("video_", "audio_"), _OPTIONS)

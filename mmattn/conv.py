@@ -185,7 +185,7 @@ def _convolve(
     prologue = norm_weight, norm_bias, scale, shift
     _checks.conv(x, weight, bias, prologue, residual, None if norm is None else groups, dilation, height, width, eps)
     _checks.activation(activation)
-    chosen = dispatch.choose("spatial_conv2d" if width else "conv", impl, x)
+    chosen = dispatch.choose("spatial_conv2d" if width else "dilated_conv1d", impl, x)
     if chosen == "triton" and width:
         if norm is not None:
             normalise: dict[str, Any] = {
@@ -283,7 +283,7 @@ torch.library.define(
 
 def _compute(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **out: Tensor) -> tuple[Tensor, Tensor]:
     norm_weight, norm_bias, scale, shift, residual, groups, dilation, height, width, silu, eps, impl = args
-    return dispatch.kernels("conv", impl, x).forward(
+    return dispatch.kernels("spatial_conv2d" if width else "dilated_conv1d", impl, x).forward(
         x,
         weight,
         bias,
@@ -305,7 +305,7 @@ def _compute_gradients(d_out: Tensor, x: Tensor, weight: Tensor, *args: Any) -> 
     norm_weight, norm_bias, scale, shift, stats, groups, dilation, height, width, silu, *need, impl = args
     need_x, need_weight, need_bias = need
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
-    d_x, d_weight, d_bias, sums = dispatch.kernels("conv", impl, x).backward(
+    d_x, d_weight, d_bias, sums = dispatch.kernels("spatial_conv2d" if width else "dilated_conv1d", impl, x).backward(
         d_out,
         x,
         weight,

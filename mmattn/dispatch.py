@@ -8,6 +8,7 @@ import importlib
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,13 @@ from torch import Tensor
 from mmattn_kernels import Question, Support
 
 IMPLS = ("reference", "triton", "cpu")
-_MODULES = {"self_attention": "attention", "spatial_conv2d": "conv"}  # ops whose kernels are those of another
+OPS = {  # public functions: their modules of kernels
+    "random_shift_attention": "attention",
+    "self_attention": "attention",
+    "group_norm": "norm",
+    "dilated_conv1d": "conv",
+    "spatial_conv2d": "conv",
+}
 _PARTS = {
     (
         "self_attention",
@@ -24,8 +31,17 @@ _PARTS = {
     ): "up to 32 tokens a segment; torch's scaled_dot_product_attention for more",
     ("spatial_conv2d", "triton"): "for the normalisation, before torch's conv2d, which is cuDNN's",
 }
+# os.environ raises and catches two KeyErrors for a variable that is not set, a microsecond of each call.
+_VARIABLES: dict[Any, Any] | None = getattr(os.environ, "_data", None)
+_IMPL_VARIABLE: Any = os.environ.encodekey("MMATTN_IMPL") if _VARIABLES is not None else None
 _logger = logging.getLogger("mmattn")
-_announced: set[tuple[str, str, str]] = set()
+_announced: set[tuple[str, str, torch.dtype]] = set()
+
+
+def constant_in_traces(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compiler.assume_constant_result`, which would import torch's compiler now, and that Triton."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def support(op: str, impl: str, device: str, dtype: torch.dtype, channels: int | None = None) -> Support:
@@ -35,7 +51,9 @@ def support(op: str, impl: str, device: str, dtype: torch.dtype, channels: int |
     """
     if impl == "reference":
         return Support()
-    return _ask(impl, _MODULES.get(op, op), Question(device, dtype, channels), os.environ.get("TRITON_INTERPRET"))
+    # Triton's kernels run on the CPU where the environment says so; no other answer depends on it.
+    interpreted = os.environ.get("TRITON_INTERPRET") if impl == "triton" else None
+    return _ask(impl, OPS[op], Question(device, dtype, channels), interpreted)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -45,17 +63,17 @@ def _ask(impl: str, module: str, question: Question, _interpreted: str | None) -
 
 def kernels(op: str, impl: str, like: Tensor) -> Any:
     """The module of kernels of `op`; RuntimeError where it cannot run on tensors like `like`."""
+    return _kernels(op, impl, like.device, like.dtype, like.shape[-1])
+
+
+@functools.lru_cache(maxsize=1024)  # without TRITON_INTERPRET, which Triton reads once
+def _kernels(op: str, impl: str, device: torch.device, dtype: torch.dtype, channels: int) -> Any:
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}; expected one of {', '.join(map(repr, IMPLS))}")
-    found = support(op, impl, like.device.type, like.dtype, like.shape[-1])
+    found = support(op, impl, device.type, dtype, channels)
     if impl == "reference" or not found:
         raise RuntimeError(f"impl {impl!r} has no kernel here: {found.reason or 'it is plain torch'}")
-    return _module(impl, op)
-
-
-@functools.cache
-def _module(impl: str, op: str) -> Any:
-    return importlib.import_module(f"mmattn_kernels.{impl}.{_MODULES.get(op, op)}")
+    return importlib.import_module(f"mmattn_kernels.{impl}.{OPS[op]}")
 
 
 def parts(op: str, impl: str) -> str:
@@ -65,7 +83,7 @@ def parts(op: str, impl: str) -> str:
 
 def choose(op: str, impl: str, like: Tensor) -> str:
     """Resolve `impl` ("auto" or a name) for tensors like `like` [..., C or D]; raise if a named one cannot run."""
-    return _choose(op, requested(impl), like.device.type, like.dtype, int(like.shape[-1]))
+    return _choose(op, requested(impl), like.device, like.dtype, int(like.shape[-1]))
 
 
 def explain(op: str, impl: str, device: str, dtype: torch.dtype, channels: int | None = None) -> tuple[str, list[str]]:
@@ -81,29 +99,50 @@ def explain(op: str, impl: str, device: str, dtype: torch.dtype, channels: int |
     return "reference", passed_over
 
 
-@torch.compiler.assume_constant_result
+@constant_in_traces
 def requested(impl: str) -> str:
     """`impl`, or what MMATTN_IMPL in the environment sets "auto" to."""
-    name = os.environ.get("MMATTN_IMPL") or "auto" if impl == "auto" else impl
+    name = _environment_impl() if impl == "auto" else impl
     if name not in ("auto", *IMPLS):
         source = "impl" if impl == name else "MMATTN_IMPL"
         raise ValueError(f"{source} is {name!r}; expected one of 'auto', {', '.join(map(repr, IMPLS))}")
     return name
 
 
-@torch.compiler.assume_constant_result
-def _choose(op: str, requested: str, device: str, dtype: torch.dtype, channels: int) -> str:
+def _environment_impl() -> str:
+    if _VARIABLES is None:
+        return os.environ.get("MMATTN_IMPL") or "auto"
+    value = _VARIABLES.get(_IMPL_VARIABLE)
+    return os.environ["MMATTN_IMPL"] or "auto" if value else "auto"
+
+
+@constant_in_traces
+def _choose(op: str, requested: str, device: torch.device, dtype: torch.dtype, channels: int) -> str:
+    # What depends on the environment is asked again; on the CPU without a named "triton" nothing does.
+    interpreted = os.environ.get("TRITON_INTERPRET") if requested == "triton" else None
+    chosen, passed_over = _resolve(op, requested, device.type, dtype, channels, interpreted)
+    if requested == "auto" and (op, device.type, dtype) not in _announced:
+        _announce(op, device.type, dtype, chosen, passed_over)
+    return chosen
+
+
+@functools.lru_cache(maxsize=1024)
+def _resolve(
+    op: str, requested: str, device: str, dtype: torch.dtype, channels: int, _interpreted: str | None
+) -> tuple[str, tuple[str, ...]]:
     chosen, passed_over = explain(op, requested, device, dtype, channels)
     if requested != "auto":
         found = support(op, requested, device, dtype, channels)
         if not found:
             raise RuntimeError(f"impl {requested!r} cannot run {op} here: {found.reason}")
-    elif (key := (op, device, str(dtype))) not in _announced:
-        _announced.add(key)
-        _logger.info("%s on %s %s runs %s %s %s", op, device, dtype, chosen, parts(op, chosen), passed_over or "")
-        # fp64 has no kernel anywhere, and whoever computes in it does not ask for speed; nor is the reference of
-        # self-attention slow on an accelerator.
-        has_none = dtype == torch.float64 or device == "meta" or (op == "self_attention" and device != "cpu")
-        if passed_over and not has_none:
-            warnings.warn(f"mmattn computes {op} by its slow reference: {passed_over[0]}", stacklevel=4)
-    return chosen
+    return chosen, tuple(passed_over)
+
+
+def _announce(op: str, device: str, dtype: torch.dtype, chosen: str, passed_over: tuple[str, ...]) -> None:
+    _announced.add((op, device, dtype))
+    _logger.info("%s on %s %s runs %s %s %s", op, device, dtype, chosen, parts(op, chosen), passed_over or "")
+    # fp64 has no kernel anywhere, and whoever computes in it does not ask for speed; nor is the reference of
+    # self-attention slow on an accelerator.
+    has_none = dtype == torch.float64 or device == "meta" or (op == "self_attention" and device != "cpu")
+    if passed_over and not has_none:
+        warnings.warn(f"mmattn computes {op} by its slow reference: {passed_over[0]}", stacklevel=5)

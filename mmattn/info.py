@@ -13,7 +13,6 @@ import torch
 import mmattn
 from mmattn import dispatch
 
-_OPS = ("attention", "self_attention", "norm", "conv", "spatial_conv2d")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _VARIABLES = ("MMATTN_IMPL", "MMATTN_CPU_ISA", "TRITON_INTERPRET")
 
@@ -21,7 +20,7 @@ _VARIABLES = ("MMATTN_IMPL", "MMATTN_CPU_ISA", "TRITON_INTERPRET")
 def report() -> str:
     """The whole report, as lines of text."""
     lines = [*_machine(), ""]
-    for op in _OPS:
+    for op in dispatch.OPS:
         for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
             for dtype in _DTYPES:
                 lines += _choice(op, device, dtype)

@@ -67,7 +67,7 @@ def group_norm(
         weight, bias, scale, shift = (_readable_beside(x, p) for p in (weight, bias, scale, shift))
     _checks.group_norm(x, weight, bias, scale, shift, groups, eps)
     _checks.activation(activation)
-    chosen = dispatch.choose("norm", impl, x)
+    chosen = dispatch.choose("group_norm", impl, x)
     if chosen == "reference":
         return reference(x, weight, bias, groups, scale=scale, shift=shift, activation=activation, eps=eps)
     tensors, silu, eps = (x, weight, bias, scale, shift), activation == "silu", float(eps)
@@ -160,13 +160,13 @@ def _check_gradients(d_out: Tensor, x: Tensor, *args: Any) -> None:
 
 def _compute(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *parameters, groups, silu, eps, impl = args
-    return dispatch.kernels("norm", impl, x).forward(x, *parameters, groups=groups, silu=silu, eps=eps)
+    return dispatch.kernels("group_norm", impl, x).forward(x, *parameters, groups=groups, silu=silu, eps=eps)
 
 
 def _compute_gradients(d_out: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *parameters, stats, groups, silu, impl = args
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
-    return dispatch.kernels("norm", impl, x).backward(d_out, x, *parameters, stats, groups=groups, silu=silu)
+    return dispatch.kernels("group_norm", impl, x).backward(d_out, x, *parameters, stats, groups=groups, silu=silu)
 
 
 register("group_norm", _check, _compute, _check_gradients, _compute_gradients)

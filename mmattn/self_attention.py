@@ -7,27 +7,17 @@ where segments are long. The kernels are those of `random_shift_attention`, one 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from mmattn import _checks, dispatch
-from mmattn._library import (
-    below_autograd,
-    call,
-    count_flops,
-    gradients_of,
-    is_autocast,
-    register,
-    register_autograd,
-    to_autocast,
-)
-from mmattn.attention import direction_flops
+from mmattn._directions import AttentionOp
+from mmattn._library import call, is_autocast, to_autocast
+from mmattn_kernels import CircularWindows, Direction
 
-_OP = "mmattn::self_attention"
-_BACKWARD_OP = "mmattn::self_attention_backward"
 _SHORT = 32  # tokens; flash attention leaves most of a tile of 128 rows empty then
 
 
@@ -81,83 +71,22 @@ def reference(q: Tensor, k: Tensor, v: Tensor, *, segments: int, scale: float | 
     return out.transpose(1, 2).reshape(batch, length, heads, dim)
 
 
-torch.library.define(_OP, "(Tensor q, Tensor k, Tensor v, SymInt segments, float scale, str impl) -> (Tensor, Tensor)")
-torch.library.define(
-    _BACKWARD_OP,
-    "(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, SymInt segments, float scale, str impl) "
-    "-> Tensor",
-)
+class _Arguments(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    segments: int
+    scale: float
+    impl: str
+
+    def check(self) -> None:
+        _checks.self_attention(self.q, self.k, self.v, self.segments)
+
+    def directions(self) -> tuple[Direction]:
+        return (Direction(self.q, self.k, self.v),)
+
+    def windows(self) -> CircularWindows:
+        return CircularWindows(self.segments, 1, 0)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, segments: int, scale: float, impl: str) -> None:
-    _checks.self_attention(q, k, v, segments)
-
-
-def _check_gradients(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: int, scale: float, impl: str
-) -> None:
-    _checks.self_attention(q, k, v, segments)
-    _checks.self_attention_gradients(d_out, q, out, lse)
-
-
-def _compute(q: Tensor, k: Tensor, v: Tensor, segments: int, scale: float, impl: str) -> tuple[Tensor, Tensor]:
-    return dispatch.kernels("self_attention", impl, q).self_forward(q, k, v, segments=segments, scale=scale)
-
-
-def _compute_gradients(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: int, scale: float, impl: str
-) -> Tensor:
-    return dispatch.kernels("attention", impl, q).self_backward(
-        d_out, q, k, v, out, lse, segments=segments, scale=scale
-    )
-
-
-register("self_attention", _check, _compute, _check_gradients, _compute_gradients)
-
-
-@torch.library.register_fake(_OP)
-def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    _check(*args)
-    q: Tensor = args[0]
-    batch, length, heads, _dim = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, length), dtype=torch.float64)
-
-
-@torch.library.register_fake(_BACKWARD_OP)
-def _fake_backward(*args: Any) -> Tensor:
-    _check_gradients(*args)
-    q: Tensor = args[1]
-    batch, length, heads, dim = q.shape
-    return q.new_empty((batch, length, 3, heads, dim))
-
-
-_gradients = gradients_of("self_attention")
-
-
-class _SelfAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, ...]:
-        out, lse = below_autograd("self_attention", keyset, *args)
-        ctx.save_for_backward(*args[:3], out, lse)
-        ctx.options = args[3:]
-        ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Any, ...]:
-        d_qkv: Any = _gradients(d_out, *ctx.saved_tensors, *ctx.options)
-        return None, *d_qkv.unbind(2), None, None, None
-
-
-register_autograd("self_attention", _SelfAttention)
-
-
-def _flops(q: Any, k: Any, v: Any, segments: int, *_: Any, **__: Any) -> int:
-    return direction_flops(q, k, segments, 1, products=2)
-
-
-def _gradient_flops(d_out: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, segments: int, *_: Any, **__: Any) -> int:
-    return direction_flops(q, k, segments, 1, products=5)
-
-
-count_flops("self_attention", _flops, _gradient_flops)
+AttentionOp("self_attention", _Arguments, ("",), "SymInt segments", is_packed=True)

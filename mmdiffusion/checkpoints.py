@@ -7,6 +7,7 @@ import functools
 import os
 import pathlib
 import re
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -83,6 +84,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+_RANDOM = "random_weights"  # a checkpoint's note, beside the tensors, that they were never trained
 _MAX_LEVELS = 16  # of which each halves height and width
 
 # Our submodules of a module under their published names, with the trailing dimensions of size 1 that their weights have
@@ -187,10 +189,10 @@ def load(
     """See `CoupledUNet.from_published`."""
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}; expected one of {', '.join(map(repr, PRESETS))}")
-    tensors = _tensors(source)
+    tensors, is_random = _tensors(source)
     known = _infer(tensors) if preset is None else PRESETS[preset]
     is_released = all(_LANDSCAPE.get(name, value) == value for name, value in known.items())
-    known = {**(_LANDSCAPE if is_released else _DEFAULT_HEADS), **known}
+    known = {**(_LANDSCAPE if is_released else _DEFAULT_HEADS), **known, _RANDOM: is_random}
     if preset is not None and "cross_attention_windows" in config:
         known["middle_cross_attention"] = has_middle_cross_attention(config["cross_attention_windows"])
     return _made_of(cls, {**known, **config}, tensors)
@@ -202,15 +204,16 @@ def load_superres(
     config: dict[str, Any],
 ) -> SuperResolutionUNet:
     """See `SuperResolutionUNet.from_published`."""
-    tensors = _tensors(source)
+    tensors, _ = _tensors(source)
     return _made_of(cls, {**_infer_superres(tensors), **config}, tensors)
 
 
-def _tensors(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _tensors(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    """The state dict, and whether its parameters were never trained."""
     if isinstance(source, Mapping):
         _check_state_dict(source)
     tensors = source if isinstance(source, Mapping) else read(source)
-    return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
+    return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}, _is_random(tensors)
 
 
 def _made_of(cls: type[UNet], config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> UNet:
@@ -229,9 +232,11 @@ def read(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
     path = pathlib.Path(path)
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+            from safetensors import safe_open
 
-            return load_file(path)
+            with safe_open(path, framework="pt") as file:
+                found = OrderedDict((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118 -- no mapping
+                return _marked(found) if (file.metadata() or {}).get(_RANDOM) == "true" else found
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, ImportError):
         raise
@@ -254,18 +259,36 @@ def _check_state_dict(tensors: Any) -> None:
             raise TypeError(f"a {type(x).__name__} under the key {key!r}; {expected}")
 
 
-def write(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """A state dict as .safetensors, or as a file of torch.save, which is there whole or not at all."""
+def _is_random(tensors: Mapping[str, Tensor]) -> bool:
+    notes = getattr(tensors, "_metadata", None)
+    of_all = notes.get("") if isinstance(notes, Mapping) else None
+    return isinstance(of_all, Mapping) and of_all.get(_RANDOM) is True
+
+
+def _marked(tensors: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
+    """With the note where torch itself keeps those of a state dict, so that the keys are the published ones."""
+    marked = OrderedDict(tensors)
+    marked._metadata = {"": {_RANDOM: True}}  # type: ignore[attr-defined]
+    return marked
+
+
+def write(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, is_random: bool = False) -> None:
+    """A state dict as .safetensors, or as a file of torch.save, which is there whole or not at all.
+
+    Args:
+        is_random: the file says that its parameters were never trained, which `read` and `load` see.
+    """
     path = pathlib.Path(path)
     with whole_file(path) as part:
         if path.suffix == ".safetensors":
             from safetensors.torch import save_file
 
-            save_file({name: x.contiguous() for name, x in tensors.items()}, part)
+            metadata = {_RANDOM: "true"} if is_random else None
+            save_file({name: x.contiguous() for name, x in tensors.items()}, part, metadata)
         else:
             try:
                 with open(part, "wb") as file:
-                    torch.save(dict(tensors), file)
+                    torch.save(_marked(tensors) if is_random else dict(tensors), file)
             except RuntimeError as error:  # of positions in an archive, while a full disk may be the cause
                 raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 

@@ -3,12 +3,17 @@
 
 import pathlib
 import shutil
+import sys
 
 import pytest
 import torch
 
 import mmattn_kernels.cpu
 from mmattn.testing import relative_error
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "bench"))
+
+from release import filled
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "amx")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -136,19 +141,6 @@ SMALL_UNET = {
     "num_head_channels": 32,
     "middle_cross_attention": False,
 }
-
-
-def filled(shapes, seed=0):
-    """Parameters that all matter, by the rule of the reference values: keys in sorted order from one generator."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for key in sorted(shapes):
-        noise = torch.randn(shapes[key], generator=generator)
-        if noise.dim() > 1:
-            tensors[key] = noise / noise[0].numel() ** 0.5
-        else:
-            tensors[key] = 0.1 * noise + (1 if key.endswith("weight") else 0)
-    return tensors
 
 
 def fill(module, seed=0):

@@ -354,7 +354,7 @@ def test_a_tensor_shift_is_an_int_shift(impl, poisoned_memory):
             assert all(torch.equal(as_int[name], as_tensor[name]) for name in as_int)
 
 
-@pytest.mark.filterwarnings("ignore:mmattn computes attention by its slow reference")
+@pytest.mark.filterwarnings("ignore:mmattn computes random_shift_attention by its slow reference")
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float16), ids=("fp64", "fp16"))
 def test_other_dtypes_on_the_cpu_run_the_reference(dtype):
     case = Case(audio_len=27)
@@ -579,7 +579,7 @@ def test_triton_through_the_public_function(name, dtype, poisoned_memory):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("op", ("attention", "norm", "conv"))
+@pytest.mark.parametrize("op", ("random_shift_attention", "group_norm", "dilated_conv1d"))
 @pytest.mark.parametrize("dtype", GPU_DTYPES.values(), ids=GPU_DTYPES)
 def test_triton_is_what_auto_chooses_on_a_gpu(op, dtype, recwarn):
     assert dispatch.explain(op, "auto", "cuda", dtype, 64) == ("triton", [])
@@ -784,9 +784,15 @@ for impl in ("cpu", "triton"):
 """
     )
     warning, cpu, triton = out.splitlines()
-    assert "slow reference: cpu cannot run attention: the extension mmattn_kernels._cpu is not built" in warning
-    assert "impl 'cpu' cannot run attention here: the extension mmattn_kernels._cpu is not built; install" in cpu
-    assert "impl 'triton' cannot run attention here: the tensors are on cpu" in triton
+    assert (
+        "slow reference: cpu cannot run random_shift_attention: the extension mmattn_kernels._cpu is not built"
+        in warning
+    )
+    assert (
+        "impl 'cpu' cannot run random_shift_attention here: the extension mmattn_kernels._cpu is not built; install"
+        in cpu
+    )
+    assert "impl 'triton' cannot run random_shift_attention here: the tensors are on cpu" in triton
 
 
 def test_import_loads_nothing_compiled():
@@ -802,8 +808,8 @@ def test_info():
         torch.__version__,
         "portable is active",
         "MMATTN_CPU_ISA    portable",
-        "attention cpu float32: cpu\n    reference  on request\n    triton     no: the tensors are on cpu",
-        "attention cpu float64: reference",
+        "random_shift_attention cpu float32: cpu\n    reference  on request\n    triton     no: the tensors are on cpu",
+        "random_shift_attention cpu float64: reference",
         "cpu        no: the dtype is torch.float64",
     ):
         assert part in out, part
@@ -813,15 +819,15 @@ def test_info_without_the_compiled_parts():
     run = "import runpy; runpy.run_module('mmattn.info', run_name='__main__')"
     out = in_a_fresh_process(BLOCK + run)
     assert "cpu extension     no: the extension mmattn_kernels._cpu is not built; install" in out
-    assert "attention cpu float32: reference" in out
+    assert "random_shift_attention cpu float32: reference" in out
 
 
 @needs_extension
 def test_info_of_a_chosen_implementation(monkeypatch):
     for requested, line in {
-        "reference": "attention cpu float32: reference\n    triton",
-        "cpu": "attention cpu float64: error: MMATTN_IMPL is 'cpu'\n    reference  on request",
-        "fast": "attention cpu float32: error: MMATTN_IMPL is 'fast'; expected 'auto', 'reference'",
+        "reference": "random_shift_attention cpu float32: reference\n    triton",
+        "cpu": "random_shift_attention cpu float64: error: MMATTN_IMPL is 'cpu'\n    reference  on request",
+        "fast": "random_shift_attention cpu float32: error: MMATTN_IMPL is 'fast'; expected 'auto', 'reference'",
     }.items():
         monkeypatch.setenv("MMATTN_IMPL", requested)
         text = mmattn.info.report()

@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 from triton_common import DEVICE, MATRIX_INSTRUCTION, SHARED_LIMIT, SPILLS, TESTS, ahead_of_time, named, targets
 
 from mmattn.testing import assert_close_to_fp64
+from mmattn_kernels import CircularWindows, Direction
 from mmattn_kernels.triton import attention
 
 pytestmark = pytest.mark.device
@@ -120,10 +121,16 @@ def inputs(case, seed=0):
     return qkv, d_out, at
 
 
+def directions(video_q, video_k, video_v, audio_q, audio_k, audio_v):
+    return Direction(video_q, audio_k, audio_v), Direction(audio_q, video_k, video_v)
+
+
 def run(qkv, d_out, at):
-    out = attention.forward(*qkv, **at)
-    grads = attention.backward(*d_out, *qkv, *out, **at)
-    return dict(zip(("video_out", "audio_out", "video_lse", "audio_lse", *GRADS), (*out, *grads), strict=True))
+    windows, scale = CircularWindows(at["frames"], at["window"], at["shift"]), at["scale"]
+    out, lse = attention.forward(directions(*qkv), windows, scale)
+    grads = [torch.full_like(x, torch.nan, memory_format=torch.contiguous_format) for x in qkv]
+    attention.backward(directions(*qkv), d_out, out, lse, windows, scale, directions(*grads))
+    return dict(zip(("video_out", "audio_out", "video_lse", "audio_lse", *GRADS), (*out, *lse, *grads), strict=True))
 
 
 @pytest.fixture
@@ -258,10 +265,9 @@ def test_published_values(blocks):
             video_len = case["F"] * case["h"] * case["w"]
             heads = qkv.unflatten(1, (3, case["heads"], case["head_dim"])).permute(1, 0, 4, 2, 3).contiguous()
             split = *heads[:, :, :video_len].unbind(), *heads[:, :, video_len:].unbind()
-            out = attention.forward(
-                *split, frames=case["F"], window=case["S"], shift=case["R"], scale=case["head_dim"] ** -0.5
-            )
-            for name, x in zip(("video_out", "audio_out"), out[:2], strict=True):
+            windows = CircularWindows(case["F"], case["S"], case["R"])
+            out, _ = attention.forward(directions(*split), windows, case["head_dim"] ** -0.5)
+            for name, x in zip(("video_out", "audio_out"), out, strict=True):
                 published = file.get_tensor(f"{i}.{name}").unflatten(1, (case["heads"], -1)).permute(0, 3, 1, 2)
                 error = (x - published).norm() / published.norm()
                 assert error < 1e-5, f"case {i} {case}, {name}: {error:.2e}"
@@ -297,9 +303,11 @@ def test_self_attention(case, blocks):
     exact, plain = (
         self_attention_oracle(case, qkv.to(dtype), d_out.to(dtype)) for dtype in (torch.float64, case.dtype)
     )
-    at = {"segments": case.segments, "scale": case.dim**-0.5}
-    out, lse = attention.self_forward(*qkv.unbind(2), **at)
-    found = {"out": out, "d_qkv": attention.self_backward(d_out, *qkv.unbind(2), out, lse, **at)}
+    itself, at = [Direction(*qkv.unbind(2))], (CircularWindows(case.segments, 1, 0), case.dim**-0.5)
+    out, lse = attention.forward(itself, *at)
+    d_qkv = torch.full_like(qkv, torch.nan)
+    attention.backward(itself, [d_out], out, lse, *at, [Direction(*d_qkv.unbind(2))])
+    found = {"out": out[0], "d_qkv": d_qkv}
     assert_within_budget(found, exact, plain, case.dtype)
 
 

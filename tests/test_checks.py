@@ -414,15 +414,16 @@ def test_eps_is_a_finite_number(eps):
     [
         ("import no_such_setuptools", "triton does not load: no_such_setuptools is not installed"),
         ("raise ImportError('no libtriton')", "triton does not load (ImportError: no libtriton)"),
+        ("raise RuntimeError('no driver')", "triton does not load (RuntimeError: no driver)"),
     ],
-    ids=["something it imports is missing", "broken"],
+    ids=["something it imports is missing", "broken", "broken otherwise"],
 )
 def test_a_triton_that_does_not_load_is_a_reason(content, reason, tmp_path):
     (tmp_path / "triton.py").write_text(content)
     program = (
-        "import torch; from mmattn import dispatch; "
-        "print(dispatch.support('attention', 'triton', 'cuda', torch.float32, 64).reason); "
-        "print(dispatch.explain('conv', 'auto', 'cuda', torch.float32)[0])"
+        "import sys, torch; from mmattn import dispatch; assert not {'triton', 'torch._dynamo'} & sys.modules.keys(); "
+        "print(dispatch.support('random_shift_attention', 'triton', 'cuda', torch.float32, 64).reason); "
+        "print(dispatch.explain('dilated_conv1d', 'auto', 'cuda', torch.float32)[0])"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
@@ -430,10 +431,61 @@ def test_a_triton_that_does_not_load_is_a_reason(content, reason, tmp_path):
     assert reason in run.stdout and run.stdout.splitlines()[-1] == "reference"
 
 
+def test_constants_of_traces_are_marked_as_torch_marks_them():
+    def ours(): ...
+
+    def theirs(): ...
+
+    dispatch.constant_in_traces(ours)
+    assert vars(ours) == vars(torch.compiler.assume_constant_result(theirs))
+
+
+def _freed(*shape):
+    t = _random(*shape)
+    t.untyped_storage().resize_(0)
+    return t
+
+
+def _convolve(x=None, weight=None, residual=None):
+    x, weight = (_random(1, 9, 16) if x is None else x), (_random(16, 16, 3) if weight is None else weight)
+    return mmattn.dilated_conv1d(x, weight, residual=residual, impl="cpu")
+
+
+FREED = {
+    "x": lambda: _convolve(x=_freed(1, 9, 16)),
+    "weight": lambda: _convolve(weight=_freed(16, 16, 3)),
+    "residual": lambda: _convolve(residual=_freed(1, 9, 16)),
+    "bias": lambda: mmattn.group_norm(_random(1, 9, 16), _random(16), _freed(16), 4, impl="cpu"),
+    "k": lambda: mmattn.self_attention(_random(1, 6, 2, 16), _freed(1, 6, 2, 16), _random(1, 6, 2, 16), impl="cpu"),
+}
+
+
+@pytest.mark.parametrize("name", FREED)
+def test_a_freed_storage_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=rf"^{name} is \[.*\] on a storage of 0 bytes; expected memory that has not"):
+        FREED[name]()
+
+
+def test_a_freed_shift_is_refused_by_name():
+    shift = torch.tensor(1)
+    shift.untyped_storage().resize_(0)
+    tensors = [_random(1, 6, 2, 16)] * 6
+    with pytest.raises(ValueError, match=r"^shift is \[\] on a storage of 0 bytes"):
+        mmattn.random_shift_attention(*tensors, frames=3, window=1, shift=shift, impl="cpu")
+
+
+def test_what_is_freed_before_backward_is_refused_by_name():
+    x, weight = _random(1, 9, 16).requires_grad_(), _random(16, 16, 3)
+    out = _convolve(x=x, weight=weight)
+    weight.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"^weight is \[16, 16, 3\] on a storage of 0 bytes"):
+        out.sum().backward()
+
+
 def test_a_refusal_has_a_reason():
     question = Question("cpu", torch.float32, 300)
     for impl in ("cpu", "triton"):
-        for op in ("attention", "self_attention", "norm", "conv", "spatial_conv2d"):
+        for op in dispatch.OPS:
             for device, dtype in (("cpu", torch.float32), ("cpu", torch.float64), ("cuda", torch.half), ("meta", None)):
                 found = dispatch.support(op, impl, device, dtype, 64)
                 assert bool(found) == (found.reason is None) and (found or len(found.reason) > 20)

@@ -88,12 +88,22 @@ def weight_gradients(module, call):
 
 
 @all_modules
-def test_lora_of_every_layer(name):
-    """The output is that of the merged weights, and each factor's gradient follows from theirs."""
-    module, call = MODULES[name]()
-    plain, adapted = call(module), with_lora(module)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_lora_of_every_layer(name, dtype):
+    """The output is that of the merged weights, and each factor's gradient follows from theirs.
+
+    In fp32 plain torch's own gradients are up to 1.1e-5 off those of fp64 after a whole U-Net, so the two differ there.
+    """
+    module, call_in = MODULES[name]()
+    limit = {torch.float32: 3e-5 if name == "CoupledUNet" else 1e-5, torch.float64: 1e-11}[dtype]
+
+    def call(module):
+        return call_in(module, dtype)
+
+    plain, adapted = call(module.to(dtype)), with_lora(module)
+    adapted.to(dtype)
     expected, found = call(merged(adapted)), call(adapted)
-    assert max(errors(found, expected)) < 1e-5 and min(errors(found, plain)) > 1e-2
+    assert max(errors(found, expected)) < min(limit, 1e-5) and min(errors(found, plain)) > 1e-2
     of_weights = weight_gradients(merged(adapted), call)
     sum((x * x).sum() for x in found).backward()
     assert len(lora_layers(adapted)) == len([key for key in of_weights if key.endswith("weight") and "norm" not in key])
@@ -101,8 +111,8 @@ def test_lora_of_every_layer(name):
         down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         d_weight = of_weights[f"{key}.weight"].flatten(1)
         scaling = layer.scaling["default"]
-        assert relative_error(down.grad.flatten(1), scaling * up.flatten(1).T @ d_weight) < 1e-4, key
-        assert relative_error(up.grad.flatten(1), scaling * d_weight @ down.flatten(1).T) < 1e-4, key
+        assert relative_error(down.grad.flatten(1), scaling * up.flatten(1).T @ d_weight) < limit, key
+        assert relative_error(up.grad.flatten(1), scaling * d_weight @ down.flatten(1).T) < limit, key
 
 
 @all_modules

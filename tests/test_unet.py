@@ -387,7 +387,8 @@ def test_full_size_checkpoint():
     """Every key of the released models and no other, at their configuration though none is given."""
     state = {key: torch.empty(shape, device="meta") for key, shape in FULL["state_dict"].items()}
     unet = CoupledUNet.from_published(state)
-    config = {**FULL["config"], "dropout": 0.1, "middle_cross_attention": True, "frame_rate": 10, "sample_rate": 16000}
+    ours = {"middle_cross_attention": True, "frame_rate": 10, "sample_rate": 16000, "random_weights": False}
+    config = {**FULL["config"], "dropout": 0.1, **ours}
     assert public(unet.config) == {**config, "streams": ["video", "audio"]}
     assert {key: list(x.shape) for key, x in unet.to_published().items()} == FULL["state_dict"]
     assert round(unet.num_parameters() / 1e6, 2) == 133.68

@@ -20,6 +20,7 @@ import torch
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from mmattn_kernels import CircularWindows, Direction
 from mmattn_kernels.triton import _host, attention, conv, norm
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "bench"))
@@ -87,12 +88,15 @@ def launch_attention(size, dtype, *, frames=4, pixels=6, audio_len=27, heads=2, 
         return torch.zeros(batch, length, 3, heads, size, dtype=dtype).unbind(2)
 
     qkv = *projection(frames * pixels), *projection(audio_len)
-    at = {"frames": frames, "window": window, "shift": shift, "scale": size**-0.5}
-    out = attention.forward(*qkv, **at)
-    attention.backward(*out[:2], *qkv, *out, **at)
-    at = {"segments": pixels, "scale": size**-0.5}
-    out = attention.self_forward(*qkv[:3], **at)
-    attention.self_backward(out[0], *qkv[:3], *out, **at)
+    across = Direction(qkv[0], *qkv[4:]), Direction(qkv[3], *qkv[1:3])
+    dense = [torch.zeros(x.shape, dtype=dtype) for x in qkv]
+    d_across = Direction(dense[0], *dense[4:]), Direction(dense[3], *dense[1:3])
+    for directions, windows, places in (
+        (across, CircularWindows(frames, window, shift), d_across),
+        ([Direction(*qkv[:3])], CircularWindows(pixels, 1, 0), [Direction(*projection(frames * pixels))]),
+    ):
+        out, lse = attention.forward(directions, windows, size**-0.5)
+        attention.backward(directions, out, out, lse, windows, size**-0.5, places)
 
 
 def launch_norm(size, dtype, *, length=2000, short=50, batch=2):

@@ -15,6 +15,7 @@ import torch
 from harness import Call
 from torch import Tensor
 
+from mmattn_kernels import CircularWindows, Direction
 from mmattn_kernels.triton import _host
 from tuning import tables
 from tuning.candidates import CANDIDATES, Config
@@ -164,12 +165,20 @@ def make_call(task: Task, shape: Any, device: str) -> Call:
 def _attention_call(kernel: str, module: Any, shape: attn.Shape, random_tensor: Callable[..., Tensor]) -> Call:
     lengths = (shape.frames * shape.pixels, shape.audio_len)
     qkv = [x for n in lengths for x in random_tensor(shape.batch, n, 3, shape.heads, shape.dim).unbind(2)]
-    at = {"frames": shape.frames, "window": shape.window, "shift": shape.shift, "scale": shape.scale}
+    at = CircularWindows(shape.frames, shape.window, shape.shift), shape.scale
+    directions = Direction(qkv[0], *qkv[4:]), Direction(qkv[3], *qkv[1:3])
     if kernel == "forward":
-        return lambda: module.forward(*qkv, **at)
+        return lambda: [t for of_direction in zip(*module.forward(directions, *at), strict=True) for t in of_direction]
     d_out = [random_tensor(shape.batch, n, shape.heads, shape.dim) for n in lengths]
-    out = module.forward(*qkv, **at)
-    return lambda: module.backward(*d_out, *qkv, *out, **at)
+    out, lse = module.forward(directions, *at)
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in qkv]
+    places = Direction(grads[0], *grads[4:]), Direction(grads[3], *grads[1:3])
+
+    def backward() -> list[Tensor]:
+        module.backward(directions, d_out, out, lse, *at, places)
+        return grads
+
+    return backward
 
 
 def _norm_call(kernel: str, module: Any, shape: norm.Shape, random_tensor: Callable[..., Tensor]) -> Call:

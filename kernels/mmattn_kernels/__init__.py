@@ -18,6 +18,29 @@ class Question(NamedTuple):
     channels: int | None = None
 
 
+class Direction(NamedTuple):
+    """What attends to what: queries [B, Lq, H, D], keys and values [B, Lk, H, D], any strides with D contiguous.
+
+    Or the places for their gradients: each contiguous, or all three side by side in one [B, L, 3, H, D].
+    """
+
+    q: Any
+    k: Any
+    v: Any
+
+
+class CircularWindows(NamedTuple):
+    """Which keys a query reads, in all directions of a call: queries and keys are each divided into equal segments.
+
+    With n keys a segment, segment i of the queries reads keys ((i + shift) * n + j) mod Lk, j < size * n. Queries that
+    are left over belong to the last segment.
+    """
+
+    segments: int
+    size: int
+    shift: Any  # an int, or an integer tensor of one element on the device of the directions
+
+
 class Support(NamedTuple):
     """Whether kernels run on something: they do, unless there is a reason why not."""
 

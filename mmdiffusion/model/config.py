@@ -92,8 +92,9 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
     _check_network(config, (*counts, "sample_rate"))
     if not _is_number(config["frame_rate"]) or config["frame_rate"] <= 0:
         _refuse(config, "frame_rate", "a positive number of frames a second")
-    if not isinstance(config["middle_cross_attention"], bool):
-        _refuse(config, "middle_cross_attention", "True or False")
+    for name in ("middle_cross_attention", "random_weights"):
+        if not isinstance(config[name], bool):
+            _refuse(config, name, "True or False")
     if tuple(config["streams"]) not in (STREAMS, *((stream,) for stream in STREAMS)):
         _refuse(config, "streams", "('video', 'audio'), ('video',) or ('audio',)")
 

@@ -72,6 +72,7 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         frame_rate: frames a second of the clips it is trained on; the network does not depend on it, what is written
             does.
         sample_rate: positions of audio a second, likewise.
+        random_weights: says of the parameters that they were never trained; the command writes their sound quietly.
 
     Raises:
         ValueError: on an argument outside the ranges above, naming it, its value and what was expected.
@@ -108,6 +109,7 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         middle_cross_attention: bool = True,
         frame_rate: float = FRAME_RATE,
         sample_rate: int = SAMPLE_RATE,
+        random_weights: bool = False,
     ) -> None:
         super().__init__()
         check_config(self.config)

@@ -51,7 +51,7 @@ def run(job: Convert) -> str:
     if job.dtype:
         torch.nn.Module.to(unet, DTYPES[job.dtype])  # that of diffusers warns of modules that are not here
     if is_back:
-        checkpoints.write(unet.to_published(), job.target)
+        checkpoints.write(unet.to_published(), job.target, is_random=unet.config["random_weights"])
     else:
         save_pipeline(MMDiffusionPipeline(unet, make_scheduler("dpmsolver++")), job.target)
     return f"{job.source} -> {job.target}"

@@ -136,9 +136,11 @@ class Folder:
 
     def _read(self, file: pathlib.Path) -> dict[int, dict[str, Any]]:
         try:
+            if not file.is_file():  # a pipe, which may never end
+                raise ValueError("no regular file")
             content = json.loads(file.read_text())
             found, clips = dict(content["settings"]), {int(clip["number"]): dict(clip) for clip in content["clips"]}
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{file} is no record of clips; --force makes the folder anew") from error
         names = [x for x in {**self.settings, **found} if found.get(x) != self.settings.get(x)]
         if names:

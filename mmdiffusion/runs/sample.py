@@ -28,6 +28,8 @@ from mmdiffusion.runs.models import DTYPES, ModelJob, load, load_superres
 from mmdiffusion.runs.options import SEEDS, option
 from mmdiffusion.runs.processes import Processes
 
+_RANDOM_GAIN = 0.05  # -26 dB
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample(ModelJob):
@@ -118,7 +120,9 @@ def run(job: Sample) -> str:
     if processes.rank:
         return ""
     folder.merge()
-    return f"{job.out}: {job.num} clips"
+    gain = _gain(job, unet.config)
+    said = "" if gain == 1 else f"; the weights are random, so their sound is noise, turned down to {gain:.0%}"
+    return f"{job.out}: {job.num} clips{said}"
 
 
 def fill(
@@ -143,6 +147,7 @@ def fill(
     lacking = [number for number in numbers if folder.lacks(number)]
     windows = len(pipeline.clip_format.windows(job.seconds, job.overlap)[1])
     calls = windows * len(for_streams(pipeline.scheduler, job.steps)[0].timesteps)
+    gain = _gain(job, pipeline.unet.config)
     record = {"batch_size": job.batch_size, "device": str(pipeline.device), "versions": versions()}
     pipeline.set_progress_bar_config(disable=True)
     if enlarge is not None:
@@ -174,8 +179,13 @@ def fill(
             elapsed = time.perf_counter() - begun
             times = {"seconds": round(elapsed / len(batch), 3), "seconds_per_step": round(sampled / calls, 4)}
             for row, number in enumerate(batch):
-                folder.add(number, Clip(video[row], audio[row]), {"seed": seeds[row], **times, **record})
+                folder.add(number, Clip(video[row], gain * audio[row]), {"seed": seeds[row], **times, **record})
     return len(lacking)
+
+
+def _gain(job: Sample, config: Any) -> float:
+    """What sound is multiplied by as it is written: weights that were never trained make white noise at full scale."""
+    return _RANDOM_GAIN if config["random_weights"] and job.given_stream != "audio" else 1.0
 
 
 def clip_seed(seed: int, number: int) -> int:
@@ -243,7 +253,12 @@ def _settings(job: Sample, dtype: str, config: Any) -> dict[str, Any]:
     source = job.audio_from or job.video_from
     return {
         "model": digest(job.model),
-        "config": {name: value for name, value in config.items() if not name.startswith("_")},
+        "config": {
+            name: value
+            for name, value in config.items()
+            if not name.startswith("_") and (name, value) != ("random_weights", False)
+        },
+        "audio_gain": gain if (gain := _gain(job, config)) != 1 else None,
         "dtype": dtype,
         "seed": job.seed,
         "steps": job.steps,

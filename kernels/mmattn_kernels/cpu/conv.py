@@ -135,7 +135,7 @@ def _packed_weight(weight: Tensor, is_bf16: bool) -> Tensor:
 
     Version counters, addresses and identities all miss ways to write to a tensor, so each call hashes all content.
     """
-    if not _is_dense(weight):
+    if not (weight.is_contiguous() or _is_dense(weight)):
         return _pack(weight, is_bf16)
     owner = weight if weight._base is None else weight._base
     copies = _packed.setdefault(owner, OrderedDict())

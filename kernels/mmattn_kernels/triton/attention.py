@@ -409,90 +409,68 @@ _KERNELS = {
 
 
 @_host.planned
-def _plan(name, shape, audio_len, strides, dtype, device, frames, window, is_self, shift_is_tensor, precision):
-    """The launch of one kernel over the tiles of both directions, of queries or of keys."""
-    batch, video_len, heads, head_dim = shape
+def _plan(name, q_shape, k_len, strides, dtype, device, directions, segments, size, packed, is_device_shift, precision):
+    """The launch of one kernel over the tiles of one or two directions, of queries or of keys.
+
+    What the kernel calls video and audio are the queries and the keys of the first direction.
+    """
+    batch, q_len, heads, head_dim = q_shape
     config = _config(name, dtype, _host.device_name(device), head_dim)
     if name == "backward_dkdv":
-        audio_tiles = _tile_count(audio_len, audio_len, frames, window, config["BLOCK_N"])
-        video_tiles = 0 if is_self else _tile_count(video_len, video_len, frames, window, config["BLOCK_N"])
+        audio_tiles = _tile_count(k_len, k_len, segments, size, config["BLOCK_N"])
+        video_tiles = 0 if directions == 1 else _tile_count(q_len, q_len, segments, size, config["BLOCK_N"])
     else:
-        audio_tiles = 0 if is_self else _tile_count(audio_len, video_len, frames, window, config["BLOCK_M"])
-        video_tiles = _tile_count(video_len, audio_len, frames, window, config["BLOCK_M"])
+        audio_tiles = 0 if directions == 1 else _tile_count(k_len, q_len, segments, size, config["BLOCK_M"])
+        video_tiles = _tile_count(q_len, k_len, segments, size, config["BLOCK_M"])
     strides = [stride for of_tensor in strides for stride in of_tensor[:3]]
-    fixed = *strides, audio_tiles, video_tiles, batch * heads, heads, audio_len, video_len, frames, window
+    fixed = *strides, audio_tiles, video_tiles, batch * heads, heads, k_len, q_len, segments, size
     constants = {"HEAD_DIM": head_dim, "BLOCK_D": max(triton.next_power_of_2(head_dim), 16)}
-    constants |= {"PRECISION": precision, "SHIFT_IS_TENSOR": shift_is_tensor}
+    constants |= {"PRECISION": precision, "SHIFT_IS_TENSOR": is_device_shift}
     if name != "forward":
-        constants["PACKED"] = 3 if is_self else 1
+        constants["PACKED"] = packed
     return _host.Launch(_KERNELS[name], batch * heads * (audio_tiles + video_tiles), fixed, constants | config)
 
 
-def _launch(name, inputs, others, frames, window, shift, scale, is_self=False):
-    """`inputs`: the tensors whose strides the kernel takes, the last six of them q, k, v of video and of audio."""
-    video_q, audio_q = inputs[-6], inputs[-3]
-    shift_is_tensor = isinstance(shift, torch.Tensor)
+def _launch(name, directions, d_out, others, windows, scale, packed=1):
+    """`d_out`, and `others` behind the tensors whose strides the kernel takes: for both directions."""
+    # A single direction stands in for the second, of which no tile is computed, for the types of its tensors alone.
+    first, second = directions[0], directions[-1]
+    inputs = *d_out, first.q, second.k, second.v, second.q, first.k, first.v
+    segments, size, shift = windows
+    is_device_shift = isinstance(shift, torch.Tensor)
     launch = _plan(
-        name, video_q.shape, audio_q.shape[1], tuple([x.stride() for x in inputs]), video_q.dtype, video_q.device,
-        frames, window, is_self, shift_is_tensor, _host.precision(video_q.dtype),
+        name, first.q.shape, first.k.shape[1], tuple([x.stride() for x in inputs]), first.q.dtype, first.q.device,
+        len(directions), segments, size, packed, is_device_shift, _host.precision(first.q.dtype),
     )  # fmt: skip
-    with _host.on_device(video_q):
-        launch(*inputs, *others, shift if shift_is_tensor else int(shift), float(scale))
+    with _host.on_device(first.q):
+        launch(*inputs, *others, shift if is_device_shift else int(shift), float(scale))
 
 
 def supports(question):
     return up_to(question, 128, smallest=16)
 
 
-def forward(video_q, video_k, video_v, audio_q, audio_k, audio_v, *, frames, window, shift, scale):
-    """(video_out, audio_out, video_lse, audio_lse): out contiguous as q, lse [B, H, L] fp64 of natural logarithms.
+def forward(directions, windows, scale):
+    """(out, lse) of each direction: out contiguous as q, lse [B, H, Lq] fp64 of natural logarithms.
 
-    video_* [B, F*P, H, D], audio_* [B, T, H, D] in any strides with D contiguous, all of one dtype. shift: an int, or
-    an integer tensor of one element on the same device.
+    `directions`: a Direction, or two whose lengths are each other's, all of one dtype.
     """
-    lse = _empty_lse(video_q), _empty_lse(audio_q)
-    outputs = video_q.new_empty(video_q.shape), audio_q.new_empty(audio_q.shape), *lse
-    if video_q.numel():
-        inputs = video_q, video_k, video_v, audio_q, audio_k, audio_v
-        _launch("forward", inputs, outputs, frames, window, shift, scale)
-    return outputs
-
-
-def backward(
-    d_video_out, d_audio_out, video_q, video_k, video_v, audio_q, audio_k, audio_v,
-    video_out, audio_out, video_lse, audio_lse, *, frames, window, shift, scale,
-):  # fmt: skip
-    """(d_video_q, d_video_k, d_video_v, d_audio_q, d_audio_k, d_audio_v), contiguous; out and lse are forward's."""
-    inputs = video_q, video_k, video_v, audio_q, audio_k, audio_v
-    d_video_q, d_video_k, d_video_v, d_audio_q, d_audio_k, d_audio_v = grads = [x.new_empty(x.shape) for x in inputs]
-    if video_q.numel():
-        d_out = [x if x.stride(-1) == 1 else x.contiguous() for x in (d_video_out, d_audio_out)]
-        lse, rows = (video_lse, audio_lse), (_empty_rows(video_q), _empty_rows(audio_q))
-        at = frames, window, shift, scale
-        _launch("backward_dq", (*d_out, *inputs), (video_out, audio_out, *lse, *rows, d_video_q, d_audio_q), *at)
-        _launch("backward_dkdv", (*d_out, *inputs), (*rows, d_video_k, d_video_v, d_audio_k, d_audio_v), *at)
-    return tuple(grads)
-
-
-def self_forward(q, k, v, *, segments, scale):
-    """(out contiguous as q, lse [B, H, L] fp64); q, k, v [B, L, H, D] as above, attending inside equal segments."""
-    out, lse = q.new_empty(q.shape), _empty_lse(q)
-    if q.numel():
-        # What belongs to the direction that is not computed is there for its type alone.
-        _launch("forward", (q, k, v) * 2, (out, out, lse, lse), segments, 1, 0, scale, is_self=True)
+    out, lse = [q.new_empty(q.shape) for q, _, _ in directions], [_empty_lse(q) for q, _, _ in directions]
+    if directions[0].q.numel():
+        _launch("forward", directions, (), (out[0], out[-1], lse[0], lse[-1]), windows, scale)
     return out, lse
 
 
-def self_backward(d_out, q, k, v, out, lse, *, segments, scale):
-    """The gradients of q, k and v, packed [B, L, 3, H, D]; out and lse are self_forward's."""
-    batch, length, heads, dim = q.shape
-    d_qkv = q.new_empty((batch, length, 3, heads, dim))
-    if q.numel():
-        d_q, d_k, d_v = d_qkv.unbind(2)
-        rows = _empty_rows(q)
-        d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
-        inputs = (d_out, d_out, *(q, k, v) * 2)
-        at = segments, 1, 0, scale
-        _launch("backward_dq", inputs, (out, out, lse, lse, rows, rows, d_q, d_q), *at, is_self=True)
-        _launch("backward_dkdv", inputs, (rows, rows, d_k, d_v, d_k, d_v), *at, is_self=True)
-    return d_qkv
+def backward(directions, d_out, out, lse, windows, scale, gradients):
+    """Writes the gradients of q, k and v of each direction; out and lse are forward's."""
+    first, second = gradients[0], gradients[-1]
+    q = directions[0].q
+    if not q.numel():
+        return
+    packed = first.q.stride(1) // (q.shape[2] * q.shape[3])
+    d_out = [x if x.stride(-1) == 1 else x.contiguous() for x in d_out]
+    rows = [_empty_rows(q) for q, _, _ in directions]
+    d_out, out, lse, rows = ((x[0], x[-1]) for x in (d_out, out, lse, rows))
+    _launch("backward_dq", directions, d_out, (*out, *lse, *rows, first.q, second.q), windows, scale, packed)
+    d_keys = second.k, second.v, first.k, first.v
+    _launch("backward_dkdv", directions, d_out, (*rows, *d_keys), windows, scale, packed)
