@@ -3,21 +3,29 @@
 
 import dataclasses
 import itertools
+import json
 import os
 import pathlib
 import re
 import shlex
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
-from helpers import SMALL_UNET, fill
+from helpers import SMALL_UNET, fill, filled
 
 pytest.importorskip("diffusers")
 pytest.importorskip("av")
 pytest.importorskip("matplotlib")
 pytest.importorskip("accelerate")
 
+import kill_resume
+from safetensors import safe_open
+
+from mmattn.testing import relative_error
 from mmdiffusion import CoupledUNet, checkpoints, cli
 from mmdiffusion.data.items import Item
 from mmdiffusion.diffusion.process import GaussianDiffusion
@@ -25,7 +33,8 @@ from mmdiffusion.diffusion.schedulers import make_scheduler
 from mmdiffusion.runs import train as job
 from mmdiffusion.training import Recipe, State, States, train
 from mmdiffusion.training.log import Log
-from mmdiffusion.training.losses import loss_weights, variational_bound
+from mmdiffusion.training.loop import _apply, _Clock
+from mmdiffusion.training.losses import denoising_losses, loss_weights, variational_bound
 from mmdiffusion.training.state import read_state
 from mmdiffusion.training.timesteps import LossSecondMomentTimesteps
 
@@ -39,6 +48,8 @@ TINY = {
     "video_attention_resolutions": (-1,),
     "dropout": 0.1,
 }
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SMALL_PRESET, SMALL_RECIPE = checkpoints.PRESETS["small"], job.RECIPES["small"]
 RECIPE = Recipe(batch_size=4, micro_batch=2, lr=1e-3, ema_rates=(0.5, 0.9), seed=3)
 
 
@@ -121,6 +132,98 @@ def test_it_learns():
         if state.step == 30:
             break
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_parity():
+    """With the release: losses, gradients, three steps of AdamW and of the average (its rounding: 1e-7, 2e-6, 3e-4)."""
+    with safe_open(ROOT / "tests/data/training.safetensors", "pt") as file:
+        about = {name: json.loads(x) for name, x in file.metadata().items() if name != "grad_names"}
+        expected = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    network = CoupledUNet.from_published(filled(about["state_dict"], about["fill_seed"]), **about["config"])
+    recipe = Recipe(batch_size=4, micro_batch=4, lr=about["lr"], ema_rates=(about["ema_rate"],))
+    state = State(network, recipe, 1000)
+    clips = {name: expected[name] for name in ("video", "audio")}
+    noises = {name: expected[f"noise_{name}"] for name in clips}
+
+    def losses():
+        return denoising_losses(network, GaussianDiffusion(), clips, noises, expected["t"], shifts=about["shifts"])
+
+    def published(tensors):
+        with torch.no_grad():
+            twin = CoupledUNet.from_config(network.config)
+            for name, x in twin.named_parameters():
+                x.copy_(tensors[name])
+        return twin.to_published()
+
+    found = losses()
+    for name in clips:
+        assert relative_error(found[name], expected[f"mse_{name}"]) < 1e-6
+    sum(found.values()).mean().backward()
+    gradients = published({name: x.grad for name, x in network.named_parameters()})
+    norms = torch.stack([gradients[key].norm() for key in sorted(gradients)])
+    assert relative_error(norms, expected["grad_norms"].to(norms.dtype)) < 1e-5
+    named = [key.removeprefix("grad.") for key in expected if key.startswith("grad.")]
+    assert len(named) == 3 and all(relative_error(gradients[x], expected[f"grad.{x}"]) < 1e-5 for x in named)
+    seen, begun = [], published({name: x.detach() for name, x in network.named_parameters()})
+    begun = {name: x.clone() for name, x in begun.items()}
+    for _ in range(about["steps"]):
+        state.optimizer.zero_grad()
+        total = sum(losses().values()).mean()
+        total.backward()
+        seen.append(total.detach())
+        _apply(state, _Clock(state))
+    seen.append(sum(losses().values()).mean().detach())
+    assert relative_error(torch.stack(seen), expected["losses"].to(torch.float32)) < 1e-5
+    after = {
+        "param": published(dict(network.named_parameters())),
+        "ema": published(state.ema.averages[about["ema_rate"]]),
+    }
+    changed = [key for key in expected if key.startswith(("param.", "ema."))]
+    assert len(changed) == 4
+    for key in changed:
+        kind, name = key.split(".", 1)
+        assert relative_error(after[kind][name] - begun[name], expected[key] - begun[name]) < 6e-4, key
+
+
+def test_sigma_is_learned():
+    """Outputs of twice the channels: the bound is added to the loss and trains, and is told apart."""
+    network = unet(video_out_channels=6, audio_out_channels=2)
+    state = next(train(network, Clips(), RECIPE))
+    means = state.meter.means()
+    assert means["loss"] == pytest.approx(means["video"] + means["audio"], rel=1e-5)
+    assert 0 < means["video_vb"] < means["video"] and "audio_vb" in means
+
+
+@pytest.mark.parametrize("stream", ("video", "audio"))
+def test_single_streams(stream):
+    state = after(2, state=State(unet(streams=(stream,)), RECIPE, 1000))
+    assert {"video", "audio"} & state.meter.means().keys() == {stream}
+
+
+def test_gradient_checkpointing():
+    """The same gradients, of the same dropout and the same shifts."""
+    network = unet()
+    network.enable_gradient_checkpointing()
+    found, expected = after(1, state=State(network, RECIPE, 1000)), after(1)
+    for name, x in found.tensors().items():
+        assert (x - expected.tensors()[name]).abs().max() <= 1e-5, name
+
+
+@pytest.mark.filterwarnings("ignore:mmattn computes .* by its slow reference")  # of float16, on a CPU
+def test_a_step_that_overflows_is_skipped():
+    """In float16: counted, the scale halved, nothing changed but the position; the next one is taken."""
+    recipe = dataclasses.replace(RECIPE, precision="float16")
+    state = State(unet(), recipe, 1000)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=1, growth_factor=2.0**0.001)
+    before = {name: x.clone() for name, x in state.tensors().items()}
+    steps = train(state.unet, Clips(), recipe, state=state)
+    next(steps)
+    assert (state.step, state.skipped, state.scaler.get_scale()) == (1, 1, 2.0**126)
+    assert all(torch.equal(x, before[name]) for name, x in state.tensors().items() if name in before)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    next(steps)
+    assert (state.step, state.skipped) == (2, 1)
+    assert not torch.equal(state.tensors()["model.video_head.conv.weight"], before["model.video_head.conv.weight"])
 
 
 def test_broken_and_foreign_states(tmp_path):
@@ -269,6 +372,95 @@ def test_full_disk(capsys, small_files):
     assert weights().name == "step-00000002.safetensors"
     run(steps=4)
     assert weights().name == "step-00000004.safetensors"
+
+
+def test_init(capsys):
+    """From weights: those of a published checkpoint, never trained before, and of another run."""
+    checkpoints.write(unet().to_published(), "weights.pt", is_random=True)
+    pathlib.Path("config.json").write_text(json.dumps(TINY))
+    small = ("--batch-size", "2", "--micro-batch", "2", "--preview-every", "0")
+    run("--init", "weights.pt", "--config", "config.json", *small, steps=1)
+    begun = read(sorted(pathlib.Path("run/states").iterdir())[0])
+    assert all(torch.equal(begun[f"model.{name}"], x) for name, x in unet().named_parameters())
+    assert "begun_from" in refused(capsys, "--config", "config.json", *small)
+    assert not CoupledUNet.from_pretrained("run/model/unet").config["random_weights"]
+    run("--init", "run/model", *small, steps=1, out="again")
+    averaged = read(weights())
+    begun = read(sorted(pathlib.Path("again/states").iterdir())[0])
+    name = "first.audio.weight"
+    assert torch.equal(begun[f"model.{name}"], averaged[f"ema.0.9999.{name}"])
+
+
+def test_a_published_run_goes_on(capsys):
+    """With its averages and its AdamW, whose states are by number, in the order of the keys."""
+    state = after(2)
+    folder = pathlib.Path("published")
+    folder.mkdir()
+    published = state.unet.to_published()
+    pointers = {x.data_ptr(): x for x in state.unet.parameters()}
+    order = [pointers[x.data_ptr()] for x in published.values()]
+    torch.save(published, folder / "model000002.pt")
+    torch.save(published, folder / "model000001.pt")
+    averaged = CoupledUNet.from_config(state.unet.config)
+    state.ema.copy_to(averaged, 0.9)
+    torch.save(averaged.to_published(), folder / "ema_0.9_000002.pt")
+    states = {
+        i: {k: v.view(shape.shape) if v.dim() else v for k, v in state.optimizer.state[x].items()}
+        for i, (x, shape) in enumerate(zip(order, published.values(), strict=True))
+    }
+    torch.save({"state": states, "param_groups": []}, folder / "opt000002.pt")
+    pathlib.Path("config.json").write_text(json.dumps(TINY))
+    options = shlex.split("--resume published --config config.json --ema-rates 0.9 --batch-size 2 --micro-batch 2")
+    run(*options, "--preview-every", "0", steps=3)
+    found, expected = read(pathlib.Path("run/states/step-00000002.safetensors")), state.tensors()
+    assert found.keys() == {name for name in expected if not name.startswith("ema.0.5")}
+    assert all(torch.equal(x, expected[name]) for name, x in found.items())
+    (folder / "opt000002.pt").write_bytes(b"broken")
+    assert "opt000002.pt cannot be read as the state of an optimizer" in refused(capsys, *options, out="other")
+    assert "other has no modelNNNNNN.pt" in refused(capsys, "--resume", "other", out="third")
+
+
+def test_processes_share_a_step(monkeypatch):
+    """Two of them take the steps of one, but for the order of sums."""
+    pathlib.Path("config.json").write_text(json.dumps({**TINY, "dropout": 0.0}))
+    options = "train synthetic --config config.json --steps 3 --batch-size 4 --micro-batch 2 --lr 0.001 --log-every 3"
+    command = shlex.split(f"{options} --preview-every 0 --device cpu --out")
+    done = subprocess.run(
+        [
+            sys.executable,
+            *shlex.split("-m torch.distributed.run --nproc_per_node 2 -m -- mmdiffusion"),
+            *command,
+            "two",
+        ],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setitem(job.RECIPES, "small", SMALL_RECIPE)
+    cli.main([*command, "one"])
+    expected = read(weights("one"))
+    found = read(weights("two"))
+    assert found.keys() == expected.keys()
+    assert all((x - expected[name]).abs().max() < 2e-3 for name, x in found.items())
+    assert rows("two")[0]["loss"] == pytest.approx(rows("one")[0]["loss"], rel=1e-2)
+
+
+def test_killed_in_the_middle(monkeypatch):
+    """Once; tests/kill_resume.py does it twenty times."""
+    monkeypatch.setitem(checkpoints.PRESETS, "small", SMALL_PRESET)
+    monkeypatch.setitem(job.RECIPES, "small", SMALL_RECIPE)
+    whole, killed = (pathlib.Path(x).absolute() for x in ("whole", "killed"))
+    child = kill_resume.start(killed, 9)
+    while not (killed / "states/step-00000003.safetensors").exists() and child.poll() is None:
+        time.sleep(0.005)
+    child.kill()
+    child.communicate()
+    assert weights(killed).name < "step-00000009"
+    for folder in (killed, whole):
+        cli.main(kill_resume.arguments(folder, 9))
+    assert kill_resume.differences(whole, killed) == []
 
 
 BAD = {

@@ -35,6 +35,35 @@ class Processes:
         own = self._state.device if self._state else torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.device = own if wanted is None or device == own.type else wanted
 
+    def accelerator(self) -> Any:
+        """What they train together with, an Accelerator; None for one process."""
+        if not self._state:
+            return None
+        from accelerate import Accelerator
+
+        return Accelerator(cpu=self.device.type == "cpu", mixed_precision="no")
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag of one of them is set; each has to ask."""
+        if not self._state:
+            return flag
+        from accelerate.utils import reduce
+
+        return bool(reduce(torch.tensor(float(flag), device=self.device)))
+
+    def refuse_if_different(self, what: str, value: str) -> None:
+        """
+        Raises:
+            RuntimeError: if a value is not the same in all of them.
+        """
+        if not self._state:
+            return
+        from accelerate.utils import gather_object
+
+        values = gather_object([value])
+        if len(set(values)) > 1:
+            raise RuntimeError(f"the processes have different {what}: {', '.join(values)}; expected the same in all")
+
     def wait(self) -> None:
         """Until all are here."""
         if self._state:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import pathlib
 import platform
@@ -17,18 +18,20 @@ from typing import Any, ClassVar
 import torch
 
 import mmattn
+import mmdiffusion
 from mmdiffusion import checkpoints
 from mmdiffusion.clips import Clip, ClipFormat
-from mmdiffusion.data import open_dataset
+from mmdiffusion.data import FilmError, open_dataset
 from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
 from mmdiffusion.diffusion.schedulers import make_scheduler
 from mmdiffusion.media import contact_sheet, write_image, write_video
 from mmdiffusion.model.unet import CoupledUNet
+from mmdiffusion.runs import published
 from mmdiffusion.runs.convert import save_pipeline
-from mmdiffusion.runs.models import ModelJob, read_config
+from mmdiffusion.runs.models import ModelJob, load, read_config
 from mmdiffusion.runs.options import SEEDS, option
 from mmdiffusion.runs.processes import Processes
-from mmdiffusion.runs.sample import clip_seed, versions
+from mmdiffusion.runs.sample import clip_seed, digest, versions
 from mmdiffusion.training import Recipe, State, States, train
 from mmdiffusion.training.log import Log, plot, row_of, summary
 from mmdiffusion.training.recipe import PRECISIONS, RECIPES, TIMESTEPS, WEIGHTINGS
@@ -73,6 +76,16 @@ class Train(ModelJob):
     precision: str | None = option("what the network computes in" + _OF_PRESET, default=None, choices=PRECISIONS)
     seed: int = option("of the weights and of all that is drawn", default=0, **SEEDS)
     device: str | None = option("cpu, cuda, cuda:1; by default CUDA where there is one", default=None)
+    flip: bool = option("films mirrored as well", default=False)
+    init: pathlib.Path | None = option(
+        "begin with the weights of a published checkpoint, or of a directory of save_pretrained", default=None
+    )
+    resume: pathlib.Path | None = option(
+        "begin where a run of the published code stopped: a folder of its model*.pt, ema_*.pt and opt*.pt", default=None
+    )
+    gradient_checkpointing: bool = option(
+        "compute each block again in backward, for a third of the memory", default=False
+    )
     workers: int = option("processes that read clips ahead", default=0, minimum=0)
     log_every: int = option("steps of a line in the log", default=50, minimum=1)
     checkpoint_every: int = option("steps between states that are kept", default=1000, minimum=1)
@@ -83,14 +96,20 @@ class Train(ModelJob):
     @property
     def recipe(self) -> Recipe:
         """That of the preset, with what is given here in its place."""
-        preset = RECIPES.get(self.model_preset, Recipe())
+        preset = RECIPES.get(self.model_preset or "", Recipe())
         names = [field.name for field in dataclasses.fields(Recipe)]
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return dataclasses.replace(preset, **given)
 
     @property
-    def model_preset(self) -> str:
-        return self.preset or "small"
+    def model_preset(self) -> str | None:
+        """That of the recipe, and of the network where it does not come from a file."""
+        return self.preset or (None if self.init or self.resume else "small")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init and self.resume:
+            raise ValueError(f"init is {self.init} and resume {self.resume}; expected one of them")
 
 
 def run(job: Train) -> str:
@@ -99,25 +118,54 @@ def run(job: Train) -> str:
     processes = Processes(job.device)
     if processes.device.type == "cpu":
         mmattn.keep_freed_memory()
+    processes.refuse_if_different("code", code_digest()[:12])
+    unet = _network(job)
+    torch.nn.Module.to(unet, processes.device, torch.float32)
+    if job.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    data = open_dataset(job.data, ClipFormat.of(unet.config), job.seed, flip=job.flip)
+    alone = _alone(job.out) if processes.rank == 0 else contextlib.nullcontext()
+    with alone, _told_to_stop() as signals:
+        return _Run(job, recipe, unet, data, processes).go(signals)
+
+
+def _network(job: Train) -> CoupledUNet:
+    """To begin with."""
     torch.manual_seed(job.seed)
-    unet = CoupledUNet(**{**checkpoints.PRESETS[job.model_preset], **read_config(job.config)})
-    torch.nn.Module.to(unet, processes.device)
-    clips = ClipFormat.of(unet.config)
-    data = open_dataset(job.data, clips, job.seed)
-    with _alone(job.out), _told_to_stop() as signals:
-        return _Run(job, recipe, unet, data).go(signals)
+    if job.model_preset:
+        return CoupledUNet(**{**checkpoints.PRESETS[job.model_preset], **read_config(job.config)})
+    unet = load(job.init or published.newest(job.resume)[0], job)  # type: ignore[arg-type]
+    unet.register_to_config(random_weights=False)  # no longer, once they are trained
+    return unet
+
+
+def code_digest() -> str:
+    """SHA-256 of the sources of mmattn and mmdiffusion."""
+    total = hashlib.sha256()
+    for package in (mmattn, mmdiffusion):
+        for file in sorted(pathlib.Path(str(package.__file__)).parent.rglob("*.py")):
+            total.update(file.read_bytes())
+    return total.hexdigest()
 
 
 class _Run:
     """One sitting of a run."""
 
-    def __init__(self, job: Train, recipe: Recipe, unet: CoupledUNet, data: Any) -> None:
-        self.job, self.data, self.recipe = job, data, recipe
+    def __init__(self, job: Train, recipe: Recipe, unet: CoupledUNet, data: Any, processes: Processes) -> None:
+        self.job, self.data, self.recipe, self.processes = job, data, recipe, processes
+        self.is_first = processes.rank == 0
+        begun_from = job.init or job.resume
         settings = {
             "data": job.data,
+            "begun_from": digest(begun_from) if job.init and begun_from else str(begun_from) if begun_from else None,
             "clips": len(data),
-            "config": {name: value for name, value in unet.config.items() if not name.startswith("_")},
+            "config": {
+                name: value
+                for name, value in unet.config.items()
+                if not name.startswith("_") and name != "random_weights"
+            },
             **recipe.settings(),
+            **({"flip": True} if job.flip else {}),
         }
         self.states = States(job.out / "states", settings, keep=job.keep)
         self.log = Log(job.out / "log.jsonl")
@@ -126,13 +174,46 @@ class _Run:
         self.notes = {
             "versions": versions(),
             "machine": f"{platform.machine()}, {unet.device}, {torch.get_num_threads()} threads",
+            "processes": processes.count,
+            "code": code_digest(),
         }
         self.saved = -1
 
     def go(self, signals: list[int]) -> str:
-        job, state = self.job, self.state
-        self.states.clean()
+        job, state, processes = self.job, self.state, self.processes
+        self._begin()
+        options = {"workers": job.workers, "accelerator": processes.accelerator()}
+        try:
+            if state.step < job.steps:
+                for _ in train(state.unet, self.data, self.recipe, state=state, **options):
+                    if self.is_first:
+                        self._after_step()
+                    if processes.any(bool(signals)) or state.step >= job.steps:
+                        break
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}; the last good state is {self.states.files()[0]}") from error
+        except FilmError:  # raised between two steps, so the state is whole
+            if self.is_first and self.saved < state.step:
+                self._save()
+            raise
+        if not self.is_first:
+            return ""
+        if self.saved < state.step:
+            self._save()
+        stopped = f"stopped by {signal.Signals(signals[0]).name}" if signals else "done"
+        return f"{job.out}: {stopped} at step {state.step}, after {state.seconds / 3600:.2f} hours of training"
+
+    def _begin(self) -> None:
+        """Load the newest state, or keep the first."""
+        state = self.state
+        if self.is_first:
+            self.states.clean()
         path, broken = self.states.load(state)
+        if path is None and self.job.resume:
+            published.load(state, self.job.resume)
+        self.processes.wait()  # until all have read what the first one now goes on to write
+        if not self.is_first:
+            return
         for sentence in broken:
             _say(f"passed over: {sentence}")
         self.log.begin(state.step)
@@ -141,22 +222,6 @@ class _Run:
         else:
             self.saved = state.step
             _say(f"goes on from {path}")
-        try:
-            if state.step < job.steps:
-                for _ in train(state.unet, self.data, self.recipe, state=state, workers=job.workers):
-                    self._after_step()
-                    if signals or state.step >= job.steps:
-                        break
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{error}; the last good state is {self.states.files()[0]}") from error
-        except BaseException:
-            if self.saved < state.step:
-                self._try_to_save()
-            raise
-        if self.saved < state.step:
-            self._save()
-        stopped = f"stopped by {signal.Signals(signals[0]).name}" if signals else "done"
-        return f"{job.out}: {stopped} at step {state.step}, after {state.seconds / 3600:.2f} hours of training"
 
     def _after_step(self) -> None:
         job, state = self.job, self.state

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import math
@@ -36,6 +37,7 @@ def train(
     given: Given | None = None,
     state: State | None = None,
     workers: int = 0,
+    accelerator: Any = None,
 ) -> Iterator[State]:
     """Train a network for ever; whoever iterates stops when it is enough, and saves, samples or logs in between.
 
@@ -44,22 +46,28 @@ def train(
 
     Args:
         unet: a CoupledUNet, of one or both streams, float32; or a `FrameNetwork` (`mmdiffusion.training.superres`).
-        data: map-style; an item has video [F, 3, H, W] uint8, audio [C, T] int16, and name.
+        data: of `mmdiffusion.data`.
         recipe: how.
         given: f(batch, generators) -> what the network takes by name besides, tensors [B, ...] on the CPU; there is a
             generator for each clip.
         state: where to go on; None begins. It is changed in place, and yielded.
         workers: processes that read clips ahead; 0 reads them here.
+        accelerator: an Accelerator of accelerate, for several processes that share each step; all of them have the
+            same network, state and data. None is this one alone.
 
     Raises:
+        ValueError: if the clips of a step cannot be shared evenly, or the data have none.
         FloatingPointError: if a loss or a gradient is not finite, naming the step and the clips, before it reaches a
             parameter; in float16 such a step is skipped and counted instead.
     """
     diffusion = GaussianDiffusion()
     state = State(unet, recipe, len(diffusion)) if state is None else state
     device = next(unet.parameters()).device
-    batches = _batches(data, recipe, state.step, workers)
-    micro_batches = recipe.batch_size // (recipe.micro_batch or recipe.batch_size)
+    rank, count = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    network = accelerator.prepare_model(unet) if accelerator else unet
+    size, micro_batches = _shares(recipe, count)
+    batches = Batches(data, size, seed=recipe.seed, workers=workers, rank=rank, count=count)
+    batches.load_state_dict({**batches.state_dict(), "position": state.step * recipe.batch_size})
     autocast = functools.partial(
         torch.autocast, device.type, _DTYPES[recipe.precision], enabled=recipe.precision != "float32"
     )
@@ -67,28 +75,31 @@ def train(
         clock = _Clock(state)
         names: list[str] = []
         drawn: list[_Seen] = []
-        torch.manual_seed(_seed(recipe.seed, state.step, "dropout"))
+        torch.manual_seed(_seed(recipe.seed, state.step, "dropout", rank))
         for micro in range(micro_batches):
             batch = next(batches)
             clock.lap("data")
             clip = to_clip(batch, device)
             clips = {name: getattr(clip, name) for name in unet.config["streams"]}
-            draws = draw(recipe, state.step, micro, clips, state.timesteps, unet.shift_ranges())
+            number = micro * count + rank
+            draws = draw(recipe, state.step, number, clips, state.timesteps, unet.shift_ranges())
             options: dict[str, Any] = {"shifts": draws.shifts or None}
             if given is not None:
-                generators = _generators(recipe, state.step, "given", micro, len(batch.name))
+                generators = _generators(recipe, state.step, "given", number, len(batch.name))
                 options |= {name: x.to(device) for name, x in given(batch, generators).items()}
             with autocast():
-                losses = denoising_losses(unet, diffusion, clips, draws.noises, draws.t.to(device), **options)
+                losses = denoising_losses(network, diffusion, clips, draws.noises, draws.t.to(device), **options)
             weights = loss_weights(recipe.weighting, diffusion, draws.t, gamma=recipe.min_snr_gamma) * draws.weights
             total = (weights.to(device) * sum(losses[name] for name in clips)).mean()
             clock.lap("forward")
-            state.scaler.scale(total / micro_batches).backward()
+            is_last = micro == micro_batches - 1
+            with accelerator.no_sync(network) if accelerator and not is_last else contextlib.nullcontext():
+                state.scaler.scale(total / micro_batches).backward()
             clock.lap("backward")
             names += batch.name
-            drawn.append((draws.t, losses, total.detach()))
+            drawn.append((draws.t, {name: x.detach() for name, x in losses.items()}, total.detach()))
         state.names = names
-        _record(state, drawn, diffusion)
+        _record(state, _of_all(drawn, accelerator), diffusion)
         _apply(state, clock)
         state.step += 1
         clock.stop()
@@ -136,11 +147,25 @@ def draw(
     )
 
 
-def _batches(data: Any, recipe: Recipe, step: int, workers: int) -> Batches:
-    """The micro-batches from a step on."""
-    batches = Batches(data, recipe.micro_batch or recipe.batch_size, seed=recipe.seed, workers=workers)
-    batches.load_state_dict({**batches.state_dict(), "position": step * recipe.batch_size})
-    return batches
+def _shares(recipe: Recipe, count: int) -> tuple[int, int]:
+    """The clips of a micro-batch, and the micro-batches of each of so many processes."""
+    size = recipe.micro_batch or max(1, recipe.batch_size // count)
+    if recipe.batch_size % (size * count):
+        raise ValueError(
+            f"batch_size is {recipe.batch_size}; expected a multiple of {size * count}, {count} processes with "
+            f"micro-batches of {size}"
+        )
+    return size, recipe.batch_size // (size * count)
+
+
+def _of_all(drawn: Sequence[_Seen], accelerator: Any) -> Sequence[_Seen]:
+    """What all processes have seen, the same in each."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return drawn
+    return [
+        (accelerator.gather(t.to(total.device)).cpu(), *accelerator.gather((losses, total)))
+        for t, losses, total in drawn
+    ]
 
 
 def _generators(recipe: Recipe, step: int, what: str, micro: int, count: int) -> list[torch.Generator]:
@@ -174,8 +199,8 @@ def _apply(state: State, clock: _Clock) -> None:
 def _record(state: State, drawn: Sequence[_Seen], diffusion: GaussianDiffusion) -> None:
     """Losses into the meter, in each stream and quarter of t; refuses those that are not finite."""
     for t, losses, total in drawn:
-        if not math.isfinite(float(total)) and not state.scaler.is_enabled():
-            _refuse(state, "loss", float(total))
+        if not bool(total.isfinite().all()) and not state.scaler.is_enabled():
+            _refuse(state, "loss", float(total.mean()))
         by_stream = {name: x.detach().double().cpu() for name, x in losses.items()}
         unweighted = sum(x for name, x in by_stream.items() if name in STREAMS)
         assert isinstance(unweighted, Tensor)
