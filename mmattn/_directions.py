@@ -116,7 +116,7 @@ class AttentionOp:
             batch, length, heads, dim = own[0].shape
             packed = own[0].new_empty((batch, length, 3, heads, dim))
             return packed, packed.unbind(2)
-        gradients = tuple([t.new_empty(t.shape) for t in self.tensors(own)])
+        gradients = tuple([torch.empty_like(t, memory_format=torch.contiguous_format) for t in self.tensors(own)])
         return gradients, gradients
 
     def _fake(self, *args: Any) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ torch.library op.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -156,7 +156,7 @@ def reference(
         out = functional.conv2d(frames, weight.unflatten(2, (3, 3)), bias, padding=1)
         out = out.permute(0, 2, 3, 1).reshape(*x.shape[:2], weight.shape[0])
     else:
-        dilation = min(dilation, x.shape[1])  # taps farther than L read zeros, however far
+        dilation = _dilation_within(dilation, x.shape[1])
         padding = dilation * (weight.shape[2] // 2)
         out = functional.conv1d(y.transpose(1, 2), weight, bias, padding=padding, dilation=dilation).transpose(1, 2)
     return (out if residual is None else out + residual).contiguous()
@@ -260,11 +260,6 @@ def _unpack(name: str, value: Any, letters: str) -> Any:
     return value
 
 
-def _frames_of(height: int, width: int) -> dict[str, int]:
-    """What only kernels that know of frames are told."""
-    return {"height": height, "width": width} if width else {}
-
-
 _PROLOGUE = "Tensor? norm_weight, Tensor? norm_bias, Tensor? scale, Tensor? shift"
 
 _GEOMETRY = "SymInt dilation, SymInt height, SymInt width"
@@ -281,91 +276,133 @@ torch.library.define(
 )
 
 
-def _compute(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **out: Tensor) -> tuple[Tensor, Tensor]:
-    norm_weight, norm_bias, scale, shift, residual, groups, dilation, height, width, silu, eps, impl = args
-    return dispatch.kernels("spatial_conv2d" if width else "dilated_conv1d", impl, x).forward(
-        x,
-        weight,
-        bias,
-        norm_weight,
-        norm_bias,
-        scale,
-        shift,
-        residual,
-        groups=groups,
-        dilation=dilation,
-        silu=silu,
-        eps=eps,
-        **_frames_of(height, width),
-        **out,
-    )
+class _Arguments(NamedTuple):
+    """Those of the op, as its schema has them; or what is asked or known of each."""
+
+    x: Any
+    weight: Any
+    bias: Any
+    norm_weight: Any
+    norm_bias: Any
+    scale: Any
+    shift: Any
+    residual: Any
+    groups: Any
+    dilation: Any
+    height: Any
+    width: Any
+    silu: Any
+    eps: Any
+    impl: Any
+
+    @property
+    def prologue(self) -> tuple[Any, Any, Any, Any]:
+        return self.norm_weight, self.norm_bias, self.scale, self.shift
 
 
-def _compute_gradients(d_out: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    norm_weight, norm_bias, scale, shift, stats, groups, dilation, height, width, silu, *need, impl = args
-    need_x, need_weight, need_bias = need
-    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
-    d_x, d_weight, d_bias, sums = dispatch.kernels("spatial_conv2d" if width else "dilated_conv1d", impl, x).backward(
-        d_out,
-        x,
-        weight,
-        norm_weight,
-        norm_bias,
-        scale,
-        shift,
-        stats,
-        groups=groups,
-        dilation=dilation,
-        silu=silu,
-        need_x=need_x,
-        need_weight=need_weight,
-        need_bias=need_bias,
-        **_frames_of(height, width),
-    )
-    return d_x, d_weight.to(weight.dtype), d_bias, sums
+class _GradientArguments(NamedTuple):
+    """Those of the backward op."""
+
+    d_out: Tensor
+    x: Tensor
+    weight: Tensor
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    stats: Tensor
+    groups: int
+    dilation: int
+    height: int
+    width: int
+    silu: bool
+    need_x: bool
+    need_weight: bool
+    need_bias: bool
+    impl: str
+
+    @property
+    def prologue(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        return self.norm_weight, self.norm_bias, self.scale, self.shift
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> None:
-    *prologue, residual, groups, dilation, height, width, _silu, eps, _impl = args
-    _check_given(x, weight, bias, tuple(prologue), residual, groups, dilation, height, width, eps)
+_NO_GRADIENTS = _Arguments(*[None] * len(_Arguments._fields))
 
 
-def _check_gradients(d_out: Tensor, x: Tensor, weight: Tensor, *args: Any) -> None:
-    norm_weight, norm_bias, scale, shift, stats, groups, dilation, height, width, *_ = args
-    prologue = norm_weight, norm_bias, scale, shift
-    _check_given(x, weight, None, prologue, None, groups, dilation, height, width, 0.0)
-    _checks.conv_gradients(d_out, x, weight, stats, groups)
+def _kernels(own: _Arguments | _GradientArguments) -> Any:
+    return dispatch.kernels("spatial_conv2d" if own.width else "dilated_conv1d", own.impl, own.x)
+
+
+def _options(own: _Arguments | _GradientArguments) -> dict[str, Any]:
+    """What the kernels of both directions are told besides tensors; of frames, only those that know of them."""
+    dilation = _dilation_within(own.dilation, own.x.shape[1])
+    options = {"groups": own.groups, "dilation": dilation, "silu": own.silu}
+    return {**options, "height": own.height, "width": own.width} if own.width else options
+
+
+def _dilation_within(dilation: int, length: int) -> int:
+    """A dilation of the same result that any integer type holds: taps farther than L read zeros, however far."""
+    return min(dilation, length)
+
+
+def _compute(*args: Any, **out: Tensor) -> tuple[Tensor, Tensor]:
+    own = _Arguments._make(args)
+    forward = _kernels(own).forward
+    return forward(own.x, own.weight, own.bias, *own.prologue, own.residual, eps=own.eps, **_options(own), **out)
+
+
+def _compute_gradients(*args: Any) -> tuple[Tensor, ...]:
+    own = _GradientArguments._make(args)
+    d_out = own.d_out if own.d_out.stride(-1) == 1 else own.d_out.contiguous()
+    needs = {"need_x": own.need_x, "need_weight": own.need_weight, "need_bias": own.need_bias}
+    backward = _kernels(own).backward
+    d_x, d_weight, d_bias, sums = backward(d_out, own.x, own.weight, *own.prologue, own.stats, **_options(own), **needs)
+    return d_x, d_weight.to(own.weight.dtype), d_bias, sums
+
+
+def _check(*args: Any) -> None:
+    own = _Arguments._make(args)
+    _check_given(own, own.bias, own.residual, own.eps)
+
+
+def _check_gradients(*args: Any) -> None:
+    own = _GradientArguments._make(args)
+    _check_given(own, None, None, 0.0)
+    _checks.conv_gradients(own.d_out, own.x, own.weight, own.stats, own.groups)
 
 
 def _check_given(
-    x: Tensor, weight: Tensor, bias: Tensor | None, prologue: Any, residual: Tensor | None, groups: int, *numbers: Any
+    own: _Arguments | _GradientArguments, bias: Tensor | None, residual: Tensor | None, eps: float
 ) -> None:
     """The op's way of saying that there is no norm is three arguments."""
-    has_norm = groups != 0 or prologue[0] is not None or prologue[1] is not None
-    _checks.conv(x, weight, bias, prologue, residual, groups if has_norm else None, *numbers)
+    has_norm = own.groups != 0 or own.norm_weight is not None or own.norm_bias is not None
+    groups, geometry = own.groups if has_norm else None, (own.dilation, own.height, own.width)
+    _checks.conv(own.x, own.weight, bias, own.prologue, residual, groups, *geometry, eps)
 
 
 register("conv", _check, _compute, _check_gradients, _compute_gradients)
 
 
 @torch.library.register_fake(_OP)
-def _fake_forward(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    _check(x, weight, *args)
-    batch, length, _ = x.shape
-    stats = x.new_empty((batch, args[6], 3), dtype=torch.float32)
-    return x.new_empty((batch, length, weight.shape[0])), stats
+def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    _check(*args)
+    own = _Arguments._make(args)
+    batch, length, _ = own.x.shape
+    stats = own.x.new_empty((batch, own.groups, 3), dtype=torch.float32)
+    return own.x.new_empty((batch, length, own.weight.shape[0])), stats
 
 
 @torch.library.register_fake(_BACKWARD_OP)
-def _fake_backward(d_out: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    _check_gradients(d_out, x, weight, *args)
-    groups, silu, need_x, need_weight, need_bias = args[5], *args[9:13]
-    has_prologue = groups or silu or args[2] is not None or args[3] is not None
-    sums = (x.shape[0], x.shape[2], 2) if need_x and has_prologue else (0,)
+def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
+    _check_gradients(*args)
+    own = _GradientArguments._make(args)
+    x, weight = own.x, own.weight
+    has_prologue = own.groups or own.silu or own.scale is not None or own.shift is not None
+    sums = (x.shape[0], x.shape[2], 2) if own.need_x and has_prologue else (0,)
     return (
-        x.new_empty(x.shape if need_x else (0,)),
-        weight.new_empty(weight.shape if need_weight else (0,)),
-        x.new_empty(weight.shape[:1] if need_bias else (0,), dtype=torch.float32),
+        x.new_empty(x.shape if own.need_x else (0,)),
+        weight.new_empty(weight.shape if own.need_weight else (0,)),
+        x.new_empty(weight.shape[:1] if own.need_bias else (0,), dtype=torch.float32),
         x.new_empty(sums, dtype=torch.float32),
     )
 
@@ -377,31 +414,31 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, ...]:
         out, stats = below_autograd("conv", keyset, *args)
-        x, weight, bias, *prologue, _residual, groups, dilation, height, width, silu, _eps, impl = args
-        ctx.save_for_backward(x, weight, *prologue, stats)
-        ctx.options = groups, dilation, height, width, silu
-        ctx.impl, ctx.bias_dtype = impl, None if bias is None else bias.dtype
+        own = _Arguments._make(args)
+        ctx.save_for_backward(own.x, own.weight, *own.prologue, stats)
+        ctx.options = own.groups, own.dilation, own.height, own.width, own.silu
+        ctx.impl, ctx.bias_dtype = own.impl, None if own.bias is None else own.bias.dtype
         ctx.mark_non_differentiable(stats)
         return out, stats
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Any, ...]:
         x, weight, *prologue, stats = ctx.saved_tensors
-        need = ctx.needs_input_grad[1:]  # x, weight, bias, four of the prologue, residual
-        need_x, need_weight, need_bias = need[0] or any(need[3:7]), need[1], need[2]
-        d_x, d_weight, d_bias, sums = _gradients(
-            d_out, x, weight, *prologue, stats, *ctx.options, need_x, need_weight, need_bias, ctx.impl
+        need = _Arguments._make(ctx.needs_input_grad[1:])
+        needs_prologue = any(need.prologue)
+        needs = need.x or needs_prologue, need.weight, need.bias
+        d_x, d_weight, d_bias, sums = _gradients(d_out, x, weight, *prologue, stats, *ctx.options, *needs, ctx.impl)
+        found = _NO_GRADIENTS._replace(
+            x=d_x if need.x else None,
+            weight=d_weight if need.weight else None,
+            bias=d_bias.to(ctx.bias_dtype) if need.bias else None,
+            residual=d_out if need.residual else None,
         )
-        d_prologue = norm_op.parameter_gradients(sums, *prologue) if any(need[3:7]) else (None,) * 4
-        return (
-            None,
-            d_x if need[0] else None,
-            d_weight if need_weight else None,
-            d_bias.to(ctx.bias_dtype) if need_bias else None,
-            *d_prologue,
-            d_out if need[7] else None,
-            *(None,) * 7,
-        )
+        if needs_prologue:
+            names = "norm_weight", "norm_bias", "scale", "shift"
+            of_prologue = norm_op.parameter_gradients(sums, *prologue)
+            found = found._replace(**dict(zip(names, of_prologue, strict=True)))
+        return None, *found
 
 
 register_autograd("conv", _Conv)
@@ -412,9 +449,9 @@ def _flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
     return 2 * x[0] * x[1] * out_channels * in_channels * taps
 
 
-def _gradient_flops(d_out: Any, x: Any, weight: Any, *args: Any, **_: Any) -> int:
-    *_rest, need_x, need_weight, _need_bias, _impl = args
-    return (need_x + need_weight) * _flops(x, weight)
+def _gradient_flops(*args: Any, **_: Any) -> int:
+    own = _GradientArguments._make(args)
+    return (own.need_x + own.need_weight) * _flops(own.x, own.weight)
 
 
 count_flops("conv", _flops, _gradient_flops)

@@ -7,7 +7,7 @@ in `mmattn_kernels`; both are registered here behind one torch.library op.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -147,41 +147,85 @@ torch.library.define(
 )
 
 
-def _check(x: Tensor, *args: Any) -> None:
-    weight, bias, scale, shift, groups, _silu, eps, _impl = args
-    _checks.group_norm(x, weight, bias, scale, shift, groups, eps)
+class _Arguments(NamedTuple):
+    """Those of the op, as its schema has them; or the gradient of each."""
+
+    x: Any
+    weight: Any
+    bias: Any
+    scale: Any
+    shift: Any
+    groups: Any
+    silu: Any
+    eps: Any
+    impl: Any
+
+    @property
+    def parameters(self) -> tuple[Any, Any, Any, Any]:
+        return self.weight, self.bias, self.scale, self.shift
 
 
-def _check_gradients(d_out: Tensor, x: Tensor, *args: Any) -> None:
-    weight, bias, scale, shift, stats, groups, _silu, _impl = args
-    _checks.group_norm(x, weight, bias, scale, shift, groups, 0.0)
-    _checks.group_norm_gradients(d_out, x, stats, groups)
+class _GradientArguments(NamedTuple):
+    """Those of the backward op."""
+
+    d_out: Tensor
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+    stats: Tensor
+    groups: int
+    silu: bool
+    impl: str
+
+    @property
+    def parameters(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        return self.weight, self.bias, self.scale, self.shift
 
 
-def _compute(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *parameters, groups, silu, eps, impl = args
-    return dispatch.kernels("group_norm", impl, x).forward(x, *parameters, groups=groups, silu=silu, eps=eps)
+_NO_GRADIENTS = _Arguments(*[None] * len(_Arguments._fields))
 
 
-def _compute_gradients(d_out: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *parameters, stats, groups, silu, impl = args
-    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
-    return dispatch.kernels("group_norm", impl, x).backward(d_out, x, *parameters, stats, groups=groups, silu=silu)
+def _check(*args: Any) -> None:
+    own = _Arguments._make(args)
+    _checks.group_norm(own.x, *own.parameters, own.groups, own.eps)
+
+
+def _check_gradients(*args: Any) -> None:
+    own = _GradientArguments._make(args)
+    _checks.group_norm(own.x, *own.parameters, own.groups, 0.0)
+    _checks.group_norm_gradients(own.d_out, own.x, own.stats, own.groups)
+
+
+def _compute(*args: Any) -> tuple[Tensor, Tensor]:
+    own = _Arguments._make(args)
+    forward = dispatch.kernels("group_norm", own.impl, own.x).forward
+    return forward(own.x, *own.parameters, groups=own.groups, silu=own.silu, eps=own.eps)
+
+
+def _compute_gradients(*args: Any) -> tuple[Tensor, Tensor]:
+    own = _GradientArguments._make(args)
+    d_out = own.d_out if own.d_out.stride(-1) == 1 else own.d_out.contiguous()
+    backward = dispatch.kernels("group_norm", own.impl, own.x).backward
+    return backward(d_out, own.x, *own.parameters, own.stats, groups=own.groups, silu=own.silu)
 
 
 register("group_norm", _check, _compute, _check_gradients, _compute_gradients)
 
 
 @torch.library.register_fake(_OP)
-def _fake_forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    _check(x, *args)
-    groups = args[4]
-    return x.new_empty(x.shape), x.new_empty((x.shape[0], groups, 3), dtype=torch.float32)
+def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    _check(*args)
+    own = _Arguments._make(args)
+    stats = own.x.new_empty((own.x.shape[0], own.groups, 3), dtype=torch.float32)
+    return own.x.new_empty(own.x.shape), stats
 
 
 @torch.library.register_fake(_BACKWARD_OP)
-def _fake_backward(d_out: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    _check_gradients(d_out, x, *args)
+def _fake_backward(*args: Any) -> tuple[Tensor, Tensor]:
+    _check_gradients(*args)
+    x = _GradientArguments._make(args).x
     return x.new_empty(x.shape), x.new_empty((x.shape[0], x.shape[2], 2), dtype=torch.float32)
 
 
@@ -192,16 +236,18 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, ...]:
         out, stats = below_autograd("group_norm", keyset, *args)
-        ctx.save_for_backward(*args[:5], stats)
-        ctx.groups, ctx.silu, _, ctx.impl = args[5:]
+        own = _Arguments._make(args)
+        ctx.save_for_backward(own.x, *own.parameters, stats)
+        ctx.options = own.groups, own.silu, own.impl
         ctx.mark_non_differentiable(stats)
         return out, stats
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors  # once: checkpointing refuses a second look
-        d_x, sums = _gradients(d_out, *saved, ctx.groups, ctx.silu, ctx.impl)
-        return None, d_x, *parameter_gradients(sums, *saved[1:5]), None, None, None, None
+        x, *parameters, stats = ctx.saved_tensors  # once: checkpointing refuses a second look
+        d_x, sums = _gradients(d_out, x, *parameters, stats, *ctx.options)
+        d_weight, d_bias, d_scale, d_shift = parameter_gradients(sums, *parameters)
+        return None, *_NO_GRADIENTS._replace(x=d_x, weight=d_weight, bias=d_bias, scale=d_scale, shift=d_shift)
 
 
 register_autograd("group_norm", _GroupNorm)

@@ -87,7 +87,7 @@ def automatic_choice(monkeypatch):
 def launches():
     """Kernels are launched by the tables that the test sees."""
     if host := sys.modules.get("mmattn_kernels.triton._host"):
-        host.forget()
+        host.clear_caches()
 
 
 @pytest.fixture(autouse=True)

@@ -175,8 +175,8 @@ def blocks(monkeypatch):
     merge = {"TILE": 256, "BLOCK_C": 16, "num_warps": 4}
     over_tokens = {**merge, "PROGRAMS": 8}
     monkeypatch.setattr(conv, "_config", lambda name, *_: dict(weight if name == "backward_weight" else convolve))
-    whole = {**merge, "POSITIONS": 20}
-    of_norm = {"merge": merge, "whole": whole}
+    single_launch = {**merge, "POSITIONS": 20}
+    of_norm = {"merge": merge, "single_launch": single_launch}
     monkeypatch.setattr(norm, "_config", lambda name, *_: dict(of_norm.get(name, over_tokens)))
 
 

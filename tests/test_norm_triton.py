@@ -19,7 +19,7 @@ from mmattn.testing import assert_close_to_fp64, relative_error
 from mmattn_kernels.triton import norm
 
 pytestmark = [pytest.mark.device, pytest.mark.usefixtures("poisoned_memory")]
-KERNELS = ("statistics", "merge", "forward", "backward_sums", "backward", "whole")
+KERNELS = ("statistics", "merge", "forward", "backward_sums", "backward", "single_launch")
 OVER_TOKENS = ("statistics", "forward", "backward_sums", "backward")
 PARAMETERS = ("weight", "bias", "scale", "shift")
 GRADS = ("d_x", *(f"d_{name}" for name in PARAMETERS))
@@ -63,15 +63,15 @@ CASES = {
     "neither": Case(film=False, silu=False, groups=4),
     "fp16": Case(dtype=torch.float16),
     "fp16 throughout": Case(dtype=torch.float16, parameters=torch.float16, batch=2),
-    "whole": Case(positions=40),
-    "whole, all channels in one block": Case(positions=40, block_c=32, batch=2),
-    "whole, groups of 3 in blocks of 8": Case(positions=40, channels=21, groups=7, film=False),
-    "whole, groups of 6 in blocks of 32": Case(positions=40, channels=54, groups=9, block_c=32, tile=128),
-    "whole, one position": Case(positions=40, length=1, channels=4, groups=2),
-    "whole, one channel": Case(positions=200, channels=1, groups=1, length=150),
-    "whole, a group a channel, strided": Case(positions=40, groups=20, batch=2, strided=True),
-    "whole, groups too wide": Case(positions=40, channels=38, groups=2, length=21),
-    "whole, without activation, fp16": Case(positions=40, silu=False, dtype=torch.float16),
+    "single_launch": Case(positions=40),
+    "single_launch, all channels in one block": Case(positions=40, block_c=32, batch=2),
+    "single_launch, groups of 3 in blocks of 8": Case(positions=40, channels=21, groups=7, film=False),
+    "single_launch, groups of 6 in blocks of 32": Case(positions=40, channels=54, groups=9, block_c=32, tile=128),
+    "single_launch, one position": Case(positions=40, length=1, channels=4, groups=2),
+    "single_launch, one channel": Case(positions=200, channels=1, groups=1, length=150),
+    "single_launch, a group a channel, strided": Case(positions=40, groups=20, batch=2, strided=True),
+    "single_launch, groups too wide": Case(positions=40, channels=38, groups=2, length=21),
+    "single_launch, without activation, fp16": Case(positions=40, silu=False, dtype=torch.float16),
     "without groups": Case(groups=0, batch=2),
     "without groups and FiLM": Case(groups=0, film=False, length=50),
     "without groups and activation": Case(groups=0, silu=False, channels=70, length=9),
@@ -151,7 +151,7 @@ def tiles(monkeypatch):
     def pin(case):
         config = {"TILE": case.tile, "BLOCK_C": case.block_c, "num_warps": 4}
         more = {kernel: {"PROGRAMS": case.programs} for kernel in OVER_TOKENS}
-        more |= {"whole": {"POSITIONS": case.positions}, "merge": {}}
+        more |= {"single_launch": {"POSITIONS": case.positions}, "merge": {}}
         monkeypatch.setattr(norm, "_config", lambda kernel, *_: {**config, **more[kernel]})
 
     return pin
@@ -241,7 +241,7 @@ def test_every_configuration_is_complete():
         for kernel in KERNELS:
             for dtype in (torch.float16, torch.bfloat16, torch.float32):
                 config = norm._config(kernel, dtype, device_name)
-                more = {"whole": {"POSITIONS"}, "merge": set()}.get(kernel, {"PROGRAMS"})
+                more = {"single_launch": {"POSITIONS"}, "merge": set()}.get(kernel, {"PROGRAMS"})
                 assert config.keys() - {"maxnreg"} == {"TILE", "BLOCK_C", "num_warps"} | more
 
 
@@ -249,10 +249,10 @@ def test_every_configuration_is_complete():
 @pytest.mark.parametrize("target", targets("norm"))
 def test_compiles_ahead_of_time(target):
     rows = ahead_of_time("--op", "norm", target)
-    assert {row["kernel"] for row in rows} == {*KERNELS, "coefficients", "backward_merge", "backward_whole"}
+    assert {row["kernel"] for row in rows} == {*KERNELS, "coefficients", "backward_merge", "backward_single_launch"}
     for row in rows:
         assert row["shared"] <= SHARED_LIMIT[target] and row["spills"] <= SPILLS, row
-        if target != "gfx942" and row["kernel"] in (*OVER_TOKENS, "whole", "backward_whole"):
+        if target != "gfx942" and row["kernel"] in (*OVER_TOKENS, "single_launch", "backward_single_launch"):
             assert row["wide_loads"] > 0 and row["registers"] <= 128, row
 
 

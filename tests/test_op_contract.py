@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import mmattn
 from mmattn import dispatch
+from mmattn_kernels.cpu import attention as cpu_attention
+from mmattn_kernels.cpu import extension
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "bench"))
 
@@ -92,6 +94,23 @@ def test_results_are_the_references_and_contiguous(op, poisoned_memory):
 @every_op
 def test_two_runs_are_bitwise_equal(op, dtype, poisoned_memory):
     assert equal(Call(op, dtype, length=70).results(), Call(op, dtype, length=70).results())
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    "op", [op for op in OPS.values() if dispatch.OPS[op.function] == "attention"], ids=lambda op: op.function
+)
+def test_all_directions_of_attention_are_one_kernel_call(op, monkeypatch):
+    calls = []
+
+    class Recorder:
+        def __getattr__(self, name):
+            calls.append(name)
+            return getattr(extension(), name)
+
+    monkeypatch.setattr(cpu_attention, "extension", Recorder)
+    Call(op).results()
+    assert calls == ["attention_forward", "attention_backward"]
 
 
 @needs_extension

@@ -90,7 +90,7 @@ SMALL = {
     ("attention", "backward_dq"): attn.Shape(1, 1, 2, 16, 32, 1, 16),
     ("norm", "statistics"): norm.Shape(1, 32, 1100),
     ("norm", "merge"): norm.Shape(1, 32, 1100),
-    ("norm", "whole"): norm.Shape(1, 32, 20),
+    ("norm", "single_launch"): norm.Shape(1, 32, 20),
     ("norm", "forward"): norm.Shape(1, 32, 1100),
     ("norm", "backward"): norm.Shape(1, 32, 1100),
     ("conv", "taps"): tasks.Convolution(1, 16, 16, 20, 2, silu=False, gradient=True),
@@ -340,13 +340,14 @@ def misbehave(connection, target):
 
 def test_a_crash_or_a_hang_costs_one_job():
     jobs = ["a", "crash", "b", "hang", "c"]
+    list(compilation.compile_all(["a"], "gpu", processes=1, loop=misbehave))  # the first waits for imports
     start = time.monotonic()
-    outcomes = dict(compilation.compile_all(jobs, "gpu", processes=2, timeout_s=1.5, loop=misbehave))
-    assert time.monotonic() - start < 20
+    outcomes = dict(compilation.compile_all(jobs, "gpu", processes=2, timeout_s=3, loop=misbehave))
+    assert time.monotonic() - start < 50  # of the 60 that it would hang
     assert sorted(outcomes) == [0, 1, 2, 3, 4]
     assert outcomes[0] == {"reason": None, "job": "a", "target": "gpu"}
     assert outcomes[1] == {"reason": "compiling failed: the process ended with code -6"}
-    assert outcomes[3] == {"reason": "compiling failed: not done after 1.5 s"}
+    assert outcomes[3] == {"reason": "compiling failed: not done after 3 s"}
     assert all(outcomes[i]["job"] == jobs[i] for i in (2, 4))
 
 

@@ -66,7 +66,7 @@ def record(target_name, compiled=None):
     """From here on, launches compile for the target (or, given `compiled`, only note there what they would compile)."""
     driver.active.target = TARGETS[target_name]
     _host.device_name = lambda device: TARGETS[target_name].device_name
-    _host.forget()
+    _host.clear_caches()
     kernels = []
 
     def run(self, *args, warmup, **kwargs):

@@ -93,7 +93,7 @@ CANDIDATES: dict[tuple[str, str, str], list[Config]] = {
         for bits in ("16-bit", "32-bit")
     },
     **{
-        ("norm", "whole", bits): _configs("TILE BLOCK_C POSITIONS num_warps", [
+        ("norm", "single_launch", bits): _configs("TILE BLOCK_C POSITIONS num_warps", [
             (tile, width, positions, warps)
             for tile, width, warps in (
                 (512, 32, 4), (1024, 32, 2), (1024, 32, 4), (2048, 32, 4), (2048, 64, 4), (4096, 64, 8)

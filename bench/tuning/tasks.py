@@ -25,14 +25,14 @@ JIT = {
     ("conv", "taps"): ("_convolve_kernel",),
     ("conv", "pointwise"): ("_convolve_kernel",),
     ("norm", "merge"): ("_merge_kernel", "_backward_merge_kernel"),
-    ("norm", "whole"): ("_whole_kernel", "_backward_whole_kernel"),
+    ("norm", "single_launch"): ("_single_launch_kernel", "_backward_single_launch_kernel"),
 }
 # Of the time, by op and kernel; in order of importance.
 WEIGHTS = {
     ("attention", "forward"): 4.0, ("conv", "pointwise"): 1.5,
     ("attention", "backward_dkdv"): 3.0, ("attention", "backward_dq"): 3.0,
     ("norm", "statistics"): 1.0, ("norm", "forward"): 1.0, ("norm", "backward_sums"): 1.0, ("norm", "backward"): 1.0,
-    ("norm", "merge"): 0.7, ("norm", "whole"): 1.0, ("conv", "taps"): 0.7, ("conv", "backward_weight"): 0.7,
+    ("norm", "merge"): 0.7, ("norm", "single_launch"): 1.0, ("conv", "taps"): 0.7, ("conv", "backward_weight"): 0.7,
 }  # fmt: skip
 
 
@@ -99,7 +99,7 @@ class Task:
     def override(self, device_name: str, config: Config) -> None:
         """From here on, launches on a device of this name take this configuration."""
         tables.put(self.module._config.tables, device_name, self.keys, config)
-        _host.forget()
+        _host.clear_caches()
 
     def configs(self) -> list[Config]:
         """The listed candidates; no block is wider than the bucket of channels, to which a launcher would cut it."""
@@ -118,7 +118,7 @@ def make_tasks(dtypes: Iterable[str], head_dims: Iterable[int], batches: Sequenc
     norms = {kernel: tuple(norm.Shape(b, *size) for b in batches for size in LONG) for _, kernel in WEIGHTS}
     # On larger ones what is merged takes so long that merging does not count.
     norms["merge"] = tuple(norm.Shape(b, *LONG[-1]) for b in batches)
-    norms["whole"] = tuple(norm.Shape(b * sequences, *size) for b in batches for sequences, *size in SHORT)
+    norms["single_launch"] = tuple(norm.Shape(b * sequences, *size) for b in batches for sequences, *size in SHORT)
     for dtype in dtypes:
         for op, kernel in WEIGHTS:
             if op == "attention":
@@ -201,7 +201,7 @@ def _norm_call(kernel: str, module: Any, shape: norm.Shape, random_tensor: Calla
 
     if kernel == "merge":
         return lambda: (*statistics(), *backward())
-    if kernel == "whole":
+    if kernel == "single_launch":
         return lambda: (*module.forward(x, *parameters, None, None, **groups, silu=True, eps=1e-5), *backward())
     return backward
 

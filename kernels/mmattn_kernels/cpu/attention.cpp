@@ -77,7 +77,7 @@ class Forward {
     const Direction& d = *run.direction;
     for (int64_t r = 0; r < rows; ++r)
       load_row(queries_ + r * padded_, row<T>(d.q, run.batch, block.queries.lo + r, run.head), dim_, padded_,
-               p_.scale * kLog2e);
+               p_.scale * kLog2e<float>);
     for (int64_t r = 0; r < kQueryRows; ++r) top_[r] = factor_[r] = kMasked, sum_[r] = 0;
     std::memset(out_, 0, rows * padded_ * sizeof(float));
 
@@ -85,8 +85,12 @@ class Forward {
     run.each_key_range(block, [&](Range range) {
       each_key_block(range, kLanes, kKeyPanels, [&](int64_t panel, int64_t panels) {
         const int64_t lo = range.lo - panel * kLanes, hi = range.hi - panel * kLanes, last = (panels - 1) * kLanes;
-        gemm<Init::zero>({rows, panels, dim_, queries_, padded_, 1, keys_ + panel * dim_ * kLanes, dim_ * kLanes,
-                          kLanes, scores_, kKeyBlock});
+        gemm<Init::zero>({rows,
+                          panels,
+                          dim_,
+                          {queries_, padded_, 1},
+                          {keys_ + panel * dim_ * kLanes, dim_ * kLanes, kLanes},
+                          {scores_, kKeyBlock}});
         for (int64_t r = 0; r < rows; ++r) {
           float* s = scores_ + r * kKeyBlock;
           if (lo > 0) store(s, keep_lanes(load(s), lo, kLanes, kMasked));
@@ -116,8 +120,13 @@ class Forward {
           }
           sum_[r] += reduce_add(total);
         }
-        gemm<Init::rescale>({rows, padded_ / kLanes, panels * kLanes, scores_, kKeyBlock, 1,
-                             values_ + panel * kLanes * padded_, kLanes, padded_, out_, padded_, factor_});
+        gemm<Init::rescale>({rows,
+                             padded_ / kLanes,
+                             panels * kLanes,
+                             {scores_, kKeyBlock, 1},
+                             {values_ + panel * kLanes * padded_, kLanes, padded_},
+                             {out_, padded_},
+                             factor_});
         is_first = false;
       });
     });
@@ -167,7 +176,7 @@ class Backward {
     for (const QueryBlock* block = run.begin; block != run.end; ++block) differentiate(run, *block);
     for (int64_t i = 0; i < run.ring; ++i) {
       // The packed queries carry scale * log2(e); d_k wants scale alone.
-      store_row(run.key<T>(d.d_k, i), d_keys_ + i * padded_, dim_, kLn2);
+      store_row(run.key<T>(d.d_k, i), d_keys_ + i * padded_, dim_, kLn2<float>);
       store_row(run.key<T>(d.d_v, i), d_values_ + i * padded_, dim_, 1.0f);
     }
     zero_unread<T>(run, dim_);
@@ -181,7 +190,8 @@ class Backward {
     const double* lse = run.lse(block, p_.heads);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t position = block.queries.lo + r;
-      load_row(queries_ + r * padded_, row<T>(d.q, run.batch, position, run.head), dim_, padded_, p_.scale * kLog2e);
+      load_row(queries_ + r * padded_, row<T>(d.q, run.batch, position, run.head), dim_, padded_,
+               p_.scale * kLog2e<float>);
       load_row(d_out_ + r * padded_, row<T>(d.d_out, run.batch, position, run.head), dim_, padded_, 1.0f);
       load_row(d_queries_ + r * padded_, row<T>(d.out, run.batch, position, run.head), dim_, padded_, 1.0f);
       Vec total{};
@@ -195,10 +205,16 @@ class Backward {
       each_key_block(range, kLanes, kKeyPanels, [&](int64_t panel, int64_t panels) {
         const int64_t first = panel * kLanes, lo = std::max<int64_t>(range.lo - first, 0);
         const int64_t hi = std::min(range.hi - first, panels * kLanes), last = (panels - 1) * kLanes;
-        gemm<Init::zero>({rows, panels, dim_, queries_, padded_, 1, key_panels_ + first * dim_, dim_ * kLanes, kLanes,
-                          weights_, kKeyBlock});
-        gemm<Init::zero>({rows, panels, dim_, d_out_, padded_, 1, value_panels_ + first * dim_, dim_ * kLanes, kLanes,
-                          d_scores_, kKeyBlock});
+        const auto panel_product = [&](const float* of_rows, const float* of_keys, float* to) {
+          gemm<Init::zero>({rows,
+                            panels,
+                            dim_,
+                            {of_rows, padded_, 1},
+                            {of_keys + first * dim_, dim_ * kLanes, kLanes},
+                            {to, kKeyBlock}});
+        };
+        panel_product(queries_, key_panels_, weights_);
+        panel_product(d_out_, value_panels_, d_scores_);
         for (int64_t r = 0; r < rows; ++r) {
           float* s = weights_ + r * kKeyBlock;
           float* ds = d_scores_ + r * kKeyBlock;
@@ -212,12 +228,22 @@ class Backward {
             store(ds + v, weight * (load(ds + v) - row_delta));
           }
         }
-        gemm<Init::add>({hi - lo, vecs, rows, weights_ + lo, 1, kKeyBlock, d_out_, kLanes, padded_,
-                         d_values_ + (first + lo) * padded_, padded_});
-        gemm<Init::add>({hi - lo, vecs, rows, d_scores_ + lo, 1, kKeyBlock, queries_, kLanes, padded_,
-                         d_keys_ + (first + lo) * padded_, padded_});
-        gemm<Init::add>({rows, vecs, panels * kLanes, d_scores_, kKeyBlock, 1, key_rows_ + first * padded_, kLanes,
-                         padded_, d_queries_, padded_});
+        const auto add_to_keys = [&](const float* scores, const float* of_rows, float* to) {
+          gemm<Init::add>({hi - lo,
+                           vecs,
+                           rows,
+                           {scores + lo, 1, kKeyBlock},
+                           {of_rows, kLanes, padded_},
+                           {to + (first + lo) * padded_, padded_}});
+        };
+        add_to_keys(weights_, d_out_, d_values_);
+        add_to_keys(d_scores_, queries_, d_keys_);
+        gemm<Init::add>({rows,
+                         vecs,
+                         panels * kLanes,
+                         {d_scores_, kKeyBlock, 1},
+                         {key_rows_ + first * padded_, kLanes, padded_},
+                         {d_queries_, padded_}});
       });
     });
     for (int64_t r = 0; r < rows; ++r)

@@ -25,7 +25,8 @@ def forward(
     directions: Sequence[Direction], windows: CircularWindows, scale: float
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(out, lse), of each direction."""
-    out, lse = [q.new_empty(q.shape) for q, _, _ in directions], [_empty_lse(q) for q, _, _ in directions]
+    out = [torch.empty_like(q, memory_format=torch.contiguous_format) for q, _, _ in directions]
+    lse = [_empty_lse(q) for q, _, _ in directions]
     tensors = [(*direction, o) for direction, o in zip(directions, out, strict=True)]
     _run(extension().attention_forward, tensors, lse, windows, scale)
     return out, lse

@@ -54,7 +54,7 @@ class AmxForward {
         d_chunks_((dim_ + 31) / 32),
         d_blocks_((dim_ + 15) / 16),
         padded_(d_blocks_ * 16),
-        score_scale_(p.scale * kLog2e),
+        score_scale_(p.scale * kLog2e<float>),
         keys_(tiles_by_position<Parts>(scratch.take(tile_floats<Parts>(round_up(longest, 32), dim_)), dim_)),
         values_(tiles_by_channel<Parts>(scratch.take(tile_floats<Parts>(dim_, longest)), dim_)),
         queries_(tiles_by_position<Parts>(scratch.take(tile_floats<Parts>(kQueryRows, dim_)), dim_)),
@@ -290,7 +290,7 @@ class AmxBackward {
 
   // P = exp2(S - lse) and dS = P (dP - delta) into tiles; keys outside the window are zero.
   void softmax_gradient(Range keys, int64_t chunks, int64_t q_chunks) const {
-    const Vec scale = broadcast(p_.scale * kLog2e);
+    const Vec scale = broadcast(p_.scale * kLog2e<float>);
     for (int64_t k = 0; k < chunks * 32; ++k) {
       const bool is_inside = k >= keys.lo && k < keys.hi;
       for (int64_t c = 0; c < q_chunks; ++c) {

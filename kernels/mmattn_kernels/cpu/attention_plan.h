@@ -16,8 +16,7 @@ namespace {
 
 constexpr int64_t kMaxDim = 256;
 constexpr int64_t kCacheBytes = 1 << 20;  // packed keys a run may hold: half of a common second-level cache
-constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
-constexpr float kMasked = -1e30f;  // finite, so that masked minus maximum is never NaN
+constexpr float kMasked = -1e30f;         // finite, so that masked minus maximum is never NaN
 
 template <class T>
 T* row(const Strided& s, int64_t batch, int64_t position, int64_t head) {
@@ -26,14 +25,14 @@ T* row(const Strided& s, int64_t batch, int64_t position, int64_t head) {
 
 // The natural logarithm of a sum of exponentials of base 2 that are relative to `top`.
 inline double log_sum_exp(float top, float sum) {
-  return (static_cast<double>(top) + std::log2(sum)) * 0.69314718055994530942;
+  return (static_cast<double>(top) + std::log2(sum)) * kLn2<double>;
 }
 
 // The same in base 2, as two floats.
 struct BinaryLse {
   float high, low;
   explicit BinaryLse(double lse) {
-    const double binary = lse * 1.44269504088896340736;
+    const double binary = lse * kLog2e<double>;
     high = static_cast<float>(binary);
     low = static_cast<float>(binary - high);
   }

@@ -107,12 +107,12 @@ class FmaConv {
           const auto [lo, hi] = k == middle ? std::pair<int64_t, int64_t>{0, block.rows} : block.readers(k);
           if (lo == hi) continue;
           const float* weights = packed + ((panel * block.taps + k) * p.in_channels + c) * kPanel;
-          const Gemm g{hi - lo, vecs,
-                       end - c, buffer + (lo + block.offset(k)) * stride,
-                       stride,  1,
-                       weights, kLanes,
-                       kPanel,  sums + lo * columns + (panel - panel_begin) * kPanel,
-                       columns};
+          const Gemm g{hi - lo,
+                       vecs,
+                       end - c,
+                       {buffer + (lo + block.offset(k)) * stride, stride, 1},
+                       {weights, kLanes, kPanel},
+                       {sums + lo * columns + (panel - panel_begin) * kPanel, columns}};
           c == 0 && j == 0 ? gemm<Init::zero>(g) : gemm<Init::add>(g);
         }
       }
@@ -133,27 +133,65 @@ class FmaConv {
   }
 };
 
+// What WeightGradient multiplies of a block on vectors: all rows of y and `count` channels, from `first` on, of the
+// output gradient, as fp32.
+template <class T>
+class FmaGradientProduct {
+ public:
+  using Row = float;
+  struct Registers {};
+  static constexpr int64_t kMostRows = 192;
+  static int64_t floats(const Extent& extent, int64_t columns) { return extent.rows * (columns + kLanes); }
+
+  FmaGradientProduct(const Conv& p, const Block& block, const Row* rows, int64_t row_stride, int64_t first,
+                     int64_t count, float* memory)
+      : block_(block),
+        rows_(rows),
+        row_stride_(row_stride),
+        count_(count),
+        stride_(round_up(count, kLanes) + kLanes),
+        vecs_((p.in_channels + kLanes - 1) / kLanes),
+        gradients_(memory) {
+    for (int64_t i = 0; i < block.rows; ++i) {
+      const T* d_out = gradient_row<T>(p, block, i);
+      if (d_out)
+        load_row(gradients_ + i * stride_, d_out + first, count, count, 1.0f);
+      else
+        std::memset(gradients_ + i * stride_, 0, round_up(count, kLanes) * sizeof(float));
+    }
+  }
+
+  // [out channel][in channel] of tap k over the rows lo .. hi - 1, added to `to` or, with `is_first`, instead of it.
+  void multiply(int64_t k, int64_t lo, int64_t hi, float* to, int64_t to_row, bool is_first) const {
+    const Gemm g{count_,
+                 vecs_,
+                 hi - lo,
+                 {gradients_ + lo * stride_, 1, stride_},
+                 {rows_ + (lo + block_.offset(k)) * row_stride_, kLanes, row_stride_},
+                 {to, to_row}};
+    is_first ? gemm<Init::zero>(g) : gemm<Init::add>(g);
+  }
+
+ private:
+  const Block& block_;
+  const Row* rows_;
+  const int64_t row_stride_, count_, stride_, vecs_;
+  float* gradients_;
+};
+
 // Of the weight. A thread sums over the blocks of its team, for its range of out channels, into [tap][out][in]; teams
 // share the blocks where the sums are small, members share the channels where they are large. Last, the teams' sums are
-// added in their order.
-template <class T>
+// added in their order. Product is FmaGradientProduct or that of conv_amx.h.
+template <class T, class Product>
 class WeightGradient {
  public:
-#if defined(__AMX_BF16__)
-  static constexpr bool kAmx = true;
-  using Row = T;
-  static constexpr int64_t kMostRows = 512;
-#else
-  static constexpr bool kAmx = false;
-  using Row = float;
-  static constexpr int64_t kMostRows = 192;
-#endif
+  using Row = typename Product::Row;
   static constexpr int64_t kTeamBytes = 2 << 20;
 
   static void run(const Conv& p) {
     const Coefficients coefficients(p.batch, p.in_channels);
     set_coefficients_from_stats(p.norm, coefficients, p.batch, p.in_channels);
-    const std::vector<Block> blocks = cut(p, kMostRows);
+    const std::vector<Block> blocks = cut(p, Product::kMostRows);
     const Extent extent(blocks);
     const int64_t units = (p.out_channels + 31) / 32, count = blocks.size();
     const int64_t in_padded = round_up(p.in_channels, 32) + 16, sums_of_all = p.taps * units * 32 * in_padded;
@@ -165,9 +203,7 @@ class WeightGradient {
     const Buffer memory(shape.per_thread_ * p.threads);
 #pragma omp parallel num_threads(p.threads)
     {
-#if defined(__AMX_BF16__)
-      const TileRegisters registers;
-#endif
+      [[maybe_unused]] const typename Product::Registers registers{};
       float* own = memory.data() + thread_number() * shape.per_thread_;
 #pragma omp for schedule(static, 1)
       for (int64_t i = 0; i < teams * members; ++i) {
@@ -185,93 +221,27 @@ class WeightGradient {
  private:
   const Conv& p_;
   const Coefficients& coefficients_;
-  const int64_t in_padded_, columns_, row_stride_, rows_, packed_, per_thread_;
+  const int64_t in_padded_, row_stride_, rows_, per_thread_;
 
   WeightGradient(const Conv& p, const Coefficients& coefficients, const Extent& extent, int64_t in_padded,
                  int64_t columns)
       : p_(p),
         coefficients_(coefficients),
         in_padded_(in_padded),
-        columns_(columns),
         row_stride_(round_up(p.in_channels, 32) + 16),
         rows_(round_up(extent.buffer_rows * row_stride_ * sizeof(Row) / sizeof(float) + 16, 16)),
-        packed_(kAmx ? (columns + kInGroup) / 16 * (extent.rows / 32 * kTileFloats + 16) + 16
-                     : extent.rows * (columns + kLanes)),
-        per_thread_(std::max(rows_ + packed_, round_up(p.in_channels * p.taps, 16)) + 16) {}
-
-  static constexpr int64_t kTileFloats = sizeof(T) == 2 ? 256 : 768;  // of 16 x 32 numbers in all their parts
-  static constexpr int64_t kInGroup =
-      64;  // in channels packed at a time, to be read from the cache by all out channels
-
-  // The output gradient of a row of the block; null where there is none.
-  const T* d_out(const Block& block, int64_t i) const {
-    if (!block.spatial() && i % block.run >= block.width) return nullptr;
-    const int64_t position = block.position(i);
-    return position < 0 || position >= block.length ? nullptr : row<T>(p_.out, block.batch, position);
-  }
+        per_thread_(std::max(rows_ + Product::floats(extent, columns), round_up(p.in_channels * p.taps, 16)) + 16) {}
 
   void add_block(const Block& block, int64_t first, int64_t end, bool is_first, float* own, float* sums) const {
     Row* rows = reinterpret_cast<Row*>(own);
     fill_rows<T>(p_, block, coefficients_, 0, p_.in_channels, rows, row_stride_);
     const int64_t out_rows = round_up(p_.out_channels, 32), count = std::min(end, p_.out_channels) - first;
-#if defined(__AMX_BF16__)
-    constexpr int kP = kParts<T>;
-    const int64_t out_blocks = (count + 15) / 16, chunks = block.rows / 32;
-    char* packed = reinterpret_cast<char*>(own + rows_);
-    const int64_t block_bytes = kTileBytes * kP * chunks + 64;  // 64 more: rows of tiles begin in different cache sets
-    const Tiles left{packed, block_bytes, kTileBytes, kTileBytes * kP};
-    const Tiles right{packed + round_up(out_blocks * block_bytes, 64), block_bytes, kTileBytes, kTileBytes * kP};
-    for (int64_t c = 0; c < chunks; ++c)
-      pack_depth_tiles<kP, true>(left, c, count, [&](int64_t i) {
-        const T* p = d_out(block, c * 32 + i);
-        return p ? p + first : nullptr;
-      });
-    const auto product = [&](int64_t k, int64_t lo, int64_t hi, float* to) {
-      const Tiles a{left.at(0, 0, lo / 32), left.block, left.part, left.chunk};
-      const Tiles b{right.at(0, 0, lo / 32), right.block, right.part, right.chunk};
-      for (int64_t at = 0; at < p_.in_channels; at += kInGroup) {
-        const int64_t group = std::min(kInGroup, p_.in_channels - at);
-        for (int64_t c = lo / 32; c < hi / 32; ++c) {
-          const Row* low = rows + (block.at(c * 32) + block.offset(k)) * row_stride_ + at;
-          const Row* high = rows + (block.at(c * 32 + 16) + block.offset(k)) * row_stride_ + at;
-          pack_depth_tiles<kP, false>(right, c, group, [&](int64_t i) {
-            return i < 16 ? low + i * row_stride_ : high + (i - 16) * row_stride_;
-          });
-        }
-        tile_gemm<kP>(out_blocks, 0, (group + 15) / 16, (hi - lo) / 32, a, b, to + at, in_padded_, !is_first);
-      }
-    };
-#else
-    float* gradients = own + rows_;
-    const int64_t stride = columns_ + kLanes;
-    for (int64_t i = 0; i < block.rows; ++i) {
-      const T* p = d_out(block, i);
-      if (p)
-        load_row(gradients + i * stride, p + first, count, count, 1.0f);
-      else
-        std::memset(gradients + i * stride, 0, round_up(count, kLanes) * sizeof(float));
-    }
-    const int64_t vecs = (p_.in_channels + kLanes - 1) / kLanes;
-    const auto product = [&](int64_t k, int64_t lo, int64_t hi, float* to) {
-      const Gemm g{count,
-                   vecs,
-                   hi - lo,
-                   gradients + lo * stride,
-                   1,
-                   stride,
-                   rows + (lo + block.offset(k)) * row_stride_,
-                   kLanes,
-                   row_stride_,
-                   to,
-                   in_padded_};
-      is_first ? gemm<Init::zero>(g) : gemm<Init::add>(g);
-    };
-#endif
+    const Product product(p_, block, rows, row_stride_, first, count, own + rows_);
     for (int64_t k = 0; k < block.taps; ++k) {
       float* to = sums + (k * out_rows + first) * in_padded_;
       const auto [lo, hi] = block.readers(k);
       if (lo < hi)
-        product(k, lo, hi, to);
+        product.multiply(k, lo, hi, to, in_padded_, is_first);
       else if (is_first)
         std::memset(to, 0, (end - first) * in_padded_ * sizeof(float));
     }
@@ -344,6 +314,10 @@ void conv_pack(const ConvWeights& w, void* packed) {
 void conv_forward(const Conv& p) {
   p.is_bf16 ? AmxConv<bf16>::forward(p) : AmxConv<float>::forward(p);
 }
+void conv_weight_gradient(const Conv& p) {
+  p.is_bf16 ? WeightGradient<bf16, AmxGradientProduct<bf16>>::run(p)
+            : WeightGradient<float, AmxGradientProduct<float>>::run(p);
+}
 #else
 int64_t conv_packed_bytes(int64_t out_channels, int64_t in_channels, int64_t taps, bool) {
   return FmaWeights::packed_bytes(out_channels, in_channels, taps);
@@ -354,11 +328,11 @@ void conv_pack(const ConvWeights& w, void* packed) {
 void conv_forward(const Conv& p) {
   p.is_bf16 ? FmaConv<bf16>::forward(p) : FmaConv<float>::forward(p);
 }
-#endif
-
 void conv_weight_gradient(const Conv& p) {
-  p.is_bf16 ? WeightGradient<bf16>::run(p) : WeightGradient<float>::run(p);
+  p.is_bf16 ? WeightGradient<bf16, FmaGradientProduct<bf16>>::run(p)
+            : WeightGradient<float, FmaGradientProduct<float>>::run(p);
 }
+#endif
 
 void column_sums(const Tokens& t, int64_t batch, int64_t length, int64_t channels, bool is_bf16, float* out,
                  int threads) {

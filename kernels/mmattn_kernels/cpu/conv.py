@@ -57,9 +57,7 @@ def forward(
         parameters = readable(norm_weight, norm_bias, scale, shift)
         norm = norm_arguments(parameters, stats, groups, silu, eps)
         packed = _packed_weight(weight, x.dtype == torch.bfloat16)
-        _convolve(
-            x, out, residual, packed, bias, norm, weight.shape, (min(int(dilation), length), int(height), int(width))
-        )
+        _convolve(x, out, residual, packed, bias, norm, weight.shape, (dilation, int(height), int(width)))
     return out, stats
 
 
@@ -93,7 +91,7 @@ def backward(
     sums = x.new_zeros((batch, in_channels, 2) if need_x and has_prologue else 0, dtype=torch.float32)
     if batch == 0:
         return d_x, d_weight.zero_(), d_bias.zero_(), sums
-    geometry = (min(int(dilation), length), int(height), int(width), is_bf16, threads)
+    geometry = (dilation, int(height), int(width), is_bf16, threads)
     sizes = (batch, length, in_channels, out_channels, taps, *geometry)
     if need_x:
         near = _near(weight)

@@ -334,5 +334,62 @@ class AmxConv {
   }
 };
 
+// What WeightGradient multiplies of a block on tiles: all rows of y and `count` channels, from `first` on, of the
+// output gradient, the rows as depth.
+template <class T>
+class AmxGradientProduct {
+ public:
+  using Row = T;
+  using Registers = TileRegisters;
+  static constexpr int64_t kMostRows = 512;
+  static int64_t floats(const Extent& extent, int64_t columns) {
+    return (columns + kInGroup) / 16 * (extent.rows / 32 * kTileFloats + 16) + 16;
+  }
+
+  AmxGradientProduct(const Conv& p, const Block& block, const Row* rows, int64_t row_stride, int64_t first,
+                     int64_t count, float* memory)
+      : p_(p), block_(block), rows_(rows), row_stride_(row_stride), out_blocks_((count + 15) / 16) {
+    const int64_t chunks = block.rows / 32;
+    char* packed = reinterpret_cast<char*>(memory);
+    const int64_t block_bytes = kTileBytes * kP * chunks + 64;  // 64 more: rows of tiles begin in different cache sets
+    left_ = {packed, block_bytes, kTileBytes, kTileBytes * kP};
+    right_ = {packed + round_up(out_blocks_ * block_bytes, 64), block_bytes, kTileBytes, kTileBytes * kP};
+    for (int64_t c = 0; c < chunks; ++c)
+      pack_depth_tiles<kP, true>(left_, c, count, [&](int64_t i) {
+        const T* d_out = gradient_row<T>(p, block, c * 32 + i);
+        return d_out ? d_out + first : nullptr;
+      });
+  }
+
+  // [out channel][in channel] of tap k over the rows lo .. hi - 1, added to `to` or, with `is_first`, instead of it.
+  void multiply(int64_t k, int64_t lo, int64_t hi, float* to, int64_t to_row, bool is_first) const {
+    const int64_t stride = row_stride_;
+    const Tiles a{left_.at(0, 0, lo / 32), left_.block, left_.part, left_.chunk};
+    const Tiles b{right_.at(0, 0, lo / 32), right_.block, right_.part, right_.chunk};
+    for (int64_t at = 0; at < p_.in_channels; at += kInGroup) {
+      const int64_t group = std::min(kInGroup, p_.in_channels - at);
+      for (int64_t c = lo / 32; c < hi / 32; ++c) {
+        const Row* low = rows_ + (block_.at(c * 32) + block_.offset(k)) * stride + at;
+        const Row* high = rows_ + (block_.at(c * 32 + 16) + block_.offset(k)) * stride + at;
+        pack_depth_tiles<kP, false>(right_, c, group,
+                                    [&](int64_t i) { return i < 16 ? low + i * stride : high + (i - 16) * stride; });
+      }
+      tile_gemm<kP>(out_blocks_, 0, (group + 15) / 16, (hi - lo) / 32, a, b, to + at, to_row, !is_first);
+    }
+  }
+
+ private:
+  static constexpr int kP = kParts<T>;
+  static constexpr int64_t kTileFloats = kP == 1 ? 256 : 768;  // of 16 x 32 numbers in all their parts
+  // In channels packed at a time, to be read from the cache by all out channels.
+  static constexpr int64_t kInGroup = 64;
+
+  const Conv& p_;
+  const Block& block_;
+  const Row* rows_;
+  const int64_t row_stride_, out_blocks_;
+  Tiles left_, right_;
+};
+
 }  // namespace
 }  // namespace mmattn::MMATTN_ISA

@@ -32,6 +32,7 @@ constexpr bool kTiles = false;
 // The places of a sequence of frames in the buffer: every line and every frame with a zero behind.
 struct Frames {
   int64_t height, width, length;
+  Frames() = default;
   explicit Frames(const Conv& p) : height(p.height), width(p.width), length(p.length) {}
 
   int64_t pitch() const { return width + 1; }
@@ -130,6 +131,8 @@ inline std::vector<Block> cut(const Conv& p, int64_t most) {
   const double with_runs = vain + (runs_of_block < runs ? 0.25 * (taps - 1) / runs_of_block : 0);
   const double without = 0.25 * (taps - 1) * std::min(dilation, length) / std::min(most, length);
   std::vector<Block> blocks;
+  Block block{};
+  block.length = length, block.taps = taps, block.dilation = dilation, block.frames = frames;
   if (!spatial && taps > 1 && with_runs < without) {
     int64_t run = std::max(std::min(most / runs_of_block / kRowUnit * kRowUnit, padded_span), kRowUnit);
     const int64_t groups = (runs + runs_of_block - 1) / runs_of_block;
@@ -138,8 +141,9 @@ inline std::vector<Block> cut(const Conv& p, int64_t most) {
       for (int64_t g = 0; g < groups; ++g)
         for (int64_t r = 0; r < span; r += run) {
           const int64_t first = runs * g / groups, count = runs * (g + 1) / groups - first;
-          blocks.push_back({b, first * dilation + r, count * run, run, std::min(run, span - r), run, length, taps,
-                            dilation, frames});
+          block.batch = b, block.origin = first * dilation + r, block.rows = count * run;
+          block.run = run, block.width = std::min(run, span - r), block.step = run;
+          blocks.push_back(block);
         }
     return blocks;
   }
@@ -152,10 +156,19 @@ inline std::vector<Block> cut(const Conv& p, int64_t most) {
   for (int64_t b = 0; b < p.batch; ++b)
     for (int64_t i = 0; i < count; ++i) {
       const int64_t first = units * i / count * kRowUnit, end = units * (i + 1) / count * kRowUnit;
-      const int64_t step = dilation < length ? dilation : 0;
-      blocks.push_back({b, first, end - first, kWholeRun, kWholeRun, step, length, taps, dilation, frames});
+      block.batch = b, block.origin = first, block.rows = end - first;
+      block.run = block.width = kWholeRun, block.step = dilation < length ? dilation : 0;
+      blocks.push_back(block);
     }
   return blocks;
+}
+
+// The output gradient of a row of the block; null where there is none.
+template <class T>
+const T* gradient_row(const Conv& p, const Block& block, int64_t i) {
+  if (!block.spatial() && i % block.run >= block.width) return nullptr;
+  const int64_t position = block.position(i);
+  return position < 0 || position >= block.length ? nullptr : row<T>(p.out, block.batch, position);
 }
 
 // What the blocks need at most.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The fp32 register-tile matrix product all kernels share: C[m, :] = init + sum_k A[m, k] * B[k, :].
 // A is read by broadcast and may be strided both ways (so A and A^T are the same code); B is read in vectors, the
-// columns of one vector contiguous, the vectors `b_vec` apart (so a row-major matrix and a panel-packed one are too).
+// columns of one vector contiguous, the vectors `b.vec` apart (so a row-major matrix and a panel-packed one are too).
 #pragma once
 
 #include <algorithm>
@@ -20,29 +20,38 @@ constexpr int kTileRows = 6, kTileVecs = 2;  // 12 accumulators, 2 of B and a br
 enum class Init { zero, add, rescale };  // C starts at 0, at C, at row_factor[m] * C
 
 struct Gemm {
+  struct Left {
+    const float* data;
+    int64_t row, depth;
+  };
+  struct Right {
+    const float* data;
+    int64_t vec, depth;
+  };
+  struct Result {
+    float* data;
+    int64_t row;
+  };
   int64_t rows, vecs, depth;
-  const float* a;
-  int64_t a_row, a_depth;
-  const float* b;
-  int64_t b_vec, b_depth;
-  float* c;
-  int64_t c_row;
+  Left a;
+  Right b;
+  Result c;
   const float* row_factor = nullptr;
 };
 
 template <Init kInit, int R, int V>
 void gemm_tile(const Gemm& g, int64_t row, int64_t vec) {
-  const float* a = g.a + row * g.a_row;
-  const float* b = g.b + vec * g.b_vec;
-  float* c = g.c + row * g.c_row + vec * kLanes;
-  const int64_t a_row = g.a_row, a_depth = g.a_depth, b_vec = g.b_vec, b_depth = g.b_depth;
+  const float* a = g.a.data + row * g.a.row;
+  const float* b = g.b.data + vec * g.b.vec;
+  float* c = g.c.data + row * g.c.row + vec * kLanes;
+  const int64_t a_row = g.a.row, a_depth = g.a.depth, b_vec = g.b.vec, b_depth = g.b.depth;
   Vec acc[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       acc[r][v] = Vec{};
-      if constexpr (kInit == Init::rescale) acc[r][v] = load(c + r * g.c_row + v * kLanes) * g.row_factor[row + r];
+      if constexpr (kInit == Init::rescale) acc[r][v] = load(c + r * g.c.row + v * kLanes) * g.row_factor[row + r];
     }
   for (int64_t k = 0; k < g.depth; ++k) {
     Vec bk[V];
@@ -61,7 +70,7 @@ void gemm_tile(const Gemm& g, int64_t row, int64_t vec) {
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      float* to = c + r * g.c_row + v * kLanes;
+      float* to = c + r * g.c.row + v * kLanes;
       // Added at the end: sums of sums are more accurate than one long one.
       store(to, kInit == Init::add ? load(to) + acc[r][v] : acc[r][v]);
     }

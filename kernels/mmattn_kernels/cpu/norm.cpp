@@ -44,112 +44,141 @@ void forward(const GroupNorm& p) {
 }
 
 template <class T, bool kSilu>
-void backward(const GroupNorm& p) {
-  const Norm& norm = p.norm;
-  const Coefficients coefficients(p.batch, p.channels, kEvenAndOdd<T>);
-  const int64_t groups = norm.groups, channels = p.channels, size = groups ? channels / groups : channels;
-  const float no_groups[kStats] = {0, 1, 0};
-  const auto stats = [&](int64_t b, int64_t c) {
-    return groups ? norm.stats + (b * groups + c / size) * kStats : no_groups;
-  };
-  set_coefficients_from_stats(norm, coefficients, p.batch, channels);
-  const Parts parts(p.length, channels);
-  const int64_t padded = coefficients.padded(), count = p.batch * parts.count;
-  const PerChannel partial(count, channels, 2);  // sums of dz and dz * (x - mean) over each part
-  const PerChannel steps(p.batch, channels,
-                         2);  // constant and slope: d_x = factor * dz - constant - (x - mean) * slope
-#pragma omp parallel num_threads(p.threads)
-  {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t b = i / parts.count, part = i % parts.count, x_step = p.x.position, d_out_step = p.d_out.position;
-      const Maps maps(coefficients, b);
-      float *sums = partial.at(i, 0), *products = partial.at(i, 1);
-      std::memset(sums, 0, padded * sizeof(float));
-      std::memset(products, 0, padded * sizeof(float));
-      for (int64_t first = parts.begin(part); first < parts.end(part); first += kSliceRows) {
-        const int64_t rows = std::min(kSliceRows, parts.end(part) - first);
-        for (int64_t c = 0; c < channels; c += 2 * kLanes) {
-          const Map map[2] = {Map(maps, c), Map(maps, c + kLanes)};
-          const T *x = row<T>(p.x, b, first) + c, *d_out = row<T>(p.d_out, b, first) + c;
-          const int64_t n = channels - c;
-          Vec sum[2] = {}, product[2] = {};
-          for (int64_t r = 0; r < rows; ++r, x += x_step, d_out += d_out_step) {
-            const Pair values = load_pair(x, n), d_y = load_pair(d_out, n);
-            const auto add = [&](int half, Vec value, Vec d) {
-              const Vec centred = value - map[half].mean;
-              // In full precision: these sums are gradients of parameters, which may be of float.
-              const Vec d_z = activate_backward<kSilu, 5>(centred * map[half].factor + map[half].offset, d);
-              sum[half] += d_z;
-              product[half] += d_z * centred;
-            };
-            add(0, values.first, d_y.first);
-            add(1, values.second, d_y.second);
-          }
-          for (int half = 0; half < 2; ++half) {
-            float *s = sums + c + half * kLanes, *t = products + c + half * kLanes;
-            store(s, load(s) + sum[half]);
-            store(t, load(t) + product[half]);
-          }
-        }
-      }
-    }
-#pragma omp for schedule(static)
-    for (int64_t b = 0; b < p.batch; ++b) {
-      float* sums = p.sums + b * channels * 2;
-      const float* factor = coefficients.factor(b);
-      for (int64_t c = 0; c < channels; ++c) {
-        const int64_t at = coefficients.place(c);
-        double sum = 0, product = 0;
-        for (int64_t part = 0; part < parts.count; ++part) {
-          sum += partial.at(b * parts.count + part, 0)[at];
-          product += partial.at(b * parts.count + part, 1)[at];
-        }
-        const float* s = stats(b, c);
-        sums[c * 2] = static_cast<float>(sum);
-        sums[c * 2 + 1] = static_cast<float>((product - sum * s[2]) * s[1]);
-      }
-      float *constant = steps.at(b, 0), *slope = steps.at(b, 1);
-      std::memset(constant, 0, padded * sizeof(float));
-      std::memset(slope, 0, padded * sizeof(float));
-      for (int64_t g = 0; g < groups; ++g) {
-        double sum = 0, product = 0;  // factor is rstd * gain
-        for (int64_t c = g * size; c < (g + 1) * size; ++c) {
-          sum += static_cast<double>(factor[coefficients.place(c)]) * sums[c * 2];
-          product += static_cast<double>(factor[coefficients.place(c)]) * sums[c * 2 + 1];
-        }
-        const float* s = stats(b, g * size);
-        const double mean = sum / (size * p.length), mean_slope = product / (size * p.length) * s[1];
-        for (int64_t c = g * size; c < (g + 1) * size; ++c) {
-          constant[coefficients.place(c)] = static_cast<float>(mean - s[2] * mean_slope);
-          slope[coefficients.place(c)] = static_cast<float>(mean_slope);
-        }
-      }
-    }
-    each_part_backwards(count, [&](int64_t i) {
-      const int64_t b = i / parts.count, part = i % parts.count, n_channels = channels;
-      const Maps maps(coefficients, b);
-      const float *constant = steps.at(b, 0), *slope = steps.at(b, 1);
-      for (int64_t l = parts.begin(part); l < parts.end(part); ++l) {
-        const T *x = row<T>(p.x, b, l), *d_out = row<T>(p.d_out, b, l);
-        T* d_x = row<T>(p.d_x, b, l);
-        for (int64_t c = 0; c < n_channels; c += 2 * kLanes) {
-          const int64_t n = n_channels - c;
-          const Pair values = load_pair(x + c, n), d_y = load_pair(d_out + c, n);
-          const auto step = [&](int64_t at, Vec value, Vec d) {
-            const Map map(maps, at);
-            const Vec centred = value - map.mean;
-            // As in the sums: where the gradient cancels, as in a group of zero variance, a difference between the two
-            // would be all that is left, times rstd.
-            const Vec d_z = activate_backward<kSilu, 5>(centred * map.factor + map.offset, d);
-            return map.factor * d_z - load(constant + at) - centred * load(slope + at);
-          };
-          store_pair(d_x + c, Pair{step(c, values.first, d_y.first), step(c + kLanes, values.second, d_y.second)}, n);
-        }
-      }
-    });
+class Backward {
+ public:
+  explicit Backward(const GroupNorm& p)
+      : p_(p),
+        coefficients_(p.batch, p.channels, kEvenAndOdd<T>),
+        parts_(p.length, p.channels),
+        partial_(p.batch * parts_.count, p.channels, 2),
+        steps_(p.batch, p.channels, 2) {
+    set_coefficients_from_stats(p.norm, coefficients_, p.batch, p.channels);
   }
-}
+
+  void run() const {
+    const int64_t count = p_.batch * parts_.count;
+#pragma omp parallel num_threads(p_.threads)
+    {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < count; ++i) sum_part(i);
+#pragma omp for schedule(static)
+      for (int64_t b = 0; b < p_.batch; ++b) {
+        merge_sums(b);
+        set_steps(b);
+      }
+      each_part_backwards(count, [&](int64_t i) { propagate_part(i); });
+    }
+  }
+
+ private:
+  void sum_part(int64_t i) const {
+    const int64_t b = i / parts_.count, part = i % parts_.count, channels = p_.channels;
+    const int64_t x_step = p_.x.position, d_out_step = p_.d_out.position;
+    const Maps maps(coefficients_, b);
+    float *sums = partial_.at(i, 0), *products = partial_.at(i, 1);
+    std::memset(sums, 0, partial_.padded() * sizeof(float));
+    std::memset(products, 0, partial_.padded() * sizeof(float));
+    for (int64_t first = parts_.begin(part); first < parts_.end(part); first += kSliceRows) {
+      const int64_t rows = std::min(kSliceRows, parts_.end(part) - first);
+      for (int64_t c = 0; c < channels; c += 2 * kLanes) {
+        const Map map[2] = {Map(maps, c), Map(maps, c + kLanes)};
+        const T *x = row<T>(p_.x, b, first) + c, *d_out = row<T>(p_.d_out, b, first) + c;
+        const int64_t n = channels - c;
+        Vec sum[2] = {}, product[2] = {};
+        for (int64_t r = 0; r < rows; ++r, x += x_step, d_out += d_out_step) {
+          const Pair values = load_pair(x, n), d_y = load_pair(d_out, n);
+          const auto add = [&](int half, Vec value, Vec d) {
+            const Vec centred = value - map[half].mean;
+            // In full precision: these sums are gradients of parameters, which may be of float.
+            const Vec d_z = activate_backward<kSilu, 5>(centred * map[half].factor + map[half].offset, d);
+            sum[half] += d_z;
+            product[half] += d_z * centred;
+          };
+          add(0, values.first, d_y.first);
+          add(1, values.second, d_y.second);
+        }
+        for (int half = 0; half < 2; ++half) {
+          float *s = sums + c + half * kLanes, *t = products + c + half * kLanes;
+          store(s, load(s) + sum[half]);
+          store(t, load(t) + product[half]);
+        }
+      }
+    }
+  }
+
+  void merge_sums(int64_t b) const {
+    float* sums = p_.sums + b * p_.channels * 2;
+    for (int64_t c = 0; c < p_.channels; ++c) {
+      const int64_t at = coefficients_.place(c);
+      double sum = 0, product = 0;
+      for (int64_t part = 0; part < parts_.count; ++part) {
+        sum += partial_.at(b * parts_.count + part, 0)[at];
+        product += partial_.at(b * parts_.count + part, 1)[at];
+      }
+      const float* s = stats(b, c);
+      sums[c * 2] = static_cast<float>(sum);
+      sums[c * 2 + 1] = static_cast<float>((product - sum * s[2]) * s[1]);
+    }
+  }
+
+  // From the merged sums.
+  void set_steps(int64_t b) const {
+    const float *sums = p_.sums + b * p_.channels * 2, *factor = coefficients_.factor(b);  // factor is rstd * gain
+    const int64_t groups = p_.norm.groups, size = group_size();
+    float *constant = steps_.at(b, 0), *slope = steps_.at(b, 1);
+    std::memset(constant, 0, steps_.padded() * sizeof(float));
+    std::memset(slope, 0, steps_.padded() * sizeof(float));
+    for (int64_t g = 0; g < groups; ++g) {
+      double sum = 0, product = 0;
+      for (int64_t c = g * size; c < (g + 1) * size; ++c) {
+        sum += static_cast<double>(factor[coefficients_.place(c)]) * sums[c * 2];
+        product += static_cast<double>(factor[coefficients_.place(c)]) * sums[c * 2 + 1];
+      }
+      const float* s = stats(b, g * size);
+      const double mean = sum / (size * p_.length), mean_slope = product / (size * p_.length) * s[1];
+      for (int64_t c = g * size; c < (g + 1) * size; ++c) {
+        constant[coefficients_.place(c)] = static_cast<float>(mean - s[2] * mean_slope);
+        slope[coefficients_.place(c)] = static_cast<float>(mean_slope);
+      }
+    }
+  }
+
+  void propagate_part(int64_t i) const {
+    const int64_t b = i / parts_.count, part = i % parts_.count, channels = p_.channels;
+    const Maps maps(coefficients_, b);
+    const float *constant = steps_.at(b, 0), *slope = steps_.at(b, 1);
+    for (int64_t l = parts_.begin(part); l < parts_.end(part); ++l) {
+      const T *x = row<T>(p_.x, b, l), *d_out = row<T>(p_.d_out, b, l);
+      T* d_x = row<T>(p_.d_x, b, l);
+      for (int64_t c = 0; c < channels; c += 2 * kLanes) {
+        const int64_t n = channels - c;
+        const Pair values = load_pair(x + c, n), d_y = load_pair(d_out + c, n);
+        const auto step = [&](int64_t at, Vec value, Vec d) {
+          const Map map(maps, at);
+          const Vec centred = value - map.mean;
+          // As in the sums: where the gradient cancels, as in a group of zero variance, a difference between the two
+          // would be all that is left, times rstd.
+          const Vec d_z = activate_backward<kSilu, 5>(centred * map.factor + map.offset, d);
+          return map.factor * d_z - load(constant + at) - centred * load(slope + at);
+        };
+        store_pair(d_x + c, Pair{step(c, values.first, d_y.first), step(c + kLanes, values.second, d_y.second)}, n);
+      }
+    }
+  }
+
+  int64_t group_size() const { return p_.norm.groups ? p_.channels / p_.norm.groups : p_.channels; }
+
+  const float* stats(int64_t b, int64_t c) const {
+    static constexpr float no_groups[kStats] = {0, 1, 0};
+    return p_.norm.groups ? p_.norm.stats + (b * p_.norm.groups + c / group_size()) * kStats : no_groups;
+  }
+
+  const GroupNorm& p_;
+  const Coefficients coefficients_;
+  const Parts parts_;
+  const PerChannel partial_;  // sums of dz and dz * (x - mean) over each part
+  const PerChannel steps_;    // constant and slope: d_x = factor * dz - constant - (x - mean) * slope
+};
 
 }  // namespace
 
@@ -162,9 +191,9 @@ void group_norm_forward(const GroupNorm& p) {
 
 void group_norm_backward(const GroupNorm& p) {
   if (p.norm.silu)
-    p.is_bf16 ? backward<bf16, true>(p) : backward<float, true>(p);
+    p.is_bf16 ? Backward<bf16, true>(p).run() : Backward<float, true>(p).run();
   else
-    p.is_bf16 ? backward<bf16, false>(p) : backward<float, false>(p);
+    p.is_bf16 ? Backward<bf16, false>(p).run() : Backward<float, false>(p).run();
 }
 
 }  // namespace mmattn::MMATTN_ISA

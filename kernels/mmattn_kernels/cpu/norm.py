@@ -32,7 +32,7 @@ def forward(
     silu: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    out = x.new_empty(x.shape)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     stats = x.new_empty((x.shape[0], groups, 3), dtype=torch.float32)
     if x.numel():
         parameters = readable(weight, bias, scale, shift)
@@ -57,7 +57,7 @@ def backward(
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x, written over `d_out` if `in_place`, and [B, C, 2] sums over the positions of dz and dz * h."""
-    d_x = d_out if in_place else x.new_empty(x.shape)
+    d_x = d_out if in_place else torch.empty_like(x, memory_format=torch.contiguous_format)
     sums = x.new_zeros((x.shape[0], x.shape[2], 2), dtype=torch.float32)
     if x.numel():
         parameters = readable(weight, bias, scale, shift)

@@ -24,6 +24,12 @@ typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t WordVec __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t HalfVec __attribute__((vector_size(kLanes * 2)));
 
+// log2(e) and ln(2).
+template <class T>
+constexpr T kLog2e = static_cast<T>(1.44269504088896340736L);
+template <class T>
+constexpr T kLn2 = static_cast<T>(0.693147180559945309417L);
+
 struct bf16 {
   uint16_t bits;
 };
@@ -155,7 +161,7 @@ inline Vec exp2(Vec x) {
 // 1 / (1 + e^-x) within 2^-22 at degree 5 and 2^-13 at degree 3.
 template <int Degree = 5>
 inline Vec sigmoid(Vec x) {
-  const Vec exponent = x * -1.44269504088896341f;
+  const Vec exponent = x * -kLog2e<float>;
 #if defined(__AVX512F__)
   if constexpr (Degree == 3) return _mm512_rcp14_ps(1.0f + exp2<3>(exponent));
   // Newton's step needs a finite number: below 2^126, whose reciprocal is still normal. The NaN this loses comes back

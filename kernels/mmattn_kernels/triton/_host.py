@@ -95,14 +95,14 @@ class Launch:
             self._compiled[key] = compiled
 
 
-def planned(function):
-    """Keep what a function makes of shapes, strides, dtypes and a device: launches, until `forget`."""
+def cached(function):
+    """Keep what a function makes of shapes, strides, dtypes and a device: launches, until `clear_caches`."""
     cached = functools.lru_cache(maxsize=4096)(function)
     _caches.append(cached)
     return cached
 
 
-def forget():
+def clear_caches():
     """Launch by the tables as they are now, after one of them has been changed."""
     for cached in _caches:
         cached.cache_clear()

@@ -187,9 +187,9 @@ def _query_walk(i_n, len_q, len_k, frames, window, shift, BLOCK_M: tl.constexpr,
     u_last = u_end - 1
     start, n_rows = _readers(u_first, u_last, len_q, len_k, frames, window)
     begin, n_all = _readers(u_last, u_first, len_q, len_k, frames, window)
-    whole = window * (len_k // frames) == len_k
-    begin = tl.where(whole, 0, _mod(begin - start, len_q))
-    end = tl.where(whole, n_rows, tl.minimum(begin + n_all, n_rows))
+    reads_all = window * (len_k // frames) == len_k
+    begin = tl.where(reads_all, 0, _mod(begin - start, len_q))
+    end = tl.where(reads_all, n_rows, tl.minimum(begin + n_all, n_rows))
     blocks = tl.cdiv(n_rows, BLOCK_M)
     head = tl.minimum(tl.cdiv(begin, BLOCK_M), blocks)
     n_full = tl.maximum(end // BLOCK_M - head, 0)
@@ -408,7 +408,7 @@ _KERNELS = {
 }  # fmt: skip
 
 
-@_host.planned
+@_host.cached
 def _plan(name, q_shape, k_len, strides, dtype, device, directions, segments, size, packed, is_device_shift, precision):
     """The launch of one kernel over the tiles of one or two directions, of queries or of keys.
 

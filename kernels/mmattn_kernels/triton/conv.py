@@ -178,7 +178,7 @@ def _dense(weight, dtype):
     return weight.new_empty((taps, out_channels, in_channels), dtype=dtype).permute(1, 2, 0).copy_(weight)
 
 
-@_host.planned
+@_host.cached
 def _plan(shape, strides, weight_shape, weight_strides, dtype, device, dilation, silu, is_reversed, precision):
     """The launch of the convolution of x [B, L, Cin], by a weight [Cout, Cin, K] with all strides."""
     batch, length, in_channels = shape
@@ -188,8 +188,7 @@ def _plan(shape, strides, weight_shape, weight_strides, dtype, device, dilation,
     config = _config("taps" if taps > 1 else "pointwise", dtype, _host.device_name(device), out_channels)
     config = _fit(config, BLOCK_N=out_channels, BLOCK_K=in_channels)
     tiles = triton.cdiv(length, config["BLOCK_M"])
-    # Taps farther than L read zeros, however far.
-    fixed = *strides, *weight_strides, length, in_channels, out_channels, min(dilation, length), tiles
+    fixed = *strides, *weight_strides, length, in_channels, out_channels, dilation, tiles
     constants = {"TAPS": taps, "REVERSED": is_reversed, "SILU": silu, "PRECISION": precision} | config
     programs = batch * tiles * triton.cdiv(out_channels, config["BLOCK_N"])
     return _host.Launch(_convolve_kernel, programs, fixed, constants)
@@ -217,7 +216,7 @@ def _multiply(y, weight, out, bias=None):
         torch.matmul(y, weight, out=out).add_(bias)
 
 
-@_host.planned
+@_host.cached
 def _weight_plan(shape, weight_shape, strides, dtype, device, dilation, precision):
     """The launches of the partial sums and of their merge, and the number of parts."""
     batch, length, in_channels = shape
@@ -229,7 +228,7 @@ def _weight_plan(shape, weight_shape, strides, dtype, device, dilation, precisio
     tiles = triton.cdiv(length, config["BLOCK_K"])
     chunk = triton.cdiv(batch * tiles, max(programs // owners, 1))
     splits = triton.cdiv(batch * tiles, chunk)
-    fixed = *strides, length, in_channels, out_channels, min(dilation, length), tiles, batch * tiles, chunk
+    fixed = *strides, length, in_channels, out_channels, dilation, tiles, batch * tiles, chunk
     partial = _host.Launch(
         _backward_weight_kernel, owners * splits, fixed, {"TAPS": taps, "PRECISION": precision} | config
     )
@@ -270,14 +269,14 @@ def forward(x, weight, bias, norm_weight, norm_bias, scale, shift, residual, *, 
     if not x.numel():
         return out, stats
     affine, film = None, (scale, shift)
-    is_apart = taps > 1 or out_channels > in_channels
-    if groups and is_apart:
+    is_unfused = taps > 1 or out_channels > in_channels
+    if groups and is_unfused:
         x, stats = norm.forward(x, norm_weight, norm_bias, *film, groups=groups, silu=silu, eps=eps)
     elif groups:
         stats, affine = norm.statistics(x, norm_weight, norm_bias, *film, groups=groups, eps=eps)
     elif silu or scale is not None or shift is not None:
         affine = prologue.coefficients(x, None, None, *film, None, groups=0)
-        if is_apart:
+        if is_unfused:
             x, affine = norm.apply(x, affine, silu=silu), None
     if taps == 1 and affine is None and residual is None:
         _multiply(x, weight[:, :, 0].mT, out, bias)

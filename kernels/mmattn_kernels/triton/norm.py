@@ -14,7 +14,7 @@ every element has one writer, no atomics, the same bits each time. How many chun
 and centred sums of squares are kept, relative to x at the first position, and merged by Chan's rule; the remainder of
 the mean goes into the offset. So a mean far from zero costs no accuracy.
 
-Short sequences are launches more than anything else: for them the kernels called whole own all positions of a block of
+Short sequences are launches more than anything else: for them the single-launch kernels own all positions of a block of
 whole groups, and do all steps in one launch, the second reading of the tokens out of the cache.
 
 Per batch and channel (mean, factor, offset) are the coefficients [B, 3, C] of prologue.py. The convolution, whose
@@ -204,7 +204,7 @@ def _over_group(b_x, o_c, size):
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def _whole_kernel(
+def _single_launch_kernel(
     x, out, stats, coefficients, weight, bias, scale, shift, x_sb, x_sl, scale_sb, shift_sb,
     length, channels, size, eps,
     SILU: tl.constexpr, OWN: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -375,7 +375,7 @@ def _backward_kernel(
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def _backward_whole_kernel(
+def _backward_single_launch_kernel(
     d_out, x, coefficients, stats, weight, scale, sums, d_x, d_out_sb, d_out_sl, x_sb, x_sl, scale_sb,
     length, channels, size, SILU: tl.constexpr, OWN: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -416,7 +416,7 @@ _OVER_TOKENS = {
 }  # fmt: skip
 
 
-@_host.planned
+@_host.cached
 def _plan(name, shape, strides, dtype, device, **constants):
     """The launch of a kernel over tokens, and its chunk and number of chunks."""
     batch, length, channels = shape
@@ -437,14 +437,14 @@ def _merge_blocks(size, dtype, device):
     return {"BLOCK_N": config.pop("TILE") // block_c, "BLOCK_C": block_c} | config
 
 
-@_host.planned
+@_host.cached
 def _merge_plan(shape, strides, groups, chunk, chunks, eps, dtype, device):
     batch, length, channels = shape
     fixed = *strides, length, channels, groups, chunk, chunks, eps
     return _host.Launch(_merge_kernel, batch * groups, fixed, _merge_blocks(channels // groups, dtype, device))
 
 
-@_host.planned
+@_host.cached
 def _backward_merge_plan(shape, scale_sb, groups, chunks, dtype, device):
     batch, length, channels = shape
     size = channels // groups if groups else min(channels, 32)
@@ -453,11 +453,11 @@ def _backward_merge_plan(shape, scale_sb, groups, chunks, dtype, device):
     return _host.Launch(_backward_merge_kernel, batch * merges, fixed, _merge_blocks(size, dtype, device))
 
 
-@_host.planned
-def _whole_plan(shape, strides, groups, dtype, device, silu, eps=None):
+@_host.cached
+def _single_launch_plan(shape, strides, groups, dtype, device, silu, eps=None):
     """The launch that does everything, backward without eps; None where the sequence is long, or a group wide."""
     batch, length, channels = shape
-    config = _config("whole", dtype, _host.device_name(device))
+    config = _config("single_launch", dtype, _host.device_name(device))
     positions = config.pop("POSITIONS")
     block_c = min(config.pop("BLOCK_C"), triton.next_power_of_2(channels))
     size = channels // groups if groups else channels
@@ -468,7 +468,7 @@ def _whole_plan(shape, strides, groups, dtype, device, silu, eps=None):
     own = block_c // unit * unit or block_c // size * size
     fixed = *strides, length, channels, size, *(() if eps is None else (eps,))
     constants = {"SILU": silu, "OWN": own, "BLOCK_L": config.pop("TILE") // block_c, "BLOCK_C": block_c} | config
-    kernel = _backward_whole_kernel if eps is None else _whole_kernel
+    kernel = _backward_single_launch_kernel if eps is None else _single_launch_kernel
     return _host.Launch(kernel, batch * triton.cdiv(channels, own), fixed, constants)
 
 
@@ -480,10 +480,10 @@ def statistics(x, weight, bias, scale, shift, *, groups, eps):
     stats = x.new_empty((batch, groups, 3), dtype=torch.float32)
     affine = x.new_empty((batch, 3, channels), dtype=torch.float32)
     at = x.dtype, x.device
-    whole = _whole_plan(x.shape, (*x.stride()[:2], *film_strides), groups, *at, False, float(eps))
-    if whole is not None:
+    single_launch = _single_launch_plan(x.shape, (*x.stride()[:2], *film_strides), groups, *at, False, float(eps))
+    if single_launch is not None:
         with _host.on_device(x):
-            whole(x, None, stats, affine, *parameters)
+            single_launch(x, None, stats, affine, *parameters)
         return stats, affine
     launch, chunk, chunks = _plan("statistics", x.shape, x.stride()[:2], *at)
     merge = _merge_plan(x.shape, (x.stride(0), *film_strides), groups, chunk, chunks, float(eps), *at)
@@ -509,10 +509,10 @@ def gradient(d_out, x, weight, scale, stats, affine, *, groups, silu, d_x):
     sums = x.new_empty((batch, channels, 2), dtype=torch.float32)
     (scale, _), (scale_sb, _) = film_of(scale, None)
     strides = *d_out.stride()[:2], *x.stride()[:2]
-    whole = _whole_plan(x.shape, (*strides, scale_sb), groups, x.dtype, x.device, silu)
-    if whole is not None:
+    single_launch = _single_launch_plan(x.shape, (*strides, scale_sb), groups, x.dtype, x.device, silu)
+    if single_launch is not None:
         with _host.on_device(x):
-            whole(d_out, x, affine, stats, dense(weight), scale, sums, d_x)
+            single_launch(d_out, x, affine, stats, dense(weight), scale, sums, d_x)
         return sums
     at = x.shape, strides, x.dtype, x.device
     sum_up, _, chunks = _plan("backward_sums", *at, SILU=silu)
@@ -542,13 +542,15 @@ def forward(x, weight, bias, scale, shift, *, groups, silu, eps):
     if not x.numel():
         return x.new_empty(x.shape), stats
     film, strides = film_of(scale, shift)
-    whole = _whole_plan(x.shape, (*x.stride()[:2], *strides), groups, x.dtype, x.device, silu, float(eps))
-    if whole is None:
+    single_launch = _single_launch_plan(
+        x.shape, (*x.stride()[:2], *strides), groups, x.dtype, x.device, silu, float(eps)
+    )
+    if single_launch is None:
         stats, affine = statistics(x, weight, bias, *film, groups=groups, eps=eps)
         return apply(x, affine, silu=silu), stats
     out = x.new_empty(x.shape)
     with _host.on_device(x):
-        whole(x, out, stats, None, dense(weight), dense(bias), *film)
+        single_launch(x, out, stats, None, dense(weight), dense(bias), *film)
     return out, stats
 
 

@@ -97,7 +97,7 @@ def _coefficients_kernel(
     store_coefficients(coefficients, b_mean, b_factor, b_offset, i_b, channels, o_c, m_c)
 
 
-@_host.planned
+@_host.cached
 def _coefficients_plan(shape, strides, groups, device):
     batch, _, channels = shape
     block_c = min(256, triton.next_power_of_2(channels))
