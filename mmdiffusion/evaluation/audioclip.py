@@ -32,6 +32,7 @@ class AudioCLIPAudio(nn.Module):
 
     name = "AudioCLIP"
     stream = "audio"
+    window: Tensor
 
     def __init__(self, as_released: bool = False) -> None:
         super().__init__()
