@@ -8,7 +8,6 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from typing_extensions import Self
 
 from mmdiffusion.evaluation._weights import Source, fill
 
@@ -53,7 +52,7 @@ class AudioCLIPAudio(nn.Module):
                 module.is_of_batch = as_released
 
     @classmethod
-    def from_published(cls, source: Source, as_released: bool = False) -> Self:
+    def from_published(cls, source: Source, as_released: bool = False) -> AudioCLIPAudio:
         """The branch of a published file of AudioCLIP, loaded with weights_only, or of its state dict.
 
         Of the keys those that begin with "audio." are the branch's, and every one of them is checked.

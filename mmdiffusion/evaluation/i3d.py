@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from typing_extensions import Self
 
 from mmdiffusion.evaluation._weights import Source, fill
 
@@ -54,7 +53,7 @@ class I3D(nn.Module):
         self.logits = _Unit(width, 400, 1, has_norm=False)
 
     @classmethod
-    def from_published(cls, source: Source) -> Self:
+    def from_published(cls, source: Source) -> I3D:
         """The network of a published file, loaded with weights_only, or of its state dict; every key is checked.
 
         Raises:
