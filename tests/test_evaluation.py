@@ -315,12 +315,12 @@ def test_copies_are_found_among_training_clips():
     training, held_out, made = (torch.randn(n, 3, 8, generator=random) for n in (50, 200, 10))
     made[3], made[7] = training[31], training[2] + 1e-3
     found = nearest(made, training, block=16)
-    assert found.index[3] == 31 and found.index[7] == 2
+    assert found.indices[3] == 31 and found.indices[7] == 2
     assert found.distance[3] == 0
     assert found.share_below(nearest(held_out, training)) == pytest.approx(0.2)
     whole = torch.cdist(made.flatten(1).double(), training.flatten(1).double()).min(1)
     torch.testing.assert_close(found.distance, whole.values, rtol=1e-5, atol=1e-5)
-    assert torch.equal(found.index, whole.indices)
+    assert torch.equal(found.indices, whole.indices)
 
 
 def test_what_nearest_refuses():

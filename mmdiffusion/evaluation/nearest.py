@@ -13,11 +13,11 @@ class Nearest(NamedTuple):
     """What is nearest to each clip.
 
     Attributes:
-        index: [N] int64, the clip of the training set.
+        indices: [N] int64, the clip of the training set.
         distance: [N] float64, Euclidean.
     """
 
-    index: Tensor
+    indices: Tensor
     distance: Tensor
 
     def share_below(self, held_out: Nearest, quantile: float = 0.01) -> float:
