@@ -20,6 +20,7 @@ MODULES = (
     "mmdiffusion.media",
     "mmdiffusion.data",
     "mmdiffusion.data.synthetic",
+    "mmdiffusion.evaluation",
 )
 
 

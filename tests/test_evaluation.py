@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: MIT
+"""Distances, published feature networks, synchrony, low-level features and nearest clips."""
+
+import json
+import math
+import pathlib
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mmdiffusion import evaluation
+from mmdiffusion.clips import ClipFormat
+from mmdiffusion.data import SyntheticClips, to_clip
+from mmdiffusion.data.items import joined
+from mmdiffusion.evaluation import (
+    I3D,
+    AudioCLIPAudio,
+    LowLevelAudio,
+    LowLevelVideo,
+    Moments,
+    alignment,
+    frechet_distance,
+    kernel_distance,
+    nearest,
+)
+from mmdiffusion.media import write_video
+from mmdiffusion.runs import evaluate
+from mmdiffusion.runs.evaluate import Evaluate, run
+
+DATA = pathlib.Path(__file__).parent / "data"
+FORM = ClipFormat((16, 3, 32, 32), (1, 6400), 10, 4000)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def metrics():
+    return load_file(DATA / "metrics.safetensors")
+
+
+@pytest.fixture(scope="module")
+def world():
+    return to_clip(joined([SyntheticClips(FORM)[i] for i in range(96)]))
+
+
+def error(x, y):
+    return float((x - y).norm() / y.norm())
+
+
+# Statistics
+
+
+@pytest.mark.parametrize("stream", ("video", "audio"))
+def test_distances_are_those_of_the_release(metrics, stream):
+    fakes, reals = metrics[f"{stream}.fake"], metrics[f"{stream}.real"]
+    frechet = frechet_distance(fakes, reals, standard_error=False)
+    assert frechet.value == pytest.approx(metrics[f"{stream}.frechet.exact"].item(), rel=1e-10)
+    assert frechet.value == pytest.approx(metrics[f"{stream}.frechet.release_fp64"].item(), rel=1e-10)
+    kernel = kernel_distance(fakes, reals)
+    assert kernel.value == pytest.approx(metrics[f"{stream}.kernel.release_fp64"].item(), rel=1e-10)
+    assert (frechet.fakes, frechet.reals, frechet.dimensions) == (len(fakes), len(reals), fakes.shape[1])
+
+
+def test_distances_of_normalised_embeddings(metrics):
+    fakes, reals = (torch.nn.functional.normalize(metrics[f"audio.{x}"]) for x in ("fake", "real"))
+    found = frechet_distance(fakes, reals, standard_error=False).value
+    assert found == pytest.approx(metrics["audio_normalized.frechet.exact"].item(), rel=1e-6)
+    found = kernel_distance(fakes, reals).value
+    assert found == pytest.approx(metrics["audio_normalized.kernel.release_fp64"].item(), rel=1e-6)
+
+
+def test_moments_stream_and_merge():
+    """Batches of any size in two processes, far from 0, are what all clips are at once."""
+    x = torch.randn(300, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1e4
+    parts = [Moments(24), Moments(24)]
+    for number, batch in enumerate(x.split([1, 40, 3, 100, 7, 149])):
+        parts[number % 2].update(batch)
+    merged = Moments.merged(parts)
+    assert merged.count == 300
+    torch.testing.assert_close(merged.mean, x.mean(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(merged.factor.mT @ merged.factor / 299, x.mT.cov(), rtol=1e-9, atol=1e-9)
+
+
+def test_frechet_of_gaussians_in_closed_form():
+    """Of sets that differ by a shift and a factor: |shift|^2 + (factor - 1)^2 tr S."""
+    x = torch.randn(200, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    shift, trace = torch.arange(5.0), x.var(0).sum().item()
+    centre = x.mean(0)
+    found = frechet_distance((x - centre) * 3 + centre + shift, x)
+    assert found.value == pytest.approx(30 + 4 * trace, rel=1e-12)
+    assert frechet_distance(x, x).value == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("distance", (frechet_distance, kernel_distance))
+def test_standard_errors_are_the_spread_of_repeated_draws(distance):
+    """The jackknife of one draw, on average, is near the deviation of the distance over draws."""
+    random = torch.Generator().manual_seed(2)
+    draws = [
+        distance(torch.randn(120, 4, generator=random) + 0.5, torch.randn(150, 4, generator=random)) for _ in range(60)
+    ]
+    values = torch.tensor([x.value for x in draws])
+    errors = torch.tensor([x.standard_error for x in draws])
+    assert 0.7 < errors.mean() / values.std() < 1.4
+
+
+def test_few_clips_are_said():
+    few = frechet_distance(torch.randn(8, 10), torch.randn(20, 10))
+    assert "8 clips for 10 dimensions" in few.caution and "more than 10" in few.caution
+    assert not frechet_distance(torch.randn(11, 10), torch.randn(20, 10)).caution
+
+
+@pytest.mark.parametrize("distance", (frechet_distance, kernel_distance))
+def test_bad_features_are_refused(distance):
+    good, bad = torch.randn(5, 3), torch.randn(5, 3)
+    bad[3, 1] = math.nan
+    with pytest.raises(ValueError, match=r"fakes has 1 clips whose features are NaN or infinite, the first .* clip 3"):
+        distance(bad, good)
+    with pytest.raises(ValueError, match="reals has 1 clips; expected 2 or more"):
+        distance(good, good[:1])
+    with pytest.raises(ValueError, match=r"reals has shape \[5\]"):
+        distance(good, good[:, 0])
+    with pytest.raises(ValueError, match="3 dimensions and reals 2"):
+        distance(good, good[:, :2])
+
+
+# Published networks
+
+
+def filled(name, seed, first=""):
+    """The state dict by the rule of the reference."""
+    shapes = json.loads((DATA / name).read_text())["state_dict"]
+    random, made = torch.Generator().manual_seed(seed), {}
+    for key in sorted(shapes):
+        if key.endswith(("num_batches_tracked", "window")):
+            continue
+        n = torch.randn(shapes[key], generator=random)
+        if key.endswith(("running_var", "fbsp.m", "fbsp.fb")):
+            made[key] = 1 + (0.1 * n).abs()
+        elif key.endswith("fbsp.fc"):
+            made[key] = torch.arange(len(n)) + 0.1 * n
+        elif n.dim() == 1:
+            made[key] = 0.1 * n + key.endswith("weight")
+        else:
+            made[key] = n * math.sqrt(2 / n[0].numel()) / (128 if key == first else 1)
+    return made
+
+
+@pytest.fixture(scope="module")
+def i3d_weights():
+    return filled("i3d_keys.json", 6)
+
+
+@pytest.fixture(scope="module")
+def i3d(i3d_weights, tmp_path_factory):
+    path = tmp_path_factory.mktemp("i3d") / "i3d.pt"
+    torch.save(i3d_weights, path)
+    return I3D.from_published(path)
+
+
+@torch.no_grad()
+def test_i3d_is_the_published_one(i3d):
+    expected = load_file(DATA / "i3d.safetensors")
+    prepared = i3d.prepare(expected["video"])[:, :, ::5, ::16, ::16]
+    assert error(prepared, expected["preprocessed"]) < 1e-6
+    odd = i3d.prepare(expected["video_odd"])[:, :, :, ::16, ::16]
+    assert error(odd, expected["preprocessed_odd"]) < 1e-6
+    seen = {}
+    for name, module in i3d.named_children():
+        module.register_forward_hook(lambda _, __, out, name=name: seen.__setitem__(name, out))
+    assert error(i3d(expected["video"]), expected["logits"]) < 1e-5
+    layers = [key for key in expected if key.startswith("act.")]
+    assert len(layers) == 5
+    for key in layers:
+        assert error(seen[key.removeprefix("act.")][:, ::8, :, ::7, ::7], expected[key]) < 1e-5
+
+
+def test_weights_that_do_not_fit_are_refused(i3d_weights, tmp_path):
+    with pytest.raises(ValueError, match=r"of its \d+ keys 1 are lacking \(Conv3d_1a_7x7.bn.bias\)"):
+        I3D.from_published({key: x for key, x in i3d_weights.items() if key != "Conv3d_1a_7x7.bn.bias"})
+    with pytest.raises(ValueError, match=r"1 are unknown \(other\)"):
+        I3D.from_published({**i3d_weights, "other": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"1 have another shape \(logits.conv3d.bias\)"):
+        I3D.from_published({**i3d_weights, "logits.conv3d.bias": torch.zeros(10)})
+    path = tmp_path / "audio.safetensors"
+    save_file({"visual.x": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="are lacking"):
+        AudioCLIPAudio.from_published(path)
+    torch.save({"code": pathlib.Path("x")}, tmp_path / "code.pt")
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+        I3D.from_published(tmp_path / "code.pt")
+
+
+def test_what_i3d_does_not_take(i3d):
+    with pytest.raises(ValueError, match="video is float32"):
+        i3d(torch.zeros(1, 16, 3, 8, 8))
+    with pytest.raises(ValueError, match="video has 8 frames; expected 9 or more"):
+        i3d(torch.zeros(1, 8, 3, 8, 8, dtype=torch.uint8))
+
+
+@torch.no_grad()
+def test_audioclip_is_the_published_one():
+    """As the network is meant, and as the release uses it; other branches of the file do not matter."""
+    expected = load_file(DATA / "audioclip.safetensors")
+    weights = filled("audioclip_audio_keys.json", 7, "audio.conv1.weight")
+    weights = {**weights, "audio.window": AudioCLIPAudio().window, "visual.conv1.weight": torch.zeros(1)}
+    network, wave = AudioCLIPAudio.from_published(weights), expected["waveform"]
+    assert error(network.decibels(wave * 32768)[:, :, ::5, ::3], expected["pcm.decibels"]) < 5e-6
+    assert error(network.decibels(wave)[:, :, ::5, ::3], expected["unit.decibels"]) < 5e-6
+    assert error(network(wave), expected["pcm.embedding"]) < 5e-4
+    released = AudioCLIPAudio.from_published(weights, as_released=True)
+    assert error(released(wave), expected["release.embedding"]) < 5e-4
+    # Of two clips the last norm divides a difference by its own size, and rounding of differences near 0 is large.
+    assert error(released(wave[:2]), expected["release.embedding_of_first_two"]) < 1e-2
+    with pytest.raises(ValueError, match="wave has 1 clip; expected 2 or more"):
+        released(wave[:1])
+
+
+# Synchrony
+
+
+def shifted(audio, samples):
+    moved = torch.zeros_like(audio)
+    if samples >= 0:
+        moved[..., samples:] = audio[..., : audio.shape[-1] - samples]
+    else:
+        moved[..., :samples] = audio[..., -samples:]
+    return moved
+
+
+@pytest.mark.parametrize("seconds", (-0.5, -0.25, 0.0, 0.25, 0.5))
+def test_the_lag_is_that_of_the_sound(world, seconds):
+    video, audio = world
+    found = alignment(video, shifted(audio, round(seconds * 4000)), 10, 4000, max_lag=0.7)
+    assert found.lag == pytest.approx(seconds, abs=0.0251)
+
+
+def test_the_right_sound_agrees_more_than_that_of_another(world):
+    video, audio = world
+    own, other = alignment(video, audio, 10, 4000), alignment(video, audio.roll(1, 0), 10, 4000)
+    assert own.score.nanmean() > other.score.nanmean() + 0.2
+    assert own.correlation.max() > other.correlation.max() + 5 * own.standard_error.max()
+
+
+def test_streams_that_alignment_does_not_take(world):
+    video, audio = world
+    with pytest.raises(ValueError, match=r"expected .B, C, T., 96 clips"):
+        alignment(video, audio[1:], 10, 4000)
+    with pytest.raises(ValueError, match="4 frames or more"):
+        alignment(video[:, :3], audio, 10, 4000)
+    with pytest.raises(ValueError, match=r"max_lag is 1 s; expected 0 to 0.8"):
+        alignment(video, audio, 10, 4000, max_lag=1)
+    silent = alignment(torch.zeros(2, 16, 3, 8, 8), torch.zeros(2, 1, 6400), 10, 4000)
+    assert silent.score.isnan().all() and not silent.correlation.any()
+
+
+# Low-level features
+
+
+def distances(video, audio, reals):
+    """Of both streams of clips to those of others."""
+    as_bytes = [((x.clamp(-1, 1) + 1) * 127.5).round().byte() for x in (video, reals[0])]
+    of_video = frechet_distance(*(LowLevelVideo()(x) for x in as_bytes), standard_error=False).value
+    of_audio = frechet_distance(*(LowLevelAudio(4000)(x) for x in (audio, reals[1])), standard_error=False).value
+    return of_video, of_audio
+
+
+def test_degraded_copies_are_ranked(world):
+    """More of the same degradation is further away, and the least of it further than other real clips are."""
+    video, audio = (x[:48] for x in world)
+    reals = tuple(x[48:] for x in world)
+    random = torch.Generator().manual_seed(3)
+    own = distances(video, audio, reals)
+
+    def blurred(size):
+        return torch.nn.functional.avg_pool2d(video.flatten(0, 1), size, 1, size // 2).view_as(video)
+
+    pictures = {
+        "blur": [blurred(3), blurred(7), blurred(13)],
+        "noise": [video + s * torch.randn(video.shape, generator=random) for s in (0.05, 0.2, 0.6)],
+        "shuffle": [video[:, torch.randperm(16, generator=random)]],
+        "still": [video[:, :1].expand_as(video)],
+    }
+    for name, copies in pictures.items():
+        found = [own[0], *(distances(x, audio, reals)[0] for x in copies)]
+        assert found == sorted(found) and found[1] > 1.5 * found[0], f"{name}: {found}"
+    sounds = {
+        "noise": [audio + s * torch.randn(audio.shape, generator=random) for s in (0.003, 0.03, 0.2)],
+        "silence": [torch.cat([audio[..., :n], 0 * audio[..., n:]], 2) for n in (3200, 0)],
+    }
+    for name, copies in sounds.items():
+        found = [own[1], *(distances(video, x, reals)[1] for x in copies)]
+        assert found == sorted(found) and found[1] > 1.5 * found[0], f"{name}: {found}"
+
+
+def test_what_low_level_features_do_not_tell(world):
+    """Mirrored clips and reversed sound are as near as real ones: what docs/evaluation.md says of them."""
+    video, audio = (x[:48] for x in world)
+    reals = tuple(x[48:] for x in world)
+    own, mirrored = distances(video, audio, reals), distances(video.flip(2), audio, reals)
+    assert mirrored[0] < 2 * own[0]
+
+
+# Nearest training clips
+
+
+def test_copies_are_found_among_training_clips():
+    random = torch.Generator().manual_seed(4)
+    training, held_out, made = (torch.randn(n, 3, 8, generator=random) for n in (50, 200, 10))
+    made[3], made[7] = training[31], training[2] + 1e-3
+    found = nearest(made, training, block=16)
+    assert found.indices[3] == 31 and found.indices[7] == 2
+    assert found.distance[3] == 0
+    assert found.share_below(nearest(held_out, training)) == pytest.approx(0.2)
+    whole = torch.cdist(made.flatten(1).double(), training.flatten(1).double()).min(1)
+    torch.testing.assert_close(found.distance, whole.values, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.indices, whole.indices)
+
+
+def test_what_nearest_refuses():
+    with pytest.raises(ValueError, match="clips has 4 values a clip and training 3"):
+        nearest(torch.zeros(2, 4), torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="training has shape"):
+        nearest(torch.zeros(2, 4), torch.zeros(0, 4))
+    with pytest.raises(ValueError, match="clips has values that are NaN"):
+        nearest(torch.full((2, 4), math.nan), torch.zeros(2, 4))
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Real films; others of the world; the real ones with noise; silent ones; and one that is none among the last."""
+    top = tmp_path_factory.mktemp("films")
+    clips = SyntheticClips(FORM)
+    random = torch.Generator().manual_seed(5)
+    for number in range(24):
+        video, audio = to_clip(clips[number])
+        name = "real" if number < 12 else "others"
+        for folder in (name, "noisy") if name == "others" else (name,):
+            (top / folder).mkdir(exist_ok=True)
+            noise = 0.5 * torch.randn(video.shape, generator=random) if folder == "noisy" else 0
+            write_video(top / folder / f"{number}.mp4", video + noise, audio, fps=10, sample_rate=4000)
+        (top / "silent").mkdir(exist_ok=True)
+        write_video(top / "silent" / f"{number}.mp4", video, fps=10)
+    (top / "others" / "broken.mp4").write_bytes(b"no film")
+    return top
+
+
+def command(folders, tmp_path, *fakes, **options):
+    form = {"size": 32, "sample_rate": 4000, "cache": tmp_path / "cache", "device": "cpu"}
+    return Evaluate(real=folders / "real", fake=tuple(folders / x for x in fakes), **{**form, **options})
+
+
+def test_folders_in_one_table(folders, tmp_path):
+    out = tmp_path / "table"
+    said = run(command(folders, tmp_path, "others", "noisy", "silent", out=out))
+    content = json.loads(out.with_suffix(".json").read_text())
+    others, noisy, silent = (row["figures"] for row in content["rows"])
+    title = "Frechet, video statistics"
+    assert noisy[title][0] > others[title][0] + 3 * noisy[title][1]
+    assert set(silent) == {title, "kernel, video statistics"}
+    assert len(others) == 5 and not any(name in ("FVD", "FAD") for name in others)
+    assert list(content["refused"][str(folders / "others")]) == ["broken.mp4"]
+    assert "1 files of no use\n  broken.mp4:" in said and "12 clips for 36 dimensions" in said
+    assert said == out.with_suffix(".md").read_text().rstrip("\n")
+    assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(FileExistsError, match="--force"):
+        run(command(folders, tmp_path, "others", out=out))
+
+
+def test_what_was_measured_is_kept_by_content(folders, tmp_path, monkeypatch):
+    first = run(command(folders, tmp_path, "others"))
+    monkeypatch.setattr(evaluate._Measure, "_measured", lambda *_: pytest.fail("measured again"))
+    assert run(command(folders, tmp_path, "others")) == first
+
+
+def test_folders_that_are_refused(folders, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "1.mp4").write_bytes((folders / "real" / "1.mp4").read_bytes())
+    with pytest.raises(ValueError, match="empty has no files; expected films or sounds"):
+        run(command(folders, tmp_path, tmp_path / "empty"))
+    with pytest.raises(ValueError, match="one has 1 clips of 16 frames; expected 2 or more"):
+        run(command(folders, tmp_path, tmp_path / "one"))
+    with pytest.raises(NotADirectoryError, match="nothing is no folder"):
+        run(command(folders, tmp_path, tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="frames is 8; expected 9 to 1000"):
+        command(folders, tmp_path, "others", frames=8)
+
+
+def test_public_names():
+    assert all(hasattr(evaluation, name) for name in evaluation.__all__)
