@@ -130,10 +130,10 @@ def some(x: Tensor) -> Tensor:
 
 def checkout_of(ref: str, device: str) -> tuple[Path, str]:
     """The checkout in a folder, or one of a commit under build/, made and built where there is none; and its commit."""
-    if (Path(ref) / "mmattn" / "__init__.py").exists():
-        tree = Path(ref).resolve()
-        return tree, _git(tree, "rev-parse", "--short=10", "HEAD")
     try:
+        if (Path(ref) / "mmattn" / "__init__.py").exists():
+            tree = Path(ref).resolve()
+            return tree, _git(tree, "rev-parse", "--short=10", "HEAD")
         name = _git(harness.ROOT, "rev-parse", "--short=10", "--verify", "--end-of-options", f"{ref}^{{commit}}")
     except subprocess.CalledProcessError:
         raise ValueError(

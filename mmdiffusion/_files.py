@@ -7,7 +7,20 @@ import contextlib
 import os
 import pathlib
 import secrets
+import stat
 from collections.abc import Iterator
+
+
+def check_regular(path: str | os.PathLike[str], expected: str) -> None:
+    """Refuse what is there and is neither a file on a disk nor a directory: a pipe or a device may never end.
+
+    Raises:
+        ValueError: naming the path and what was expected.
+        OSError: if there is nothing.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # open() tells of a directory
+        raise ValueError(f"{path} is no regular file; expected {expected}")
 
 
 @contextlib.contextmanager

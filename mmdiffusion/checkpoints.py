@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import pathlib
 import re
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mmattn import DilatedConvBlock, RandomShiftAttention
-from mmdiffusion._files import whole_file
+from mmdiffusion._files import check_regular, whole_file
 from mmdiffusion.clips import FRAME_RATE, SAMPLE_RATE
 from mmdiffusion.model.blocks import AudioHead, FirstLayer, ResidualBlock, VideoHead
 from mmdiffusion.model.config import has_middle_cross_attention
@@ -218,6 +219,9 @@ def _tensors(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> tuple[dic
 
 def _made_of(cls: type[UNet], config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> UNet:
     """The network of a configuration with copies of these tensors, all of which it needs."""
+    known = inspect.signature(cls).parameters
+    if unknown := sorted(name for name in config if name not in known):
+        raise TypeError(f"{cls.__name__} has no argument {unknown[0]!r}; expected some of {', '.join(known)}")
     with torch.device("meta"):
         unet = cls(**config)
     _refuse_what_does_not_fit({key: shape for key, _, shape in _parameters(unet)}, tensors)
@@ -230,6 +234,7 @@ def _made_of(cls: type[UNet], config: Mapping[str, Any], tensors: Mapping[str, T
 def read(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
     """The state dict in a .safetensors file, or in a file of torch.save, which may run no code."""
     path = pathlib.Path(path)
+    check_regular(path, "a checkpoint on a disk")
     try:
         if path.suffix == ".safetensors":
             from safetensors import safe_open

@@ -327,6 +327,15 @@ def test_only_files_of_our_own_are_touched(model):
     assert names("out") == sorted({*others, "clip-0000.wav", "samples.json"})
 
 
+def test_force_removes_nothing_beside_a_folder_of_a_clip_s_name(tmp_path):
+    for name in ("clip-0001.wav", "samples.json"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "clip-0000.mp4").mkdir()
+    with pytest.raises(ValueError, match=r"clip-0000\.mp4 is a folder; expected a file of an earlier run"):
+        folder.Folder.clear(tmp_path)
+    assert names(tmp_path) == ["clip-0000.mp4", "clip-0001.wav", "samples.json"]
+
+
 def test_hostile_records_are_refused_by_name(tmp_path):
     options = {"frame_rate": 10, "sample_rate": 16000}
     record = tmp_path / "samples.json"
@@ -429,7 +438,10 @@ BAD = {
     "other shapes": ("--config wide.json", "the checkpoint's keys do not fit the model"),
     "four channels": ("--model rgba", "makes video [4, 4, 16, 16] and audio [1, 6400]; expected 3 channels"),
     "configuration is no JSON": ("--config text.pt", "text.pt is no JSON: "),
-    "unknown argument": ("--config unknown.json", "unexpected keyword argument 'wide'"),
+    "unknown argument": ("--config unknown.json", "CoupledUNet has no argument 'wide'; expected some of video_size, "),
+    "model is a pipe": ("--model pipe", "pipe is no regular file; expected a checkpoint on a disk"),
+    "configuration is a pipe": ("--config pipe", "pipe is no regular file; expected a JSON file on a disk"),
+    "film is a pipe": ("--audio-from pipe", "pipe is no regular file; expected a film or a sound on a disk"),
     "no device": ("--device tpu", "device is 'tpu'; expected cpu, cuda or cuda:N"),
     "folder is a file": ("--out text.pt", "text.pt is no folder"),
     "folder below a file": ("--out text.pt/out", "Not a directory: 'text.pt/out'"),
@@ -445,6 +457,7 @@ def test_bad_input(model, capsys, options, expected):
     pathlib.Path("wide.json").write_text('{"model_channels": 64}')
     pathlib.Path("unknown.json").write_text('{"wide": 64}')
     pathlib.Path("empty.pt").write_bytes(b"")
+    os.mkfifo("pipe")
     for name, extra in (
         ("numbered", {3: torch.zeros(2)}),
         ("scalar", {"time_embed.0.weight": torch.tensor(1.0)}),

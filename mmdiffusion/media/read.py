@@ -13,7 +13,6 @@ import itertools
 import math
 import operator
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple, get_args
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mmdiffusion._files import check_regular
 from mmdiffusion.clips import FRAME_RATE, SAMPLE_RATE, STREAMS, Clip
 from mmdiffusion.media._checks import Path, Rate, frame_rate, seconds, whole_number
 
@@ -86,8 +86,7 @@ class Film:
 
     def __init__(self, path: Path) -> None:
         self.path = os.fspath(path)
-        if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):  # open() tells of a directory
-            raise ValueError(f"{path} is no regular file; expected a film or a sound on a disk")
+        check_regular(path, "a film or a sound on a disk")
         self._file = open(path, "rb")  # noqa: SIM115 -- open for as long as the film is
         try:
             if not os.fstat(self._file.fileno()).st_size:

@@ -119,10 +119,18 @@ class Folder:
 
     @staticmethod
     def clear(path: pathlib.Path) -> None:
-        """Remove the clips and the records."""
-        for file in path.iterdir() if path.is_dir() else ():
-            if _RECORDS.fullmatch(file.name) or _CLIP.fullmatch(file.name):
-                file.unlink(missing_ok=True)
+        """Remove the clips and the records.
+
+        Raises:
+            ValueError: if one of these names is that of a folder, before anything is removed.
+        """
+        files = path.iterdir() if path.is_dir() else ()
+        ours = [file for file in files if _RECORDS.fullmatch(file.name) or _CLIP.fullmatch(file.name)]
+        for file in ours:
+            if file.is_dir() and not file.is_symlink():
+                raise ValueError(f"{file} is a folder; expected a file of an earlier run, and nothing is removed")
+        for file in ours:
+            file.unlink(missing_ok=True)
 
     def _has(self, name: str) -> bool:
         try:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mmdiffusion import checkpoints
+from mmdiffusion._files import check_regular
 from mmdiffusion.diffusion.schedulers import make_scheduler
 from mmdiffusion.diffusion.superres import SuperResolutionPipeline
 from mmdiffusion.model.superres import SuperResolutionUNet
@@ -87,6 +88,7 @@ def read_config(path: pathlib.Path | None) -> dict[str, Any]:
     """
     if path is None:
         return {}
+    check_regular(path, "a JSON file on a disk")
     try:
         config = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
