@@ -379,10 +379,11 @@ def test_base_is_a_worktree_that_is_built_once(tmp_path, monkeypatch):
     assert base.checkout_of("HEAD", "cuda")[1] != name
     with pytest.raises(ValueError, match="--base is 'nowhere'; expected a commit of this repository, or a folder"):
         base.checkout_of("nowhere", "cpu")
-    (tmp_path / "mmattn").mkdir()
-    (tmp_path / "mmattn" / "__init__.py").touch()
+    package = tmp_path.parent / f"{tmp_path.name}-no-checkout" / "mmattn"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
     with pytest.raises(ValueError, match="expected a commit of this repository, or a folder with a checkout"):
-        base.checkout_of(str(tmp_path), "cpu")
+        base.checkout_of(str(package.parent), "cpu")
 
 
 def test_base_refuses_packages_of_another_checkout(tmp_path):
