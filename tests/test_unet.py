@@ -578,7 +578,7 @@ def test_every_kernel_of_a_training_step_compiles():
     """Not only those of the shapes that the tests of the kernels have: strides and what is absent decide as well."""
     common = pytest.importorskip("triton_common")  # imports Triton
     rows = common.ahead_of_time("--op", "unet", "sm_90")
-    kernels = {"convolve", "backward_weight", "forward", "backward_dq", "backward_dkdv", "whole", "statistics"}
+    kernels = {"convolve", "backward_weight", "forward", "backward_dq", "backward_dkdv", "single_launch", "statistics"}
     assert {row["kernel"] for row in rows} > kernels
     for row in rows:
         assert row["spills"] <= common.SPILLS + 6 and row["shared"] <= common.SHARED_LIMIT["sm_90"], row

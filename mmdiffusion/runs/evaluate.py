@@ -256,7 +256,7 @@ def _plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     from matplotlib.figure import Figure
 
     titles = list(dict.fromkeys(title for row in rows for title in row["figures"]))
-    figure = Figure(figsize=(3.2 * max(1, len(titles)), 1.2 + 0.4 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(4 + 3.2 * max(1, len(titles)), 2 + 0.4 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     for number, title in enumerate(titles, 1):
         axes = figure.add_subplot(1, len(titles), number)
