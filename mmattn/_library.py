@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import FunctionMeta, _SingleLevelFunction
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from mmattn import _checks, dispatch
@@ -71,7 +73,14 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     if torch._C._functorch.peek_interpreter_stack() is None:
         return function.apply(*args)
     with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+        return _of_one_level(function).apply(*args)
+
+
+@functools.cache
+def _of_one_level(function: type[torch.autograd.Function]) -> Any:
+    """The Function as torch.func makes those of its levels: torch 2.15's `apply` tells them by their base."""
+    members = {name: staticmethod(getattr(function, name)) for name in ("forward", "backward")}
+    return FunctionMeta(function.__name__, (_SingleLevelFunction,), members)
 
 
 def below_autograd(name: str, keyset: Any, *args: Any) -> Any:
