@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from published import attend
 from torch import Tensor, nn
 
 
@@ -98,10 +99,7 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).flatten(1, 2)
         else:
             q, k, v = qkv.reshape(len(x) * self.heads, -1, flat.shape[2]).chunk(3, 1)
-            scale = q.shape[1] ** -0.25
-            weight = torch.einsum("bct,bcs->bts", q * scale, k * scale)
-            weight = torch.softmax(weight.float(), -1).type(weight.dtype)
-            out = torch.einsum("bts,bcs->bct", weight, v).reshape(flat.shape)
+            out = attend(q, k, v).reshape(flat.shape)
         return (flat + self.proj_out(out)).view(x.shape)
 
 

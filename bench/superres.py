@@ -17,8 +17,6 @@ import argparse
 import dataclasses
 import functools
 import sys
-import time
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +29,8 @@ import torch
 import torch._inductor.config
 import unet as coupled
 from harness import NotApplicable, Provider
+from published import filled as reference_parameters
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 BASELINE = "published"
 AUTOCAST = "published, autocast"
@@ -50,7 +48,7 @@ HEADER = {
     "disagreement": {"float32": 2e-3, "bfloat16": 8e-2, "float16": 2e-2},
 }
 ONE, ATTENTION, NORM = "1x1", "self-attention", "norm, FiLM, SiLU"
-RESAMPLE, REST = "resampling, concatenation", "rest"
+RESAMPLE = "resampling, concatenation"
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def skeleton(shape: Shape) -> published.PublishedSuperResolutionUNet:
 @functools.lru_cache(maxsize=1)
 def filled(shape: Shape) -> dict[str, Tensor]:
     """311 M random numbers take longer to draw than a call."""
-    return coupled.fill(skeleton(shape).state_dict())
+    return reference_parameters({key: value.shape for key, value in skeleton(shape).state_dict().items()})
 
 
 @functools.lru_cache(maxsize=3)
@@ -205,37 +203,21 @@ def places_of_own() -> list[coupled.Place]:
 
 
 def parts_of(shape: Shape) -> list[str]:
-    return [*_convolutions(shape), ONE, ATTENTION, NORM, RESAMPLE, REST]
+    return [*_convolutions(shape), ONE, ATTENTION, NORM, RESAMPLE, coupled.REST]
 
 
 @functools.cache
 def parts_of_work(shape: Shape) -> dict[str, float]:
     """GFLOP by part, counted on the published network."""
     inputs = shape.inputs(torch.float32, "meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        with coupled.divided(places_of_published(), counter.get_total_flops) as spent:
-            skeleton(shape)(*inputs)
-        spent[REST] = counter.get_total_flops() - spent.total()
-    return {part: 1e-9 * spent[part] for part in parts_of(shape)}
+    return coupled.work_of(places_of_published(), parts_of(shape), lambda: skeleton(shape)(*inputs))
 
 
 def divide(name: str, shape: Shape, device: str, call: harness.Call) -> dict[str, dict[str, float]]:
-    """Milliseconds and GFLOP of a call by part: the faster of two calls."""
-
-    def clock() -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() * 1e3
-
-    runs = []
-    for _ in range(2):
-        with coupled.divided(places_of_own() if name == OWN else places_of_published(), clock) as spent:
-            start = clock()
-            call()
-            spent[REST] = clock() - start - spent.total()
-        runs.append(spent)
-    best, gflop = min(runs, key=Counter.total), parts_of_work(shape)
-    return {part: {"ms": best[part], "gflop": gflop[part]} for part in parts_of(shape)}
+    """Milliseconds and GFLOP of a call by part."""
+    places, gflop = places_of_own() if name == OWN else places_of_published(), parts_of_work(shape)
+    times = coupled.times_of(places, parts_of(shape), device, call)
+    return {part: {"ms": ms, "gflop": gflop[part]} for part, ms in times.items()}
 
 
 def providers_of(args: argparse.Namespace, shape: Shape, dtype: str, mode: str) -> list[Provider]:
@@ -251,7 +233,7 @@ def providers_of(args: argparse.Namespace, shape: Shape, dtype: str, mode: str) 
             gflop=shape.gflop(mode),
             gbytes=shape.gbytes(mode, getattr(torch, stored)),
             probe=(memory_probe, (name, shape, probed, mode, args.threads)),
-            note=cli.chosen("conv", args.device, dtype, shape.channels) if name == OWN else computes,
+            note=cli.chosen("spatial_conv2d", args.device, dtype, shape.channels) if name == OWN else computes,
             divide=functools.partial(divide, name, shape, args.device) if has_parts else None,
         )
 

@@ -24,7 +24,7 @@ import functools
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -295,19 +295,17 @@ def divided(places: list[Place], clock: Callable[[], float]) -> Iterator[Counter
         yield spent
 
 
-@functools.cache
-def parts_of_work(shape: Shape) -> dict[str, float]:
-    """GFLOP of the forward pass by part, counted on the published network."""
-    inputs = shape.inputs(torch.float32, "meta")
+def work_of(places: list[Place], parts: Sequence[str], call: Callable[[], Any]) -> dict[str, float]:
+    """GFLOP of a call by part, as torch counts those of its own modules."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        with divided(places_of_published(), counter.get_total_flops) as spent:
-            skeleton(shape)(*inputs, shifts=shape.shifts())
+        with divided(places, counter.get_total_flops) as spent:
+            call()
         spent[REST] = counter.get_total_flops() - spent.total()
-    return {part: 1e-9 * spent[part] for part in PARTS}
+    return {part: 1e-9 * spent[part] for part in parts}
 
 
-def divide(name: str, shape: Shape, device: str, call: harness.Call) -> dict[str, dict[str, float]]:
-    """Milliseconds and GFLOP of a forward call by part: the faster of two calls."""
+def times_of(places: list[Place], parts: Sequence[str], device: str, call: harness.Call) -> dict[str, float]:
+    """Milliseconds of a call by part: the faster of two calls."""
 
     def clock() -> float:
         if device == "cuda":
@@ -316,13 +314,26 @@ def divide(name: str, shape: Shape, device: str, call: harness.Call) -> dict[str
 
     runs = []
     for _ in range(2):
-        with divided(places_of_own() if is_own(name) else places_of_published(), clock) as spent:
+        with divided(places, clock) as spent:
             start = clock()
             call()
             spent[REST] = clock() - start - spent.total()
         runs.append(spent)
-    best, gflop = min(runs, key=Counter.total), parts_of_work(shape)
-    return {part: {"ms": best[part], "gflop": gflop[part]} for part in PARTS}
+    best = min(runs, key=Counter.total)
+    return {part: best[part] for part in parts}
+
+
+@functools.cache
+def parts_of_work(shape: Shape) -> dict[str, float]:
+    """GFLOP of the forward pass by part, counted on the published network."""
+    inputs = shape.inputs(torch.float32, "meta")
+    return work_of(places_of_published(), PARTS, lambda: skeleton(shape)(*inputs, shifts=shape.shifts()))
+
+
+def divide(name: str, shape: Shape, device: str, call: harness.Call) -> dict[str, dict[str, float]]:
+    """Milliseconds and GFLOP of a forward call by part."""
+    places, gflop = places_of_own() if is_own(name) else places_of_published(), parts_of_work(shape)
+    return {part: {"ms": ms, "gflop": gflop[part]} for part, ms in times_of(places, PARTS, device, call).items()}
 
 
 def providers_of(args: argparse.Namespace, shape: Shape, dtype: str, mode: str) -> list[Provider]:

@@ -31,6 +31,7 @@ import plot
 import published
 import registry
 import report
+import superres
 import tables
 import unet
 
@@ -589,6 +590,21 @@ def test_unet_end_to_end(quick_run, capsys, monkeypatch, threads):
     titles = "mmdiffusion ms | GFLOP/s | of matmul | vs published | vs published, autocast"
     titles += " | extra MB: mmdiffusion, published"
     assert table[0] == f"| shape | dtype | mode | {titles} |"
+
+
+def test_superres_end_to_end(quick_run, capsys, monkeypatch, threads):
+    pytest.importorskip("mmdiffusion")
+    monkeypatch.delenv("MMATTN_IMPL")
+    threads(1)
+    rows, _ = quick_run(superres, "--shape", "1,32,32", "--breakdown", "--max-gflop", "1e9")
+    by = {row["provider"]: row for row in rows}
+    shape, printed = superres.Shape(1, 32, 32), capsys.readouterr().out
+    for name in (superres.BASELINE, superres.OWN, superres.TUNED):
+        assert by[name]["reason"] is None
+        assert list(by[name]["parts"]) == superres.parts_of(shape)
+        assert f"\n{name}, B1 3x32x32 C32, float32: " in printed
+    assert sum(superres.parts_of_work(shape).values()) == pytest.approx(by[superres.OWN]["gflop"])
+    assert by[superres.OWN]["note"].startswith("impl ")
 
 
 def test_unet_in_bfloat16_against_fp32_and_autocast(threads):
