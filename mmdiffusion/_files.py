@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and what they hold."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import pathlib
 import secrets
@@ -21,6 +22,17 @@ def check_regular(path: str | os.PathLike[str], expected: str) -> None:
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # open() tells of a directory
         raise ValueError(f"{path} is no regular file; expected {expected}")
+
+
+def digest(path: pathlib.Path) -> str:
+    """SHA-256 of a file, or of the model in a directory."""
+    files = sorted(x for x in path.rglob("*") if x.suffix in (".json", ".safetensors")) if path.is_dir() else [path]
+    total = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as content:
+            while piece := content.read(1 << 20):
+                total.update(piece)
+    return total.hexdigest()
 
 
 @contextlib.contextmanager

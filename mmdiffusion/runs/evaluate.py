@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mmdiffusion._files import whole_file
+from mmdiffusion._files import digest, whole_file
 from mmdiffusion.clips import STREAMS
 from mmdiffusion.data.index import cache_folder
 from mmdiffusion.evaluation import (
@@ -129,7 +129,7 @@ class _Measure:
         for network in self.networks.values():
             network.to(self.device)
         settings = [_VERSION, job.frames, job.size, job.fps, job.sample_rate, self.names]
-        settings += [_digest(path) for path in (job.i3d, job.audioclip) if path]
+        settings += [digest(path) for path in (job.i3d, job.audioclip) if path]
         self.settings = json.dumps(settings)
         self.cache = pathlib.Path(job.cache or cache_folder()) / "features"
         self.cache.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,7 @@ class _Measure:
         return _Found(features, scores, min(count, self.job.clips), refused)
 
     def _film(self, path: pathlib.Path) -> dict[str, Tensor]:
-        key = hashlib.sha256(f"{_digest(path)} {self.settings}".encode()).hexdigest()
+        key = hashlib.sha256(f"{digest(path)} {self.settings}".encode()).hexdigest()
         file = self.cache / f"{key}.pt"
         if file.exists():
             try:
@@ -277,11 +277,3 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     if not found:
         raise ValueError(f"{folder} has no files; expected films or sounds")
     return found
-
-
-def _digest(path: pathlib.Path) -> str:
-    made = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            made.update(part)
-    return made.hexdigest()

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import mmattn
 from mmdiffusion import media
+from mmdiffusion._files import digest
 from mmdiffusion.clips import Clip, ClipFormat
 from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
 from mmdiffusion.diffusion.schedulers import SCHEDULERS, for_streams, make_scheduler
@@ -191,17 +192,6 @@ def _gain(job: Sample, config: Any) -> float:
 def clip_seed(seed: int, number: int) -> int:
     """The seed of a clip's own generator."""
     return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:8], "big") >> 1
-
-
-def digest(path: pathlib.Path) -> str:
-    """SHA-256 of a file, or of the model in a directory."""
-    files = sorted(x for x in path.rglob("*") if x.suffix in (".json", ".safetensors")) if path.is_dir() else [path]
-    total = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as content:
-            while piece := content.read(1 << 20):
-                total.update(piece)
-    return total.hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -17,13 +17,13 @@ from tqdm import tqdm
 
 import mmattn
 from mmdiffusion import media
-from mmdiffusion._files import whole_file
+from mmdiffusion._files import digest, whole_file
 from mmdiffusion.diffusion.schedulers import SCHEDULERS
 from mmdiffusion.diffusion.superres import SuperResolutionPipeline
 from mmdiffusion.runs.models import DTYPES, load_superres
 from mmdiffusion.runs.options import SEEDS, check, option
 from mmdiffusion.runs.processes import Processes
-from mmdiffusion.runs.sample import clip_seed, digest, versions
+from mmdiffusion.runs.sample import clip_seed, versions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ import torch
 import mmattn
 import mmdiffusion
 from mmdiffusion import checkpoints
+from mmdiffusion._files import digest
 from mmdiffusion.clips import Clip, ClipFormat
 from mmdiffusion.data import FilmError, open_dataset
 from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
@@ -31,7 +32,7 @@ from mmdiffusion.runs.convert import save_pipeline
 from mmdiffusion.runs.models import ModelJob, load, read_config
 from mmdiffusion.runs.options import SEEDS, option
 from mmdiffusion.runs.processes import Processes
-from mmdiffusion.runs.sample import clip_seed, digest, versions
+from mmdiffusion.runs.sample import clip_seed, versions
 from mmdiffusion.training import Recipe, State, States, train
 from mmdiffusion.training.log import Log, plot, row_of, summary
 from mmdiffusion.training.recipe import PRECISIONS, RECIPES, TIMESTEPS, WEIGHTINGS
