@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -96,6 +97,15 @@ def read_config(path: pathlib.Path | None) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}; expected arguments of the network by name")
     return config
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a network's configuration results depend on; marks of models as they were before are left out."""
+    return {
+        name: value
+        for name, value in config.items()
+        if not name.startswith("_") and (name, value) != ("random_weights", False)
+    }
 
 
 def refuse_to_overwrite(target: pathlib.Path, is_forced: bool) -> None:

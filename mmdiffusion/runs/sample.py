@@ -25,7 +25,7 @@ from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
 from mmdiffusion.diffusion.schedulers import SCHEDULERS, for_streams, make_scheduler
 from mmdiffusion.diffusion.superres import SuperResolutionPipeline
 from mmdiffusion.runs.folder import FORMATS, Folder
-from mmdiffusion.runs.models import DTYPES, ModelJob, load, load_superres
+from mmdiffusion.runs.models import DTYPES, ModelJob, load, load_superres, settings_of
 from mmdiffusion.runs.options import SEEDS, option
 from mmdiffusion.runs.processes import Processes
 
@@ -243,11 +243,7 @@ def _settings(job: Sample, dtype: str, config: Any) -> dict[str, Any]:
     source = job.audio_from or job.video_from
     return {
         "model": digest(job.model),
-        "config": {
-            name: value
-            for name, value in config.items()
-            if not name.startswith("_") and (name, value) != ("random_weights", False)
-        },
+        "config": settings_of(config),
         "audio_gain": gain if (gain := _gain(job, config)) != 1 else None,
         "dtype": dtype,
         "seed": job.seed,

@@ -20,7 +20,7 @@ from mmdiffusion import media
 from mmdiffusion._files import digest, whole_file
 from mmdiffusion.diffusion.schedulers import SCHEDULERS
 from mmdiffusion.diffusion.superres import SuperResolutionPipeline
-from mmdiffusion.runs.models import DTYPES, load_superres
+from mmdiffusion.runs.models import DTYPES, load_superres, settings_of
 from mmdiffusion.runs.options import SEEDS, check, option
 from mmdiffusion.runs.processes import Processes
 from mmdiffusion.runs.sample import clip_seed, versions
@@ -88,7 +88,7 @@ def run(job: SuperResolve) -> str:
     pipeline = load_superres(job.model, job.scheduler, dtype, processes.device, config=job.config)
     settings = {
         "model": digest(job.model),
-        "config": {name: value for name, value in pipeline.unet.config.items() if not name.startswith("_")},
+        "config": settings_of(pipeline.unet.config),
         **{name: getattr(job, name) for name in ("fit", "steps", "scheduler", "noise", "seed")},
         "dtype": dtype,
     }

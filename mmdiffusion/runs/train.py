@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
@@ -29,7 +30,7 @@ from mmdiffusion.media import contact_sheet, write_image, write_video
 from mmdiffusion.model.unet import CoupledUNet
 from mmdiffusion.runs import published
 from mmdiffusion.runs.convert import save_pipeline
-from mmdiffusion.runs.models import ModelJob, load, read_config
+from mmdiffusion.runs.models import ModelJob, load, read_config, settings_of
 from mmdiffusion.runs.options import SEEDS, option
 from mmdiffusion.runs.processes import Processes
 from mmdiffusion.runs.sample import clip_seed, versions
@@ -140,8 +141,9 @@ def _network(job: Train) -> CoupledUNet:
     return unet
 
 
+@functools.cache
 def code_digest() -> str:
-    """SHA-256 of the sources of mmattn and mmdiffusion."""
+    """SHA-256 of the sources of mmattn and mmdiffusion, as they were when this was first asked."""
     total = hashlib.sha256()
     for package in (mmattn, mmdiffusion):
         for file in sorted(pathlib.Path(str(package.__file__)).parent.rglob("*.py")):
@@ -160,11 +162,7 @@ class _Run:
             "data": job.data,
             "begun_from": digest(begun_from) if job.init and begun_from else str(begun_from) if begun_from else None,
             "clips": len(data),
-            "config": {
-                name: value
-                for name, value in unet.config.items()
-                if not name.startswith("_") and name != "random_weights"
-            },
+            "config": settings_of(unet.config),
             **recipe.settings(),
             **({"flip": True} if job.flip else {}),
         }
