@@ -7,9 +7,12 @@ import contextlib
 import hashlib
 import os
 import pathlib
+import re
 import secrets
 import stat
 from collections.abc import Iterator
+
+_PART = re.compile(r"\.[0-9a-f]{16}\.part")
 
 
 def check_regular(path: str | os.PathLike[str], expected: str) -> None:
@@ -33,6 +36,11 @@ def digest(path: pathlib.Path) -> str:
             while piece := content.read(1 << 20):
                 total.update(piece)
     return total.hexdigest()
+
+
+def is_part(name: str) -> bool:
+    """Whether a file has a name of those that `whole_file` writes to, which a killed process leaves."""
+    return _PART.fullmatch(name) is not None
 
 
 @contextlib.contextmanager

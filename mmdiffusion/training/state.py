@@ -17,14 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmdiffusion._files import whole_file
+from mmdiffusion._files import is_part, whole_file
 from mmdiffusion.training.ema import EMA
 from mmdiffusion.training.recipe import Recipe
 from mmdiffusion.training.timesteps import make_timesteps
 
 _FORMAT = 1
 _FILE = re.compile(r"step-([0-9]{8,})\.safetensors")
-_PART = re.compile(r"\.[0-9a-f]{16}\.part")
 
 
 class Meter:
@@ -204,7 +203,7 @@ class States:
     def clean(self) -> None:
         """Remove what a killed process left half-written; for whoever is alone in the folder."""
         for path in self.path.iterdir() if self.path.is_dir() else ():
-            if _PART.fullmatch(path.name):
+            if is_part(path.name):
                 path.unlink(missing_ok=True)
 
     def _compare(self, found: Mapping[str, Any]) -> None:
