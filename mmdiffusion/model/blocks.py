@@ -58,6 +58,14 @@ def repeat_frames(video: Tensor) -> Tensor:
     return frames.permute(0, 2, 3, 1).unflatten(0, video.shape[:2])
 
 
+def embedded(h: Tensor, embedding: Tensor, *, is_film: bool) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """h [B, ..., C] and its FiLM, (scale, shift) from embedding [B, 2C]; or h + embedding [B, C], and no FiLM."""
+    if is_film:
+        scale, shift = embedding.chunk(2, -1)
+        return h, (scale, shift)
+    return h + embedding.view(len(h), *(1,) * (h.dim() - 2), -1), None
+
+
 def zeroed(layer: Layer) -> Layer:
     """The layer with its parameters set to zero: a residual branch begins as nothing."""
     for parameter in layer.parameters():
@@ -129,12 +137,7 @@ class _StreamBlock(nn.Module):
         is_last = self.resampling == "up" and not (self.training and self.dropout) and self._is_plain()
         if self.resampling == "up" and not is_last:
             h, x = self._repeat(h), self._repeat(x)
-        film = None
-        if is_film:
-            scale, shift = embedding.chunk(2, -1)
-            film = scale, shift
-        else:
-            h = h + embedding.view(len(h), *(1,) * (h.dim() - 2), -1)
+        h, film = embedded(h, embedding, is_film=is_film)
         out = self._project(h, x, film)
         return self._repeat(out) if is_last else out
 

@@ -25,6 +25,7 @@ from mmdiffusion.model.blocks import (
     SpatialAttention,
     convolve,
     embed_timesteps,
+    embedded,
     pool_frames,
     repeat_frames,
     zeroed,
@@ -296,12 +297,7 @@ class ImageBlock(nn.Module):
             resample = pool_frames if self.resampling == "down" else repeat_frames
             h = _layers.normalise_frames(x, self.norm1, activation="silu")
             h, x = convolve_frames(resample(h), self.conv1), resample(x)
-        embedding, film = self.embedding(embedding), None
-        if self.is_film:
-            scale, shift = embedding.chunk(2, -1)
-            film = scale, shift
-        else:
-            h = h + embedding.view(len(h), 1, 1, 1, -1)
+        h, film = embedded(h, self.embedding(embedding), is_film=self.is_film)
         residual = x if self.skip is None else convolve(x, self.skip)
         prologue: dict[str, Any] = {"norm": self.norm2, "film": film, "activation": "silu"}
         if self.training and self.dropout:
