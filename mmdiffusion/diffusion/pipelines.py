@@ -151,7 +151,7 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
                 if callback_on_step_end is not None:
                     seen = {name: named[name] for name in callback_on_step_end_tensor_inputs}
                     returned = callback_on_step_end(self, next(steps), t, seen) or {}
-                    _refuse_unknown("callback_on_step_end returned", returned)
+                    refuse_unknown("callback_on_step_end returned", returned, STREAMS)
                     named.update(returned)
                 return [named["video"], named["audio"]]
 
@@ -203,7 +203,7 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             scheduler = make_scheduler(scheduler)
         scheduler = self.scheduler if scheduler is None else scheduler
         _check_options(batch_size, num_inference_steps, scheduler, guidance, guidance_scale, output_type)
-        _refuse_unknown("callback_on_step_end_tensor_inputs is", callback_on_step_end_tensor_inputs)
+        refuse_unknown("callback_on_step_end_tensor_inputs is", callback_on_step_end_tensor_inputs, STREAMS)
         self.clip_format.windows(seconds, overlap)
         return scheduler
 
@@ -348,7 +348,9 @@ def _check_options(
             raise ValueError(f"{name} is {choice!r}; expected one of {', '.join(map(repr, choices))}")
 
 
-def _refuse_unknown(what: str, names: Iterable[str]) -> None:
-    unknown = [name for name in names if name not in STREAMS]
+def refuse_unknown(what: str, names: Iterable[str], known: Sequence[str]) -> None:
+    """Raises ValueError if what a callback asks for or returns has other names."""
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"{what} {', '.join(map(repr, unknown))}; expected some of {', '.join(map(repr, STREAMS))}")
+        expected = f"{'some of ' if len(known) > 1 else ''}{', '.join(map(repr, known))}"
+        raise ValueError(f"{what} {', '.join(map(repr, unknown))}; expected {expected}")

@@ -18,12 +18,13 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from mmdiffusion.diffusion.pipelines import check_count, check_scheduler, frozen, generators_of
+from mmdiffusion.diffusion.pipelines import check_count, check_scheduler, frozen, generators_of, refuse_unknown
 from mmdiffusion.diffusion.sampling import step_options
 from mmdiffusion.diffusion.schedulers import Scheduler, make_scheduler, prepared
 from mmdiffusion.model.superres import SuperResolutionUNet
 
 _LEARNED = "learned_range"  # how diffusers calls a variance between two bounds, by the share that the network predicts
+_CALLBACK_TENSORS = ("frames",)
 _CPU_BYTES = 1 << 30  # for the frames of one call of the network; more at once are not faster on a CPU
 _GPU_SHARE = 0.5  # of the memory that is free
 
@@ -50,7 +51,7 @@ class SuperResolutionPipeline(DiffusionPipeline):  # type: ignore[misc]
     """
 
     model_cpu_offload_seq = "unet"  # type: ignore[assignment]
-    _callback_tensor_inputs: ClassVar = ["frames"]
+    _callback_tensor_inputs: ClassVar = list(_CALLBACK_TENSORS)
 
     def __init__(self, unet: SuperResolutionUNet, scheduler: SchedulerMixin) -> None:
         super().__init__()
@@ -127,7 +128,7 @@ class SuperResolutionPipeline(DiffusionPipeline):  # type: ignore[misc]
                     return x
                 seen = dict.fromkeys(callback_on_step_end_tensor_inputs, x)
                 returned = callback_on_step_end(self, next(steps), t, seen) or {}
-                _refuse_unknown("callback_on_step_end returned", returned)
+                refuse_unknown("callback_on_step_end returned", returned, _CALLBACK_TENSORS)
                 return returned.get("frames", x)
 
             for piece in pieces:
@@ -165,7 +166,7 @@ class SuperResolutionPipeline(DiffusionPipeline):  # type: ignore[misc]
             check_count("frames_per_call", frames_per_call)
         if output_type not in ("pt", "np"):
             raise ValueError(f"output_type is {output_type!r}; expected one of 'pt', 'np'")
-        _refuse_unknown("callback_on_step_end_tensor_inputs is", callback_on_step_end_tensor_inputs)
+        refuse_unknown("callback_on_step_end_tensor_inputs is", callback_on_step_end_tensor_inputs, _CALLBACK_TENSORS)
         _check_floating("low_res", low_res)
         channels = self.unet.config["in_channels"]
         if low_res.dim() != 5 or low_res.shape[2] != channels or 0 in low_res.shape:
@@ -251,9 +252,3 @@ def _check_floating(name: str, x: Any) -> None:
         raise TypeError(f"{name} is {found}; expected a tensor of floating point")
     if not bool(x.isfinite().all()):
         raise ValueError(f"{name} has values that are not finite; expected numbers")
-
-
-def _refuse_unknown(what: str, names: Any) -> None:
-    unknown = [name for name in names if name != "frames"]
-    if unknown:
-        raise ValueError(f"{what} {', '.join(map(repr, unknown))}; expected 'frames'")
