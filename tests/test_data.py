@@ -216,11 +216,12 @@ def test_a_film_that_changes_is_named(folder):
     clips[20]
     film(folder / "new.mp4", 10, 7)
     shutil.move(folder / "new.mp4", folder / "long.mp4")
-    clips._open.clear()
+    clips.close()
     with pytest.raises(ValueError, match=r"long\.mp4 has 0\.000 s of video from where it is read"):
         clips[20]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the garbage
 def test_workers_begin_while_films_are_open(folder):
     """Forked, they inherit films whose decoders have threads elsewhere, live ones and garbage, and close none."""
     clips = ClipDataset(folder, FORM, processes=1)

@@ -34,6 +34,7 @@ from mmdiffusion.runs.options import check, option
 from mmdiffusion.runs.processes import Processes
 
 _VERSION = 1  # of what is kept of a film
+_LABEL = 40  # letters of a folder's name in the picture, its last ones
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -256,15 +257,18 @@ def _plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     from matplotlib.figure import Figure
 
     titles = list(dict.fromkeys(title for row in rows for title in row["figures"]))
-    figure = Figure(figsize=(4 + 3.2 * max(1, len(titles)), 2 + 0.4 * len(rows)), layout="constrained")
+    names = [name if len(name) <= _LABEL else f"...{name[-_LABEL:]}" for name in (row["name"] for row in rows)]
+    columns = max(1, len(titles))
+    figure = Figure(figsize=(4 + 3.2 * columns, 2 + 0.4 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
-    for number, title in enumerate(titles, 1):
-        axes = figure.add_subplot(1, len(titles), number)
-        shown = [(row["name"], *row["figures"][title]) for row in rows if title in row["figures"]]
-        names, values, errors = zip(*shown, strict=True)
-        axes.errorbar(values, names, xerr=[0 if e != e else e for e in errors], fmt="o", capsize=3)
+    all_axes = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
+    all_axes[0].set_yticks(range(len(rows)), names)
+    all_axes[0].set_ylim(len(rows) - 0.5, -0.5)
+    for title, axes in zip(titles, all_axes, strict=False):
+        shown = [(at, *row["figures"][title]) for at, row in enumerate(rows) if title in row["figures"]]
+        places, values, errors = zip(*shown, strict=True)
+        axes.errorbar(values, places, xerr=[0 if e != e else e for e in errors], fmt="o", capsize=3)
         axes.set_title(title, size=9)
-        axes.margins(y=0.3)
         axes.grid(alpha=0.3, axis="x")
     with whole_file(path) as part:
         figure.savefig(part, format="png", dpi=110)
