@@ -206,7 +206,7 @@ def test_what_i3d_does_not_take(i3d):
 
 @torch.no_grad()
 def test_audioclip_is_the_published_one():
-    """As the network is meant, and as the release uses it; other branches of the file do not matter."""
+    """As the network is meant, and as the published code uses it; other branches of the file do not matter."""
     expected = load_file(DATA / "audioclip.safetensors")
     weights = filled("audioclip_audio_keys.json", 7, "audio.conv1.weight")
     weights = {**weights, "audio.window": AudioCLIPAudio().window, "visual.conv1.weight": torch.zeros(1)}

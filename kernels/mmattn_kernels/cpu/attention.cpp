@@ -72,6 +72,7 @@ class Forward {
   }
 
  private:
+  // Long, since one block's scores stay in the cache from product to product; a call in between has eight operands.
   void attend(const Run& run, const QueryBlock& block) const {
     const int64_t rows = block.queries.hi - block.queries.lo;
     const Direction& d = *run.direction;
@@ -183,7 +184,7 @@ class Backward {
   }
 
  private:
-  // d_q of these queries, and their share of d_k and d_v of the window's keys.
+  // d_q of these queries, and their share of d_k and d_v of the window's keys. Long for the reason of `attend`.
   void differentiate(const Run& run, const QueryBlock& block) const {
     const int64_t rows = block.queries.hi - block.queries.lo, vecs = padded_ / kLanes;
     const Direction& d = *run.direction;
