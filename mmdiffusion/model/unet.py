@@ -72,6 +72,9 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         frame_rate: frames a second of the clips it is trained on; the network does not depend on it, what is written
             does.
         sample_rate: positions of audio a second, likewise.
+        prediction_type: what the outputs are: "epsilon", the noise, as in the paper, or "v_prediction",
+            sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (arXiv 2202.00512), which at t near the last one is the clip:
+            a small network learns it sooner.
         random_weights: says of the parameters that they were never trained; the command writes their sound quietly.
 
     Raises:
@@ -110,6 +113,7 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         frame_rate: float = FRAME_RATE,
         sample_rate: int = SAMPLE_RATE,
         random_weights: bool = False,
+        prediction_type: str = "epsilon",
     ) -> None:
         super().__init__()
         check_config(self.config)

@@ -13,8 +13,7 @@ import torch
 from mmdiffusion import checkpoints
 from mmdiffusion._files import whole_file
 from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
-from mmdiffusion.diffusion.schedulers import make_scheduler
-from mmdiffusion.runs.models import DTYPES, ModelJob, load, refuse_to_overwrite
+from mmdiffusion.runs.models import DTYPES, ModelJob, load, pipeline_of, refuse_to_overwrite
 from mmdiffusion.runs.options import option
 
 
@@ -48,12 +47,17 @@ def run(job: Convert) -> str:
     if is_back and job.target.suffix not in (".pt", ".safetensors"):
         raise ValueError(f"OUT is {job.target}; expected a .pt or .safetensors file, as IN is a directory")
     unet = load(job.source, job)
+    if is_back and unet.config["prediction_type"] != "epsilon":
+        raise ValueError(
+            f"{job.source} predicts {unet.config['prediction_type']!r}; expected 'epsilon', the noise, as the published "
+            "code does, whose checkpoints cannot say otherwise"
+        )
     if job.dtype:
         torch.nn.Module.to(unet, DTYPES[job.dtype])  # that of diffusers warns of modules that are not here
     if is_back:
         checkpoints.write(unet.to_published(), job.target, is_random=unet.config["random_weights"])
     else:
-        save_pipeline(MMDiffusionPipeline(unet, make_scheduler("dpmsolver++")), job.target)
+        save_pipeline(pipeline_of(unet), job.target)
     return f"{job.source} -> {job.target}"
 
 
