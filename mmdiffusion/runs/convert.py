@@ -20,7 +20,8 @@ from mmdiffusion.runs.options import option
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Convert(ModelJob):
     """Convert a published checkpoint (.pt, .safetensors) into a directory that
-    MMDiffusionPipeline.from_pretrained loads; a directory of save_pretrained back into a published checkpoint.
+    MMDiffusionPipeline.from_pretrained loads; a directory of save_pretrained back into a published checkpoint, or into
+    another directory, of another dtype.
     """
 
     summary: ClassVar = "a published checkpoint into a directory of a pipeline, and back"
@@ -28,6 +29,7 @@ class Convert(ModelJob):
         "convert landscape.pt landscape --preset landscape",
         "convert ours.pt ours --config ours.json --dtype bfloat16",
         "convert landscape landscape.pt",
+        "convert run/model half --dtype float16",
     )
 
     source: pathlib.Path = option("what is converted", metavar="IN", is_positional=True)
@@ -43,9 +45,7 @@ class Convert(ModelJob):
 def run(job: Convert) -> str:
     """Convert, and say what was done."""
     refuse_to_overwrite(job.target, job.force)
-    is_back = job.source.is_dir()
-    if is_back and job.target.suffix not in (".pt", ".safetensors"):
-        raise ValueError(f"OUT is {job.target}; expected a .pt or .safetensors file, as IN is a directory")
+    is_back = job.source.is_dir() and job.target.suffix in (".pt", ".safetensors")
     unet = load(job.source, job)
     if is_back and unet.config["prediction_type"] != "epsilon":
         raise ValueError(
