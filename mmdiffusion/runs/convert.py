@@ -47,11 +47,6 @@ def run(job: Convert) -> str:
     if is_back and job.target.suffix not in (".pt", ".safetensors"):
         raise ValueError(f"OUT is {job.target}; expected a .pt or .safetensors file, as IN is a directory")
     unet = load(job.source, job)
-    if is_back and unet.config["prediction_type"] != "epsilon":
-        raise ValueError(
-            f"{job.source} predicts {unet.config['prediction_type']!r}; expected 'epsilon', the noise, as the published "
-            "code does, whose checkpoints cannot say otherwise"
-        )
     if job.dtype:
         torch.nn.Module.to(unet, DTYPES[job.dtype])  # that of diffusers warns of modules that are not here
     if is_back:
