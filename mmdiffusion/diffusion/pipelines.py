@@ -41,7 +41,8 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
     Args:
         unet: the model, of both streams. Where its outputs have twice the channels of its inputs (learned sigma), the
             first half is the noise, and the rest is not used.
-        scheduler: any of diffusers, of the network's `prediction_type`; `schedulers.make_scheduler` makes those of the release.
+        scheduler: any of diffusers, of the network's `prediction_type`; `schedulers.make_scheduler` makes the published
+            ones.
 
     Example:
         >>> pipeline = MMDiffusionPipeline(CoupledUNet(model_channels=64), make_scheduler("dpmsolver++"))

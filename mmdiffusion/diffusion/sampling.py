@@ -38,8 +38,8 @@ def sample(
     guidance_scale = release's scale / (elements of the known stream of a sample * batch).
 
     Args:
-        model: f(video, audio, t) -> (video, audio), the noise, or what else the schedulers expect of it, all of the shapes of `noise`; t is a tensor of no
-            dimensions on the CPU, a real number for some schedulers.
+        model: f(video, audio, t) -> (video, audio), of each stream the noise, or what else the schedulers take it for,
+            all of the shapes of `noise`; t is a tensor of no dimensions on the CPU, a real number for some schedulers.
         noise: standard normal (video [B, F, C, H, W], audio [B, C, T]), floating point, any device.
         schedulers: one for each stream, after set_timesteps (`schedulers.for_streams`); they are stepped. Any of
             diffusers; guidance is the same for those that scale the sample, as Euler's do.

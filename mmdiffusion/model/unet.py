@@ -73,8 +73,8 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
             does.
         sample_rate: positions of audio a second, likewise.
         prediction_type: what the outputs are: "epsilon", the noise, as in the paper, or "v_prediction",
-            sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (arXiv 2202.00512), which at t near the last one is the clip:
-            a small network learns it sooner.
+            sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (arXiv 2202.00512): near the last t that is -x_0, where an
+            error of the noise would be 150 times one of the clip.
         random_weights: says of the parameters that they were never trained; the command writes their sound quietly.
 
     Raises:
@@ -338,9 +338,19 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return checkpoints.load(cls, source, preset, config)
 
     def to_published(self) -> dict[str, Tensor]:
-        """The state dict under the published keys and in their shapes; the tensors share the parameters' memory."""
+        """The state dict under the published keys and in their shapes; the tensors share the parameters' memory.
+
+        Raises:
+            ValueError: if the network does not predict the noise, as published ones do.
+        """
         from mmdiffusion import checkpoints
 
+        predicted = self.config["prediction_type"]
+        if predicted != "epsilon":
+            raise ValueError(
+                f"the network has prediction_type {predicted!r}, which published checkpoints cannot say; expected "
+                "'epsilon'"
+            )
         return checkpoints.state_dict(self)
 
     def capture(

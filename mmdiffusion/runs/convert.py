@@ -47,11 +47,6 @@ def run(job: Convert) -> str:
     refuse_to_overwrite(job.target, job.force)
     is_back = job.source.is_dir() and job.target.suffix in (".pt", ".safetensors")
     unet = load(job.source, job)
-    if is_back and unet.config["prediction_type"] != "epsilon":
-        raise ValueError(
-            f"{job.source} predicts {unet.config['prediction_type']!r}; expected 'epsilon', the noise, as the published "
-            "code does, whose checkpoints cannot say otherwise"
-        )
     if job.dtype:
         torch.nn.Module.to(unet, DTYPES[job.dtype])  # that of diffusers warns of modules that are not here
     if is_back:

@@ -33,8 +33,8 @@ def denoising_losses(
 
     Args:
         network: f(video, audio, t, **options) -> (video, audio), None for a stream that is not in `clips`. An output
-            of twice the channels of its input is what is predicted, then the share of `learned_log_variance`; the variational
-            bound is then added to the loss (arXiv 2102.09672, section 3.1), and is also returned by itself.
+            of twice the channels of its input is what is predicted, then the share of `learned_log_variance`; the
+            variational bound is then added to the loss (arXiv 2102.09672, section 3.1), and is also returned by itself.
         clips: "video" [B, F, C, H, W] and "audio" [B, C, T], or one of them, in [-1, 1].
         noises: standard normal, of the same shapes.
         t: [B], of `diffusion`, the same for both streams.
