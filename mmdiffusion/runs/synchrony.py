@@ -136,7 +136,7 @@ def measure(pipeline: MMDiffusionPipeline, job: MeasureSynchrony) -> list[Row]:
     scales = [_scale(pipeline, job, given) for given in STREAMS]
     pipeline.check_inputs(job.batch_size, job.steps, guidance_scale=min(scales))
     pipeline.set_progress_bar_config(disable=True)
-    whole = _clipped(torch.stack([to_clip(world[i]).audio for i in range(job.clips)]))
+    whole = _clipped(_real(world, "audio", range(job.clips)))
     found = [
         Row(name, job.clips, *agreement, whole, 0.0)
         for name, agreement in zip(("real", "real, sound of another"), ceiling_and_floor(world, job.clips), strict=True)
@@ -181,9 +181,8 @@ def _sampled(
             numbers = range(at, min(at + job.batch_size, job.clips))
             options: dict[str, Any] = {}
             if given:
-                real = [getattr(to_clip(world[i]), given) for i in numbers]
                 options = {
-                    given: torch.stack(real),
+                    given: _real(world, given, numbers),
                     "guidance": guidance,
                     "guidance_scale": _scale(pipeline, job, given),
                 }
@@ -199,6 +198,10 @@ def _sampled(
                 raise FloatingPointError(f"{job.model} makes clips {numbers[0]} to {numbers[-1]} ({name}) not finite")
             yield video.cpu(), audio.cpu()
             bar.update(len(numbers))
+
+
+def _real(world: SyntheticClips, stream: str, numbers: range) -> Tensor:
+    return torch.stack([getattr(to_clip(world[i]), stream) for i in numbers])
 
 
 def _scale(pipeline: MMDiffusionPipeline, job: MeasureSynchrony, given: str) -> float:
