@@ -82,6 +82,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_head_channels": 32,
         "dropout": 0.0,
         "sample_rate": 3200,
+        "prediction_type": "v_prediction",
     },
 }
 
@@ -197,6 +198,11 @@ def load(
     if preset is not None and "cross_attention_windows" in config:
         known["middle_cross_attention"] = has_middle_cross_attention(config["cross_attention_windows"])
     return _made_of(cls, {**known, **config}, tensors)
+
+
+def is_superres(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict is that of a super-resolution network, whose first layer is one convolution of images."""
+    return any(key.removeprefix("module.") == "input_blocks.0.0.weight" for key in tensors)
 
 
 def load_superres(
