@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Distances, published feature networks, synchrony, low-level features and nearest clips."""
 
+import copy
 import json
 import math
 import pathlib
@@ -179,6 +180,13 @@ def test_i3d_is_the_published_one(i3d):
     assert len(layers) == 5
     for key in layers:
         assert error(seen[key.removeprefix("act.")][:, ::8, :, ::7, ::7], expected[key]) < 1e-5
+
+
+@torch.no_grad()
+def test_i3d_computes_in_bfloat16(i3d):
+    expected = load_file(DATA / "i3d.safetensors")
+    found = copy.deepcopy(i3d).to(torch.bfloat16)(expected["video"][:1])
+    assert found.dtype == torch.float32 and 0 < error(found, expected["logits"][:1]) < 0.03
 
 
 def test_weights_that_do_not_fit_are_refused(i3d_weights, tmp_path):
