@@ -169,13 +169,15 @@ def packed_gradients(case, dtype, impl="cpu", make=inputs, **overrides):
     return dict(zip(("video_out", "audio_out", *GRADS), (*(x.detach() for x in out), *grads), strict=True))
 
 
-def assert_within_budget(found, case, dtype):
+def assert_within_budget(found, case, dtype, isa=None):
     exact, plain = expected(case, dtype, found["video_out"].device.type)
     for name, x in found.items():
         assert x.dtype == dtype and (x.is_contiguous() or not name.endswith("_out")), name
         # Of a softmax over one key these are what is left of two equal products, times the other factor of the scores.
-        # Scores in the thousands are rounded by three digits more, in an order of sums that is not torch's.
-        factor, rounding = (2.0, 1.0) if case.magnitude < 100 else (6.0, 4.0)
+        # Scores in the thousands are rounded by three digits more, in an order of sums that is not torch's on tiles.
+        rounding = 1.0 if case.magnitude < 100 else 4.0
+        # The portable build has no fused multiply-add, as torch has: it rounds every product as well.
+        factor = 4.0 if isa == "portable" and case.magnitude >= 100 else 2.0
         left = case.magnitude if name.endswith("_k") else 1.0
         assert_close_to_fp64(
             x, exact[name], plain[name], name=name, factor=factor, rounding=rounding, absolute=1e-6 * left
@@ -245,7 +247,21 @@ def test_gradcheck_of_the_reference(case):
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_and_gradients(name, isa, dtype, instruction_set, poisoned_memory):
     instruction_set(isa)
-    assert_within_budget(packed_gradients(CASES[name], dtype), CASES[name], dtype)
+    assert_within_budget(packed_gradients(CASES[name], dtype), CASES[name], dtype, isa)
+
+
+@pytest.mark.parametrize("scale", (0.25, -0.25))
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_a_one_hot_softmax_of_enormous_scores_picks_its_value(isa, scale, instruction_set, poisoned_memory):
+    """The greatest score weighs 1 exactly, where one scaled before it is taken off is rounded first."""
+    instruction_set(isa)
+    case = Case(frames=3, pixels=40, audio_len=150, magnitude=1e6, scale=scale)
+    found = packed_gradients(case, torch.bfloat16)
+    exact, _ = expected(case, torch.bfloat16)
+    for name in ("video_out", "audio_out"):
+        assert relative_error(found[name], exact[name]) < 1e-6, name
+    for name in ("d_video_q", "d_audio_q"):
+        assert found[name].abs().max() < 1e-2, name
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)

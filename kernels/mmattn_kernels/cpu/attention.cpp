@@ -60,6 +60,7 @@ class Forward {
         padded_(round_up(dim_, kLanes)),
         keys_(scratch.take(round_up(longest, kLanes) * dim_)),
         values_(scratch.take(round_up(longest, kLanes) * padded_)),
+        scale_(p.scale),
         queries_(scratch.take(kQueryRows * padded_)),
         scores_(scratch.take(kQueryRows * kKeyBlock)),
         out_(scratch.take(kQueryRows * padded_)),
@@ -79,8 +80,9 @@ class Forward {
     const Direction& d = *run.direction;
     for (int64_t r = 0; r < rows; ++r)
       load_row(queries_ + r * padded_, row<T>(d.q, run.batch, block.queries.lo + r, run.head), dim_, padded_,
-               p_.scale * kLog2e<float>);
-    for (int64_t r = 0; r < kQueryRows; ++r) top_[r] = factor_[r] = kMasked, sum_[r] = 0;
+               scale_.of_queries);
+    for (int64_t r = 0; r < kQueryRows; ++r) top_[r] = factor_[r] = kLowest, sum_[r] = 0;
+    const Vec scale = broadcast(scale_.of_differences);
     std::memset(out_, 0, rows * padded_ * sizeof(float));
 
     bool is_first = true;
@@ -102,7 +104,7 @@ class Forward {
           factor_[r] = std::max(top_[r], reduce_max(most));
         }
         for (int64_t r = 0; r < rows; r += kLanes) {
-          const Vec new_top = load(factor_ + r), rescale = exp2(load(top_ + r) - new_top);
+          const Vec new_top = load(factor_ + r), rescale = exp2((load(top_ + r) - new_top) * scale);
           store(top_ + r, new_top);
           store(factor_ + r, rescale);
           store(sum_ + r, load(sum_ + r) * rescale);
@@ -116,7 +118,7 @@ class Forward {
           const Vec row_top = broadcast(top_[r]);
           Vec total{};
           for (int64_t v = 0; v < panels; ++v) {
-            const Vec weight = exp2(load(s + v * kLanes) - row_top);
+            const Vec weight = exp2((load(s + v * kLanes) - row_top) * scale);
             store(s + v * kLanes, weight);
             total += weight;
           }
@@ -135,13 +137,15 @@ class Forward {
     double* lse = run.lse(block, p_.heads);
     for (int64_t r = 0; r < rows; ++r) {
       store_row(row<T>(d.out, run.batch, block.queries.lo + r, run.head), out_ + r * padded_, dim_, 1 / sum_[r]);
-      lse[r] = log_sum_exp(top_[r], sum_[r]);
+      lse[r] = log_sum_exp(top_[r], scale_.of_differences, sum_[r]);
     }
   }
 
   const Attention& p_;
   const int64_t dim_, padded_;
-  float *const keys_, *const values_, *const queries_, *const scores_, *const out_;
+  float *const keys_, *const values_;
+  const ScoreScale scale_;
+  float *const queries_, *const scores_, *const out_;
   float *const top_, *const sum_, *const factor_;  // of each row: the maximum so far, the sum, the factor of the block
 };
 
@@ -157,6 +161,7 @@ class Backward {
       : p_(p),
         dim_(p.dim),
         padded_(round_up(dim_, kLanes)),
+        scale_(p.scale),
         key_panels_(scratch.take(round_up(longest, kLanes) * dim_)),
         key_rows_(scratch.take(round_up(longest, kLanes) * padded_)),
         value_panels_(scratch.take(round_up(longest, kLanes) * dim_)),
@@ -178,8 +183,8 @@ class Backward {
     std::memset(d_values_, 0, run.ring * padded_ * sizeof(float));
     for (const QueryBlock* block = run.begin; block != run.end; ++block) differentiate(run, *block);
     for (int64_t i = 0; i < run.ring; ++i) {
-      // The packed queries carry scale * log2(e); d_k wants scale alone.
-      store_row(run.key<T>(d.d_k, i), d_keys_ + i * padded_, dim_, kLn2<float>);
+      // The packed queries carry a part of the scale already.
+      store_row(run.key<T>(d.d_k, i), d_keys_ + i * padded_, dim_, scale_.of_differences * kLn2<float>);
       store_row(run.key<T>(d.d_v, i), d_values_ + i * padded_, dim_, 1.0f);
     }
   }
@@ -192,8 +197,7 @@ class Backward {
     const double* lse = run.lse(block, p_.heads);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t position = block.queries.lo + r;
-      load_row(queries_ + r * padded_, row<T>(d.q, run.batch, position, run.head), dim_, padded_,
-               p_.scale * kLog2e<float>);
+      load_row(queries_ + r * padded_, row<T>(d.q, run.batch, position, run.head), dim_, padded_, scale_.of_queries);
       load_row(d_out_ + r * padded_, row<T>(d.d_out, run.batch, position, run.head), dim_, padded_, 1.0f);
       load_row(d_queries_ + r * padded_, row<T>(d.out, run.batch, position, run.head), dim_, padded_, 1.0f);
       Vec total{};
@@ -202,6 +206,7 @@ class Backward {
       delta_[r] = reduce_add(total) - run.d_lse(block, p_.heads, r);
     }
     std::memset(d_queries_, 0, rows * padded_ * sizeof(float));
+    const Vec scale = broadcast(scale_.of_differences);
 
     run.each_key_range(block, [&](Range range) {
       each_key_block(range, kLanes, kKeyPanels, [&](int64_t panel, int64_t panels) {
@@ -220,15 +225,16 @@ class Backward {
         for (int64_t r = 0; r < rows; ++r) {
           float* s = weights_ + r * kKeyBlock;
           float* ds = d_scores_ + r * kKeyBlock;
-          if (lo > 0) store(s, keep_lanes(load(s), lo, kLanes, kMasked));
-          if (hi < last + kLanes) store(s + last, keep_lanes(load(s + last), 0, hi - last, kMasked));
-          const BinaryLse row_lse(lse[r]);
+          const BinaryLse row_lse(lse[r] / scale_.of_differences);
           const Vec high = broadcast(row_lse.high), low = broadcast(row_lse.low), row_delta = broadcast(delta_[r]);
           for (int64_t v = 0; v < panels * kLanes; v += kLanes) {
-            const Vec weight = exp2(load(s + v) - high - low);
+            const Vec weight = exp2((load(s + v) - high - low) * scale);
             store(s + v, weight);
             store(ds + v, weight * (load(ds + v) - row_delta));
           }
+          // Of these d_q is summed over whole vectors, all else over the window's keys alone.
+          if (lo > 0) store(ds, keep_lanes(load(ds), lo, kLanes, 0.0f));
+          if (hi < last + kLanes) store(ds + last, keep_lanes(load(ds + last), 0, hi - last, 0.0f));
         }
         const auto add_to_keys = [&](const float* scores, const float* of_rows, float* to) {
           gemm<Init::add>({hi - lo,
@@ -253,6 +259,7 @@ class Backward {
 
   const Attention& p_;
   const int64_t dim_, padded_;
+  const ScoreScale scale_;
   float *const key_panels_, *const key_rows_, *const value_panels_, *const d_keys_, *const d_values_;
   float *const queries_, *const d_out_, *const d_queries_, *const weights_, *const d_scores_;
   float* const delta_;  // sum(d_out * out) - d_lse of each row

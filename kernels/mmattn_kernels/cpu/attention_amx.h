@@ -56,6 +56,7 @@ class AmxForward {
         d_blocks_((dim_ + 15) / 16),
         padded_(d_blocks_ * 16),
         score_scale_(p.scale * kLog2e<float>),
+        sign_(p.scale < 0 ? -1.0f : 1.0f),
         keys_(tiles_by_position<Parts>(scratch.take(tile_floats<Parts>(round_up(longest, 32), dim_)), dim_)),
         values_(tiles_by_channel<Parts>(scratch.take(tile_floats<Parts>(dim_, longest)), dim_)),
         queries_(tiles_by_position<Parts>(scratch.take(tile_floats<Parts>(kQueryRows, dim_)), dim_)),
@@ -96,7 +97,7 @@ class AmxForward {
                          from_block(keys_, 2 * chunk), scores_, kKeyBlock, false);
         for (int64_t r = 0; r < rows; ++r) {
           if (is_first) {
-            top_[r] = greatest_score(keys, r);
+            top_[r] = heaviest_score(keys, r);
             prefetch(row<T>(d.out, run.batch, block.queries.lo + r, run.head), dim_);
             if (block.queries.hi + r < d.q_len) prefetch(row<T>(d.q, run.batch, block.queries.hi + r, run.head), dim_);
           }
@@ -116,29 +117,31 @@ class AmxForward {
     for (int64_t r = 0; r < rows; ++r) {
       const float sum = reduce_add(load(sums_ + r * 16));
       store_row(row<T>(d.out, run.batch, block.queries.lo + r, run.head), out_ + r * padded_, dim_, 1 / sum);
-      lse[r] = log_sum_exp(top_[r], sum);
+      lse[r] = log_sum_exp(top_[r], score_scale_, sum);
     }
   }
 
-  // A row's weights are relative to the greatest score of its first block. Floating point does not mind greater ones to
-  // come, so no block is searched for its maximum until a sum passes this.
+  // A row's weights are relative to the score that weighs most in its first block. Floating point does not mind greater
+  // ones to come, so no block is searched for its maximum until a sum passes this.
   static constexpr float kCeiling = 1e12f;
 
-  float greatest_score(Range keys, int64_t r) const {
+  // The greatest score, or with a negative scale the least, as the products left it: scaled before it is taken off, a
+  // large one is rounded by so much that its own weight is not 1, and rounded again to bf16.
+  float heaviest_score(Range keys, int64_t r) const {
     const int64_t begin = keys.lo / 16, last = (keys.hi + 15) / 16 - 1;
     const float* scores = scores_ + r * kKeyBlock;
-    const Vec scale = broadcast(score_scale_);
     const auto edge = [&](int64_t v) {
-      return keep_lanes(load(scores + v * 16) * scale, keys.lo - v * 16, keys.hi - v * 16, kMasked);
+      return keep_lanes(load(scores + v * 16) * sign_, keys.lo - v * 16, keys.hi - v * 16, kLowest);
     };
     Vec most = max(edge(begin), edge(last));
-    for (int64_t v = begin + 1; v < last; ++v) most = max(most, load(scores + v * 16) * scale);
-    return reduce_max(most);
+    for (int64_t v = begin + 1; v < last; ++v) most = max(most, load(scores + v * 16) * sign_);
+    return reduce_max(most) * sign_;
   }
 
-  // The row's reference becomes the greatest of its scores so far; its sum and its output shrink accordingly.
+  // The row's reference becomes the heaviest of its scores so far; its sum and its output shrink accordingly.
   void raise_top(Range keys, int64_t r) const {
-    const float new_top = std::max(top_[r], greatest_score(keys, r)), factor = std::exp2(top_[r] - new_top);
+    const float new_top = std::max(top_[r] * sign_, heaviest_score(keys, r) * sign_) * sign_;
+    const float factor = std::exp2((top_[r] - new_top) * score_scale_);
     top_[r] = new_top;
     store(sums_ + r * 16, load(sums_ + r * 16) * factor);
     for (int64_t c = 0; c < padded_; c += 16) store(out_ + r * padded_ + c, load(out_ + r * padded_ + c) * factor);
@@ -153,7 +156,7 @@ class AmxForward {
     char* tile = weights_.at(r / 16, 0, 0) + r % 16 * 64;
     Vec sum = load(sums_ + r * 16);
     const auto weight = [&](int64_t v) {
-      const Vec w = exp2<kDegree>(load(scores + v * 16) * scale - row_top);
+      const Vec w = exp2<kDegree>((load(scores + v * 16) - row_top) * scale);
       return v <= first_partial || v >= last_partial ? keep_lanes(w, keys.lo - v * 16, keys.hi - v * 16, 0) : w;
     };
     const auto emit = [&](Vec low, Vec high) {
@@ -172,7 +175,7 @@ class AmxForward {
 
   const Attention& p_;
   const int64_t dim_, d_chunks_, d_blocks_, padded_;
-  const float score_scale_;
+  const float score_scale_, sign_;
   const Tiles keys_, values_, queries_, weights_;
   float *const scores_, *const out_;
   float *const top_, *const sums_;  // of each row: what its weights are relative to, and their sum in 16 lanes
@@ -279,7 +282,7 @@ class AmxBackward {
     }
     const double* lse = run.lse(block, p_.heads);
     for (int64_t r = 0; r < q_chunks * 32; ++r) {
-      const BinaryLse row_lse(r < rows ? lse[r] : -kMasked);  // the weights of padding are zero
+      const BinaryLse row_lse(r < rows ? lse[r] : 1e30);  // the weights of padding are zero
       lse_[r] = row_lse.high;
       lse_rest_[r] = row_lse.low;
       Vec total{};

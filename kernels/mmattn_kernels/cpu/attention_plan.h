@@ -18,16 +18,17 @@ namespace {
 
 constexpr int64_t kMaxDim = 256;
 constexpr int64_t kCacheBytes = 1 << 20;  // packed keys a run may hold: half of a common second-level cache
-constexpr float kMasked = -1e30f;         // finite, so that masked minus maximum is never NaN
+constexpr float kMasked = -std::numeric_limits<float>::infinity();
+constexpr float kLowest = std::numeric_limits<float>::lowest();  // less than any score, and no NaN less a score
 
 template <class T>
 T* row(const Strided& s, int64_t batch, int64_t position, int64_t head) {
   return static_cast<T*>(s.data) + batch * s.batch + position * s.position + head * s.head;
 }
 
-// The natural logarithm of a sum of exponentials of base 2 that are relative to `top`.
-inline double log_sum_exp(float top, float sum) {
-  return (static_cast<double>(top) + std::log2(sum)) * kLn2<double>;
+// The natural logarithm of a sum of exponentials of base 2 that are relative to `scale` times `top`.
+inline double log_sum_exp(float top, float scale, float sum) {
+  return (static_cast<double>(top) * scale + std::log2(sum)) * kLn2<double>;
 }
 
 // The same in base 2, as two floats.
@@ -37,6 +38,17 @@ struct BinaryLse {
     const double binary = lse * kLog2e<double>;
     high = static_cast<float>(binary);
     low = static_cast<float>(binary - high);
+  }
+};
+
+// What the queries carry of the scale, and what is left for differences of scores: its sign and its size, since a score
+// scaled before the greatest is taken off is rounded once more, by its own size. All of it and 1 where it is so small
+// that the log-sum-exp divided by it would be no float.
+struct ScoreScale {
+  float of_queries, of_differences;  // the latter in base 2, above 0
+  explicit ScoreScale(float scale)
+      : of_queries(scale < 0 ? -1.0f : 1.0f), of_differences(std::abs(scale) * kLog2e<float>) {
+    if (of_differences < 1e-20f) of_queries = scale * kLog2e<float>, of_differences = 1.0f;
   }
 };
 
