@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Distances, published feature networks, synchrony, low-level features and nearest clips."""
 
+import copy
 import json
 import math
 import pathlib
@@ -179,6 +180,13 @@ def test_i3d_is_the_published_one(i3d):
     assert len(layers) == 5
     for key in layers:
         assert error(seen[key.removeprefix("act.")][:, ::8, :, ::7, ::7], expected[key]) < 1e-5
+
+
+@torch.no_grad()
+def test_i3d_computes_in_bfloat16(i3d):
+    expected = load_file(DATA / "i3d.safetensors")
+    found = copy.deepcopy(i3d).to(torch.bfloat16)(expected["video"][:1])
+    assert found.dtype == torch.float32 and 0 < error(found, expected["logits"][:1]) < 0.03
 
 
 def test_weights_that_do_not_fit_are_refused(i3d_weights, tmp_path):
@@ -390,7 +398,7 @@ def test_folders_that_are_refused(folders, tmp_path):
         run(command(folders, tmp_path, tmp_path / "empty"))
     with pytest.raises(ValueError, match="one has 1 clips of 16 frames; expected 2 or more"):
         run(command(folders, tmp_path, tmp_path / "one"))
-    with pytest.raises(NotADirectoryError, match="nothing is no folder"):
+    with pytest.raises(NotADirectoryError, match="nothing'; expected a folder of films"):
         run(command(folders, tmp_path, tmp_path / "nothing"))
     with pytest.raises(ValueError, match="frames is 8; expected 9 to 1000"):
         command(folders, tmp_path, "others", frames=8)
