@@ -82,6 +82,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_head_channels": 32,
         "dropout": 0.0,
         "sample_rate": 3200,
+        "prediction_type": "v_prediction",
     },
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 import mmattn
-from mmdiffusion.runs import convert, data, evaluate, info, random_weights, sample, superres, train
+from mmdiffusion.runs import convert, data, evaluate, info, random_weights, sample, superres, synchrony, train
 from mmdiffusion.runs.options import add_options, job_of
 
 COMMANDS: dict[str, tuple[Any, Callable[[Any], str]]] = {
@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[Any, Callable[[Any], str]]] = {
     "superres": (superres.SuperResolve, superres.run),
     "train": (train.Train, train.run),
     "eval": (evaluate.Evaluate, evaluate.run),
+    "synchrony": (synchrony.MeasureSynchrony, synchrony.run),
     "convert": (convert.Convert, convert.run),
     "random": (random_weights.RandomWeights, random_weights.run),
     "info": (info.Info, info.run),

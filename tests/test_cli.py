@@ -243,6 +243,19 @@ def test_from_a_directory(model, is_pipeline):
     assert torch.equal(sound("out/clip-0000.wav"), sound("again/clip-0000.wav"))
 
 
+def test_a_directory_of_another_dtype(model):
+    """Of a network that no published checkpoint can hold."""
+    CoupledUNet.from_published(model, prediction_type="v_prediction").save_pretrained("own")
+    cli.main(["convert", "own", "half", "--dtype", "float16"])
+    size = pathlib.Path("half/unet/diffusion_pytorch_model.safetensors").stat().st_size
+    assert size < 0.52 * pathlib.Path("own/diffusion_pytorch_model.safetensors").stat().st_size
+    found = MMDiffusionPipeline.from_pretrained("half", low_cpu_mem_usage=False)
+    assert found.unet.config.prediction_type == found.scheduler.config.prediction_type == "v_prediction"
+    own = CoupledUNet.from_pretrained("own", low_cpu_mem_usage=False)
+    for x, expected in zip(found.unet.parameters(), own.parameters(), strict=True):
+        assert x.dtype == torch.float32 and torch.equal(x, expected.half().float())
+
+
 def test_dtype(model):
     sample("out", "--formats", "wav")
     sample("half", "--formats", "wav", "--dtype", "bfloat16")

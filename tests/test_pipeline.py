@@ -494,6 +494,39 @@ def test_offload_on_the_device(how):
         assert all(x.device.type in ("cpu", "meta") for x in pipeline.unet.parameters())
 
 
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_v_makes_the_clips_that_noise_makes(name, no_fresh_noise):
+    """Of one toy, which says the one or the other."""
+    trained = np.log(1 / published_alphas_cumprod() - 1)
+
+    def velocities(video, audio, t):
+        ratio = math.exp(np.interp(float(t), np.arange(1000), trained) / 2)  # deviation / signal
+        signal = 1 / math.hypot(1, ratio)
+        noises = published_toy(video, audio, t)
+        return tuple((e - signal * ratio * x) / signal for e, x in zip(noises, (video, audio), strict=True))
+
+    found = sample(velocities, X_T, for_streams(make_scheduler(name, prediction_type="v_prediction"), 10))
+    expected = sample(published_toy, X_T, for_streams(make_scheduler(name), 10))
+    for x, y in zip(found, expected, strict=True):
+        assert relative_error(x, y) < 1e-4
+
+
+def test_the_network_says_what_it_predicts(tmp_path):
+    """It picks the scheduler of a name, refuses others, and is saved with the network."""
+    unet = fill(CoupledUNet(**SMALL_UNET, prediction_type="v_prediction"))
+    pipeline = MMDiffusionPipeline(unet, make_scheduler("ddim", prediction_type="v_prediction"))
+    assert pipeline(1, 2, scheduler="dpmsolver++").video.isfinite().all()
+    with pytest.raises(ValueError, match="with prediction_type 'epsilon'; expected 'v_prediction', what the model"):
+        pipeline(1, 2, scheduler=make_scheduler("ddim"))
+    pipeline.save_pretrained(tmp_path)
+    loaded = MMDiffusionPipeline.from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    assert loaded.unet.config["prediction_type"] == "v_prediction"
+    with pytest.raises(ValueError, match="prediction_type is 'sample'; expected one of 'epsilon', 'v_prediction'"):
+        CoupledUNet(**SMALL_UNET, prediction_type="sample")
+    with pytest.raises(ValueError, match="has prediction_type 'v_prediction', which published checkpoints cannot say"):
+        loaded.unet.to_published()
+
+
 def test_learned_sigma():
     """The first half of the channels is the noise."""
     pipeline = small(video_out_channels=6, audio_out_channels=2)

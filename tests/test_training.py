@@ -185,6 +185,43 @@ def test_parity():
         assert relative_error(after[kind][name] - begun[name], expected[key] - begun[name]) < 6e-4, key
 
 
+def test_v_is_learned():
+    """Its error is that of the noise, as large as the share of the clip makes it: the same minimum, another weight."""
+    process, t = GaussianDiffusion(), torch.tensor([0, 250, 999])
+    clips, noises = {"audio": torch.rand(3, 1, 8) * 2 - 1}, {"audio": torch.randn(3, 1, 8)}
+    wrong = noises["audio"] + 0.1 * torch.randn(3, 1, 8)
+    signal = process.alphas_cumprod.sqrt()[t].float().view(3, 1, 1)
+
+    def loss(output, **options):
+        return denoising_losses(lambda *_: (None, output), process, clips, noises, t, **options)["audio"]
+
+    x_t = process.diffuse(clips["audio"], t, noises["audio"])
+    velocity = (wrong - (1 - signal**2).sqrt() * x_t) / signal
+    assert relative_error(process.noise_of(x_t, t, velocity), wrong) < 1e-6
+    found, of_noise = loss(velocity, prediction_type="v_prediction"), loss(wrong)
+    assert relative_error(found * signal.flatten() ** 2, of_noise) < 1e-4
+    assert loss(process.velocity(clips["audio"], t, noises["audio"]), prediction_type="v_prediction").max() < 1e-12
+
+
+def test_sigma_is_learned_beside_v():
+    """The bound is one of the noise that v says."""
+    process, t = GaussianDiffusion(), torch.tensor([1, 500])
+    x, noise, share = torch.rand(2, 1, 8) * 2 - 1, torch.randn(2, 1, 8), torch.zeros(2, 1, 8)
+    outputs = {"epsilon": noise, "v_prediction": process.velocity(x, t, noise)}
+    bounds = [
+        denoising_losses(
+            lambda *_, out=out: (None, torch.cat([out, share], 1)),
+            process,
+            {"audio": x},
+            {"audio": noise},
+            t,
+            prediction_type=name,
+        )["audio_vb"]
+        for name, out in outputs.items()
+    ]
+    assert relative_error(bounds[1], bounds[0]) < 1e-4
+
+
 def test_sigma_is_learned():
     """Outputs of twice the channels: the bound is added to the loss and trains, and is told apart."""
     network = unet(video_out_channels=6, audio_out_channels=2)
@@ -422,7 +459,7 @@ def test_a_published_run_goes_on(capsys):
 
 def test_processes_share_a_step(monkeypatch):
     """Two of them take the steps of one, but for the order of sums."""
-    pathlib.Path("config.json").write_text(json.dumps({**TINY, "dropout": 0.0}))
+    pathlib.Path("config.json").write_text(json.dumps({**TINY, "dropout": 0.0, "prediction_type": "epsilon"}))
     options = "train synthetic --config config.json --steps 3 --batch-size 4 --micro-batch 2 --lr 0.001 --log-every 3"
     command = shlex.split(f"{options} --preview-every 0 --device cpu --out")
     done = subprocess.run(
@@ -495,6 +532,8 @@ def test_weights():
     assert loss_weights("uniform", process, t).tolist() == [1, 1, 1]
     found = loss_weights("min-snr", process, t, gamma=5.0)
     assert found[0] == pytest.approx(5 / float(process.snr[0])) and found[2] == 1
+    of_v = loss_weights("min-snr", process, t, gamma=5.0, prediction_type="v_prediction")
+    assert relative_error(of_v, found * process.snr[t] / (process.snr[t] + 1)) < 1e-6
 
 
 def test_variational_bound():

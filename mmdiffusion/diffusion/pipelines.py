@@ -41,7 +41,8 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
     Args:
         unet: the model, of both streams. Where its outputs have twice the channels of its inputs (learned sigma), the
             first half is the noise, and the rest is not used.
-        scheduler: any of diffusers that predicts the noise; `schedulers.make_scheduler` makes those of the release.
+        scheduler: any of diffusers, of the network's `prediction_type`; `schedulers.make_scheduler` makes the published
+            ones.
 
     Example:
         >>> pipeline = MMDiffusionPipeline(CoupledUNet(model_channels=64), make_scheduler("dpmsolver++"))
@@ -200,9 +201,11 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             ValueError, TypeError: naming the argument, its value and what was expected.
         """
         if isinstance(scheduler, str):
-            scheduler = make_scheduler(scheduler)
+            scheduler = make_scheduler(scheduler, prediction_type=self.unet.config["prediction_type"])
         scheduler = self.scheduler if scheduler is None else scheduler
-        _check_options(batch_size, num_inference_steps, scheduler, guidance, guidance_scale, output_type)
+        check_count("batch_size", batch_size)
+        check_scheduler(scheduler, num_inference_steps, self.unet.config["prediction_type"])
+        _check_options(guidance, guidance_scale, output_type)
         refuse_unknown("callback_on_step_end_tensor_inputs is", callback_on_step_end_tensor_inputs, STREAMS)
         self.clip_format.windows(seconds, overlap)
         return scheduler
@@ -306,7 +309,7 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {value!r}; expected an int of at least 1")
 
 
-def check_scheduler(scheduler: Scheduler, num_inference_steps: int) -> None:
+def check_scheduler(scheduler: Scheduler, num_inference_steps: int, prediction_type: str = "epsilon") -> None:
     """Refuse a scheduler of another process than ours, that predicts something else, or has fewer steps."""
     check_count("num_inference_steps", num_inference_steps)
     if not isinstance(scheduler, SchedulerMixin):
@@ -320,24 +323,20 @@ def check_scheduler(scheduler: Scheduler, num_inference_steps: int) -> None:
             f"scheduler is a {kind}, of another process than the model was trained with; expected one with betas, that "
             "adds noise as sqrt(alpha_bar) x + sqrt(1 - alpha_bar) noise"
         )
-    if predicted != "epsilon":
+    if predicted != prediction_type:
         raise ValueError(
-            f"scheduler is a {kind} with prediction_type {predicted!r}; expected 'epsilon', what the model predicts"
+            f"scheduler is a {kind} with prediction_type {predicted!r}; expected {prediction_type!r}, "
+            "what the model predicts"
         )
     if num_inference_steps > trained:
         raise ValueError(f"num_inference_steps is {num_inference_steps}; expected at most the {trained} of training")
 
 
 def _check_options(
-    batch_size: int,
-    num_inference_steps: int,
-    scheduler: Scheduler,
     guidance: str,
     guidance_scale: float,
     output_type: str,
 ) -> None:
-    check_count("batch_size", batch_size)
-    check_scheduler(scheduler, num_inference_steps)
     if not 0 <= guidance_scale < math.inf:
         raise ValueError(f"guidance_scale is {guidance_scale}; expected 0 or more")
     for name, choice, choices in (

@@ -58,6 +58,14 @@ class GaussianDiffusion:
         deviation = _by_timestep((1 / self.alphas_cumprod - 1).sqrt(), t, x_t)
         return _by_timestep(self.alphas_cumprod.rsqrt(), t, x_t) * x_t - deviation * noise
 
+    def velocity(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x_0, all [B, ...], at t [B] (arXiv 2202.00512)."""
+        return self.diffuse(noise, t, -x)
+
+    def noise_of(self, x_t: Tensor, t: Tensor, velocity: Tensor) -> Tensor:
+        """The noise in x_t [B, ...], of its velocity, at t [B]."""
+        return self.diffuse(velocity, t, x_t)
+
     def posterior_mean(self, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Mean of q(x_{t-1} | x_t, x_0 = x), all [B, ...], at t [B]."""
         return _by_timestep(self._of_start, t, x_t) * x + _by_timestep(self._of_state, t, x_t) * x_t

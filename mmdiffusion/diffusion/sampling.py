@@ -38,11 +38,11 @@ def sample(
     guidance_scale = release's scale / (elements of the known stream of a sample * batch).
 
     Args:
-        model: f(video, audio, t) -> (noise of video, noise of audio), all of the shapes of `noise`; t is a tensor of no
-            dimensions on the CPU, a real number for some schedulers.
+        model: f(video, audio, t) -> (video, audio), of each stream the noise, or what else the schedulers take it for,
+            all of the shapes of `noise`; t is a tensor of no dimensions on the CPU, a real number for some schedulers.
         noise: standard normal (video [B, F, C, H, W], audio [B, C, T]), floating point, any device.
         schedulers: one for each stream, after set_timesteps (`schedulers.for_streams`); they are stepped. Any of
-            diffusers that predicts the noise; guidance is the same for those that scale the sample, as Euler's do.
+            diffusers; guidance is the same for those that scale the sample, as Euler's do.
             A solver's history takes no part in the gradient.
         known: for each stream None, or its beginning along time, up to all of it, in the dtype and device of noise.
         generators: one for each sample, for the noise of stochastic schedulers.

@@ -79,8 +79,8 @@ SCHEDULERS: dict[str, tuple[type[Scheduler], dict[str, Any]]] = {
 """The schedulers known by name: diffusers' class, and its settings beside those of the published diffusion."""
 
 
-def make_scheduler(name: str, *, has_learned_variance: bool = False) -> Scheduler:
-    """Make a scheduler for the published diffusion: 1000 steps, betas linear from 1e-4 to 2e-2, noise predicted.
+def make_scheduler(name: str, *, has_learned_variance: bool = False, prediction_type: str = "epsilon") -> Scheduler:
+    """Make a scheduler for the published diffusion: 1000 steps, betas linear from 1e-4 to 2e-2.
 
     - "ddpm" (arXiv 2006.11239): variance "fixed large"; N timesteps round(i 999/(N-1)), as of the release's "N".
     - "ddim" (arXiv 2010.02502), eta 0: stride 1000//N from 0, as of the release's "ddimN", whose N divide 1000.
@@ -93,6 +93,7 @@ def make_scheduler(name: str, *, has_learned_variance: bool = False) -> Schedule
 
     Args:
         has_learned_variance: "ddpm" takes the variance that the network has learned instead (arXiv 2102.09672).
+        prediction_type: what the network predicts, as of its configuration.
 
     Raises:
         ValueError: if the name is not among SCHEDULERS, listing them.
@@ -110,7 +111,7 @@ def make_scheduler(name: str, *, has_learned_variance: bool = False) -> Schedule
             beta_start=1e-4,
             beta_end=2e-2,
             beta_schedule="linear",
-            prediction_type="epsilon",
+            prediction_type=prediction_type,
             **settings,
         )
 

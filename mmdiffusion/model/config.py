@@ -10,6 +10,7 @@ from typing import Any
 from mmdiffusion.clips import STREAMS
 
 NORM_GROUPS = 32
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 # By which a level is coarser than the one above it: video in height and width, audio in time.
 VIDEO_RATE, AUDIO_RATE = 2, 4
 
@@ -97,6 +98,8 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
             _refuse(config, name, "True or False")
     if tuple(config["streams"]) not in (STREAMS, *((stream,) for stream in STREAMS)):
         _refuse(config, "streams", "('video', 'audio'), ('video',) or ('audio',)")
+    if config["prediction_type"] not in PREDICTION_TYPES:
+        _refuse(config, "prediction_type", f"one of {', '.join(map(repr, PREDICTION_TYPES))}")
 
 
 def _check_network(config: Mapping[str, Any], counts: Sequence[str]) -> None:

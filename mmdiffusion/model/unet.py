@@ -72,6 +72,9 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         frame_rate: frames a second of the clips it is trained on; the network does not depend on it, what is written
             does.
         sample_rate: positions of audio a second, likewise.
+        prediction_type: what the outputs are: "epsilon", the noise, as in the paper, or "v_prediction",
+            sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (arXiv 2202.00512): near the last t that is -x_0, where an
+            error of the noise would be 150 times one of the clip.
         random_weights: says of the parameters that they were never trained; the command writes their sound quietly.
 
     Raises:
@@ -110,6 +113,7 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         frame_rate: float = FRAME_RATE,
         sample_rate: int = SAMPLE_RATE,
         random_weights: bool = False,
+        prediction_type: str = "epsilon",
     ) -> None:
         super().__init__()
         check_config(self.config)
@@ -334,9 +338,19 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return checkpoints.load(cls, source, preset, config)
 
     def to_published(self) -> dict[str, Tensor]:
-        """The state dict under the published keys and in their shapes; the tensors share the parameters' memory."""
+        """The state dict under the published keys and in their shapes; the tensors share the parameters' memory.
+
+        Raises:
+            ValueError: if the network does not predict the noise, as published ones do.
+        """
         from mmdiffusion import checkpoints
 
+        predicted = self.config["prediction_type"]
+        if predicted != "epsilon":
+            raise ValueError(
+                f"the network has prediction_type {predicted!r}, which published checkpoints cannot say; expected "
+                "'epsilon'"
+            )
         return checkpoints.state_dict(self)
 
     def capture(

@@ -13,15 +13,15 @@ import torch
 from mmdiffusion import checkpoints
 from mmdiffusion._files import whole_file
 from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
-from mmdiffusion.diffusion.schedulers import make_scheduler
-from mmdiffusion.runs.models import DTYPES, ModelJob, load, refuse_to_overwrite
+from mmdiffusion.runs.models import DTYPES, ModelJob, load, pipeline_of, refuse_to_overwrite
 from mmdiffusion.runs.options import option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Convert(ModelJob):
     """Convert a published checkpoint (.pt, .safetensors) into a directory that
-    MMDiffusionPipeline.from_pretrained loads; a directory of save_pretrained back into a published checkpoint.
+    MMDiffusionPipeline.from_pretrained loads; a directory of save_pretrained back into a published checkpoint, or into
+    another directory, of another dtype.
     """
 
     summary: ClassVar = "a published checkpoint into a directory of a pipeline, and back"
@@ -29,6 +29,7 @@ class Convert(ModelJob):
         "convert landscape.pt landscape --preset landscape",
         "convert ours.pt ours --config ours.json --dtype bfloat16",
         "convert landscape landscape.pt",
+        "convert run/model half --dtype float16",
     )
 
     source: pathlib.Path = option("what is converted", metavar="IN", is_positional=True)
@@ -44,16 +45,14 @@ class Convert(ModelJob):
 def run(job: Convert) -> str:
     """Convert, and say what was done."""
     refuse_to_overwrite(job.target, job.force)
-    is_back = job.source.is_dir()
-    if is_back and job.target.suffix not in (".pt", ".safetensors"):
-        raise ValueError(f"OUT is {job.target}; expected a .pt or .safetensors file, as IN is a directory")
+    is_back = job.source.is_dir() and job.target.suffix in (".pt", ".safetensors")
     unet = load(job.source, job)
     if job.dtype:
         torch.nn.Module.to(unet, DTYPES[job.dtype])  # that of diffusers warns of modules that are not here
     if is_back:
         checkpoints.write(unet.to_published(), job.target, is_random=unet.config["random_weights"])
     else:
-        save_pipeline(MMDiffusionPipeline(unet, make_scheduler("dpmsolver++")), job.target)
+        save_pipeline(pipeline_of(unet), job.target)
     return f"{job.source} -> {job.target}"
 
 

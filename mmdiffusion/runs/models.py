@@ -13,6 +13,7 @@ import torch
 
 from mmdiffusion import checkpoints
 from mmdiffusion._files import check_regular
+from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
 from mmdiffusion.diffusion.schedulers import make_scheduler
 from mmdiffusion.diffusion.superres import SuperResolutionPipeline
 from mmdiffusion.model.superres import SuperResolutionUNet
@@ -47,6 +48,11 @@ def load(source: pathlib.Path, job: ModelJob) -> CoupledUNet:
         # Otherwise accelerate is needed.
         return CoupledUNet.from_pretrained(_folder_of_network(source), low_cpu_mem_usage=False)
     return CoupledUNet.from_published(source, preset=job.preset, **read_config(job.config))
+
+
+def pipeline_of(unet: CoupledUNet, scheduler: str = "dpmsolver++") -> MMDiffusionPipeline:
+    """With a scheduler, by name, of what the network predicts."""
+    return MMDiffusionPipeline(unet, make_scheduler(scheduler, prediction_type=unet.config["prediction_type"]))
 
 
 def load_superres(
@@ -99,12 +105,13 @@ def read_config(path: pathlib.Path | None) -> dict[str, Any]:
     return config
 
 
+_AS_BEFORE = (("random_weights", False), ("prediction_type", "epsilon"))
+
+
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """What of a network's configuration results depend on; marks of models as they were before are left out."""
     return {
-        name: value
-        for name, value in config.items()
-        if not name.startswith("_") and (name, value) != ("random_weights", False)
+        name: value for name, value in config.items() if not name.startswith("_") and (name, value) not in _AS_BEFORE
     }
 
 

@@ -22,10 +22,10 @@ from mmdiffusion import media
 from mmdiffusion._files import digest
 from mmdiffusion.clips import Clip, ClipFormat
 from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
-from mmdiffusion.diffusion.schedulers import SCHEDULERS, for_streams, make_scheduler
+from mmdiffusion.diffusion.schedulers import SCHEDULERS, for_streams
 from mmdiffusion.diffusion.superres import SuperResolutionPipeline
 from mmdiffusion.runs.folder import FORMATS, Folder
-from mmdiffusion.runs.models import DTYPES, ModelJob, load, load_superres, settings_of
+from mmdiffusion.runs.models import DTYPES, ModelJob, load, load_superres, pipeline_of, settings_of
 from mmdiffusion.runs.options import SEEDS, option
 from mmdiffusion.runs.processes import Processes
 
@@ -98,9 +98,7 @@ def run(job: Sample) -> str:
         mmattn.keep_freed_memory()
     dtype = job.dtype or ("float32" if processes.device.type == "cpu" else "bfloat16")
     unet = load(job.model, job)
-    pipeline = MMDiffusionPipeline(
-        torch.nn.Module.to(unet, processes.device, DTYPES[dtype]), make_scheduler(job.scheduler)
-    )
+    pipeline = pipeline_of(torch.nn.Module.to(unet, processes.device, DTYPES[dtype]), job.scheduler)
     pipeline.check_inputs(**_of_the_call(job))
     clips = pipeline.clip_format
     _check_clips(job, clips)

@@ -24,13 +24,11 @@ from mmdiffusion import checkpoints
 from mmdiffusion._files import digest
 from mmdiffusion.clips import Clip, ClipFormat
 from mmdiffusion.data import FilmError, open_dataset
-from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
-from mmdiffusion.diffusion.schedulers import make_scheduler
 from mmdiffusion.media import contact_sheet, write_image, write_video
 from mmdiffusion.model.unet import CoupledUNet
 from mmdiffusion.runs import published
 from mmdiffusion.runs.convert import save_pipeline
-from mmdiffusion.runs.models import ModelJob, load, read_config, settings_of
+from mmdiffusion.runs.models import ModelJob, load, pipeline_of, read_config, settings_of
 from mmdiffusion.runs.options import SEEDS, option
 from mmdiffusion.runs.processes import Processes
 from mmdiffusion.runs.sample import clip_seed, versions
@@ -249,7 +247,7 @@ class _Run:
         self.saved = state.step
         state.ema.copy_to(self.previewed, self.recipe.ema_rates[0])
         if len(self.previewed.config["streams"]) == 2:
-            save_pipeline(MMDiffusionPipeline(self.previewed, make_scheduler("dpmsolver++")), self.job.out / "model")
+            save_pipeline(pipeline_of(self.previewed), self.job.out / "model")
         plot(self.log.read(), self.job.out / "loss.png")
 
     def _preview(self) -> None:
@@ -259,7 +257,7 @@ class _Run:
             return
         folder.mkdir(exist_ok=True)
         state.ema.copy_to(self.previewed, self.recipe.ema_rates[0])
-        pipeline = MMDiffusionPipeline(self.previewed, make_scheduler("dpmsolver++"))
+        pipeline = pipeline_of(self.previewed)
         pipeline.set_progress_bar_config(disable=True)
         seeds = [clip_seed(self.job.seed, number) for number in range(self.job.preview_clips)]
         made: Any = pipeline(

@@ -63,6 +63,7 @@ def train(
     diffusion = GaussianDiffusion()
     state = State(unet, recipe, len(diffusion)) if state is None else state
     device = next(unet.parameters()).device
+    predicted = {"prediction_type": unet.config.get("prediction_type", "epsilon")}
     rank, count = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     network = accelerator.prepare_model(unet) if accelerator else unet
     size, micro_batches = _shares(recipe, count)
@@ -88,8 +89,12 @@ def train(
                 generators = _generators(recipe, state.step, "given", number, len(batch.name))
                 options |= {name: x.to(device) for name, x in given(batch, generators).items()}
             with autocast():
-                losses = denoising_losses(network, diffusion, clips, draws.noises, draws.t.to(device), **options)
-            weights = loss_weights(recipe.weighting, diffusion, draws.t, gamma=recipe.min_snr_gamma) * draws.weights
+                losses = denoising_losses(
+                    network, diffusion, clips, draws.noises, draws.t.to(device), **predicted, **options
+                )
+            weights = draws.weights * loss_weights(
+                recipe.weighting, diffusion, draws.t, gamma=recipe.min_snr_gamma, **predicted
+            )
             total = (weights.to(device) * sum(losses[name] for name in clips)).mean()
             clock.lap("forward")
             is_last = micro == micro_batches - 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is minimised: the noise's mean squared error, and the variational bound where sigma is learned."""
+"""What is minimised: the mean squared error of the noise or of v, and the variational bound where sigma is learned."""
 
 from __future__ import annotations
 
@@ -25,17 +25,20 @@ def denoising_losses(
     clips: Mapping[str, Tensor],
     noises: Mapping[str, Tensor],
     t: Tensor,
+    *,
+    prediction_type: str = "epsilon",
     **options: Any,
 ) -> dict[str, Tensor]:
     """The loss of each sample in each stream, its mean over the elements; their sum is the published loss.
 
     Args:
         network: f(video, audio, t, **options) -> (video, audio), None for a stream that is not in `clips`. An output
-            of twice the channels of its input is the noise, then the share of `learned_log_variance`; the variational
-            bound is then added to the loss (arXiv 2102.09672, section 3.1), and is also returned by itself.
+            of twice the channels of its input is what is predicted, then the share of `learned_log_variance`; the
+            variational bound is then added to the loss (arXiv 2102.09672, section 3.1), and is also returned by itself.
         clips: "video" [B, F, C, H, W] and "audio" [B, C, T], or one of them, in [-1, 1].
         noises: standard normal, of the same shapes.
         t: [B], of `diffusion`, the same for both streams.
+        prediction_type: what the network predicts, "epsilon" or "v_prediction".
 
     Returns:
         {stream: [B] float32}, and {stream_vb: [B]} where sigma is learned.
@@ -49,10 +52,13 @@ def denoising_losses(
         out, axis = out.float(), _CHANNEL_AXES[name]
         channels = clips[name].shape[axis]
         predicted = out.narrow(axis, 0, channels)
-        losses[name] = (predicted - noises[name]).square().flatten(1).mean(1)
+        is_noise = prediction_type == "epsilon"
+        expected = noises[name] if is_noise else diffusion.velocity(clips[name], t, noises[name])
+        losses[name] = (predicted - expected).square().flatten(1).mean(1)
         if out.shape[axis] == 2 * channels:
-            share = out.narrow(axis, channels, channels)
-            bound = variational_bound(diffusion, predicted.detach(), share, clips[name], states[name], t)
+            share, predicted = out.narrow(axis, channels, channels), predicted.detach()
+            noise = predicted if is_noise else diffusion.noise_of(states[name], t, predicted)
+            bound = variational_bound(diffusion, noise, share, clips[name], states[name], t)
             losses[name], losses[f"{name}_vb"] = losses[name] + bound, bound
     return losses
 
@@ -100,9 +106,14 @@ def _normal_cdf(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def loss_weights(weighting: str, diffusion: GaussianDiffusion, t: Tensor, *, gamma: float = 5.0) -> Tensor:
-    """lambda_t [B] at t [B]: 1, or min(SNR, gamma) / SNR for "min-snr" (arXiv 2303.09556, of predicted noise)."""
+def loss_weights(
+    weighting: str, diffusion: GaussianDiffusion, t: Tensor, *, gamma: float = 5.0, prediction_type: str = "epsilon"
+) -> Tensor:
+    """lambda_t [B] at t [B]: 1, or for "min-snr" min(SNR, gamma) / SNR, of predicted v min(SNR, gamma) / (SNR + 1).
+
+    (arXiv 2303.09556.)
+    """
     if weighting == "uniform":
         return torch.ones(len(t), device=t.device)
     snr = diffusion.snr.to(t.device)[t]
-    return (snr.clamp(max=gamma) / snr).float()
+    return (snr.clamp(max=gamma) / (snr if prediction_type == "epsilon" else snr + 1)).float()

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: MIT
+"""The job behind `mmdiffusion synchrony`: whether what a model shows is what it lets hear."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import mmattn
+from mmdiffusion._files import digest, whole_file
+from mmdiffusion.clips import STREAMS
+from mmdiffusion.data import SyntheticClips, to_clip
+from mmdiffusion.data.synthetic import ceiling_and_floor, synchrony
+from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
+from mmdiffusion.diffusion.schedulers import SCHEDULERS
+from mmdiffusion.runs.models import DTYPES, ModelJob, load, pipeline_of, refuse_to_overwrite, settings_of
+from mmdiffusion.runs.options import SEEDS, option
+from mmdiffusion.runs.processes import Processes
+from mmdiffusion.runs.sample import clip_seed, versions
+
+WAYS = {"joint": None, "video-from-audio": "audio", "audio-from-video": "video"}
+"""How clips are sampled, and the stream that is given."""
+
+GUIDANCES = ("replacement", "gradient")
+_RELEASE_SCALE = 3.0  # of the release's gradient, whose squared norm is a mean over the elements
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeasureSynchrony(ModelJob):
+    """Sample clips of a model that was trained on the synthetic world, and measure by their pixels and samples alone
+    how many of the bounces seen are heard within one frame, and how many onsets have no bounce: of both streams made
+    together, and of each made from the other's real clips. Real clips are the ceiling, and each with the sound of
+    another one is the floor.
+    """
+
+    summary: ClassVar = "how far what a model of the synthetic world shows is what it lets hear"
+    examples: ClassVar = (
+        "synchrony --model run/model",
+        "synchrony --model run/model --clips 32 --ways joint --dtype bfloat16",
+        "synchrony --model run/model --steps 30 --out synchrony    # synchrony.md and synchrony.json",
+    )
+
+    model: pathlib.Path = option("a published checkpoint, or a directory of save_pretrained")
+    clips: int = option("of each way", default=256, minimum=2, maximum=100_000)
+    steps: int = option("calls of the model for a clip", default=20, minimum=1)
+    ways: tuple[str, ...] = option("what is sampled, and from what", default=tuple(WAYS), choices=tuple(WAYS))
+    guidance: tuple[str, ...] = option("how what is given acts", default=GUIDANCES, choices=GUIDANCES)
+    guidance_scale: float | None = option(
+        "weight of the gradient; if not given the release's, 3 over the elements of what is given", default=None
+    )
+    scheduler: str = option("how noise becomes clips", default="dpmsolver++", choices=tuple(SCHEDULERS))
+    seed: int = option("of the noise", default=0, **SEEDS)
+    world: int = option("seed of the real clips, another one than that of training", default=1, **SEEDS)
+    batch_size: int = option("clips sampled together", default=16, minimum=1)
+    dtype: str | None = option(
+        "of the model: bfloat16 on CUDA, float32 on a CPU, where with AMX bfloat16 is faster too",
+        default=None,
+        choices=tuple(DTYPES),
+    )
+    device: str | None = option("cpu, cuda, cuda:1; by default CUDA where there is one", default=None)
+    out: pathlib.Path | None = option("writes OUT.md and OUT.json", default=None)
+    force: bool = option("overwrite them", default=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What was measured of clips of one kind.
+
+    Attributes:
+        name: real, real with the sound of another, or how they were sampled.
+        clips: how many.
+        heard: share of the bounces that have an onset within one frame.
+        unseen: share of the onsets that have no bounce.
+        bounces, onsets: how many there are.
+        clipped: share of the samples of sound at full scale.
+        seconds: that a clip took, on this machine.
+    """
+
+    name: str
+    clips: int
+    heard: float
+    unseen: float
+    bounces: int
+    onsets: int
+    clipped: float
+    seconds: float
+
+
+def run(job: MeasureSynchrony) -> str:
+    """Measure, write the table, and return it."""
+    for suffix in (".md", ".json") if job.out else ():
+        refuse_to_overwrite(_beside(job.out, suffix), job.force)
+    processes = Processes(job.device)
+    if processes.device.type == "cpu":
+        mmattn.keep_freed_memory()
+    dtype = job.dtype or ("float32" if processes.device.type == "cpu" else "bfloat16")
+    unet = load(job.model, job)
+    pipeline = pipeline_of(torch.nn.Module.to(unet, processes.device, DTYPES[dtype]), job.scheduler)
+    rows = measure(pipeline, job)
+    text = table(rows)
+    if job.out:
+        settings = {name: getattr(job, name) for name in ("clips", "steps", "scheduler", "seed", "world", "batch_size")}
+        content = {
+            "model": digest(job.model),
+            "config": settings_of(unet.config),
+            "dtype": dtype,
+            **settings,
+            "guidance_scale": {given: _scale(pipeline, job, given) for given in STREAMS},
+            "versions": versions(),
+            "rows": [dataclasses.asdict(row) for row in rows],
+        }
+        job.out.parent.mkdir(parents=True, exist_ok=True)
+        for suffix, said in ((".md", text), (".json", json.dumps(content, indent=1))):
+            with whole_file(_beside(job.out, suffix)) as part:
+                part.write_text(said + "\n")
+    return text
+
+
+def measure(pipeline: MMDiffusionPipeline, job: MeasureSynchrony) -> list[Row]:
+    """Of real clips, of each with the sound of another, and of what the pipeline makes.
+
+    Raises:
+        ValueError: if the synthetic world has no clips of the model's format, or on what the pipeline refuses.
+        FloatingPointError: if the model makes clips that are not finite.
+    """
+    form = pipeline.clip_format
+    world = SyntheticClips(form, job.world)
+    scales = [_scale(pipeline, job, given) for given in STREAMS]
+    pipeline.check_inputs(job.batch_size, job.steps, guidance_scale=min(scales))
+    pipeline.set_progress_bar_config(disable=True)
+    whole = _clipped(_real(world, "audio", range(job.clips)))
+    found = [
+        Row(name, job.clips, *agreement, whole, 0.0)
+        for name, agreement in zip(("real", "real, sound of another"), ceiling_and_floor(world, job.clips), strict=True)
+    ]
+    for way, given in WAYS.items():
+        for guidance in job.guidance if given else job.guidance[:1]:
+            if way not in job.ways:
+                continue
+            name = f"{way}, {guidance}" if given else way
+            begun = time.perf_counter()
+            made = list(_sampled(pipeline, world, job, name, given, guidance))
+            seconds = (time.perf_counter() - begun) / job.clips
+            video, audio = (torch.cat(parts) for parts in zip(*made, strict=True))
+            agreement = synchrony(video, audio, form.frame_rate, form.sample_rate)
+            found.append(Row(name, job.clips, *agreement, _clipped(audio), round(seconds, 3)))
+    return found
+
+
+def table(rows: list[Row]) -> str:
+    """The rows in Markdown."""
+    lines = [
+        "| clips | number | bounces | heard within a frame | onsets | without a bounce | samples at full scale |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        shares = f"{row.bounces} | {row.heard:.1%} | {row.onsets} | {row.unseen:.1%} | {row.clipped:.2%}"
+        lines.append(f"| {row.name} | {row.clips} | {shares} |")
+    return "\n".join(lines)
+
+
+def _sampled(
+    pipeline: MMDiffusionPipeline,
+    world: SyntheticClips,
+    job: MeasureSynchrony,
+    name: str,
+    given: str | None,
+    guidance: str,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches (video, audio) on the CPU."""
+    with tqdm(total=job.clips, desc=name, unit="clip") as bar:
+        for at in range(0, job.clips, job.batch_size):
+            numbers = range(at, min(at + job.batch_size, job.clips))
+            options: dict[str, Any] = {}
+            if given:
+                options = {
+                    given: _real(world, given, numbers),
+                    "guidance": guidance,
+                    "guidance_scale": _scale(pipeline, job, given),
+                }
+            video, audio = pipeline(
+                len(numbers),
+                job.steps,
+                generator=[torch.Generator().manual_seed(clip_seed(job.seed, i)) for i in numbers],
+                shift_seed=job.seed,
+                return_dict=False,
+                **options,
+            )
+            if not bool(video.isfinite().all() and audio.isfinite().all()):
+                raise FloatingPointError(f"{job.model} makes clips {numbers[0]} to {numbers[-1]} ({name}) not finite")
+            yield video.cpu(), audio.cpu()
+            bar.update(len(numbers))
+
+
+def _real(world: SyntheticClips, stream: str, numbers: range) -> Tensor:
+    return torch.stack([getattr(to_clip(world[i]), stream) for i in numbers])
+
+
+def _scale(pipeline: MMDiffusionPipeline, job: MeasureSynchrony, given: str) -> float:
+    form = pipeline.clip_format
+    elements = torch.Size(form.audio_size if given == "audio" else form.video_size).numel()
+    return _RELEASE_SCALE / elements if job.guidance_scale is None else job.guidance_scale
+
+
+def _clipped(audio: Tensor) -> float:
+    return float((audio.abs() >= 1).float().mean())
+
+
+def _beside(out: pathlib.Path | None, suffix: str) -> pathlib.Path:
+    assert out is not None
+    return out.with_name(out.name + suffix)
