@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import mul
 from typing import Any
 
 import torch
@@ -20,26 +21,19 @@ _VIDEO, _AUDIO = "[B, F*P, H, D]", "[B, T, H, D]"
 _COUNTS = {1: "one dimension", 2: "two dimensions", 3: "three dimensions", 4: "four dimensions"}
 _dispatch_keys = torch._C._dispatch_keys
 _plain_keys: set[int] = set()
-_INDIRECT = (
-    "Negative",
-    "Conjugate",
-    "ZeroTensor",
-    "Python",
-    "Functionalize",
-    "FuncTorchBatched",
-    "FuncTorchGradWrapper",
-)
+_WITHOUT_STORAGE = ("ZeroTensor", "Python", "Functionalize", "FuncTorchBatched", "FuncTorchGradWrapper")
+_INDIRECT = ("Negative", "Conjugate", *_WITHOUT_STORAGE)
 
 
 def is_plain(t: Tensor) -> bool:
     """Whether the memory of a tensor is its value: no lazy sign or conjugate, no subclass that computes for itself.
 
-    Nor one whose storage was freed. What torch dispatches a tensor by tells the rest; the combinations that were found
-    plain are kept.
+    Nor one whose storage was freed or cut short. What torch dispatches a tensor by tells the rest; the combinations
+    that were found plain are kept.
     """
     keys = _dispatch_keys(t)
     if keys.raw_repr() in _plain_keys:
-        return t.data_ptr() != 0 or not t.numel()
+        return _is_within_storage(t)
     indirect = any(keys.has(getattr(torch._C.DispatchKey, name)) for name in _INDIRECT)
     if indirect or t.layout is not torch.strided or t.is_nested or t.is_quantized or t.is_meta:
         return False
@@ -53,8 +47,40 @@ def plain(op: Any, args: Sequence[Any]) -> None:
         if isinstance(t, Tensor) and not is_plain(t):
             name = op._schema.arguments[at].name
             _refuse_layout(name, t)
-            _refuse_freed(name, t)
+            stored(name, t)
             raise ValueError(f"{name} is {torch._C._dispatch_keys(t)}; expected a tensor whose memory is its value")
+
+
+def lazy(op: Any, args: Sequence[Any]) -> None:
+    """Refuse among the arguments of an op what torch would read past the end of to materialise a lazy sign."""
+    for at, t in enumerate(args):
+        if isinstance(t, Tensor) and t.is_neg():
+            stored(op._schema.arguments[at].name, t)
+
+
+def stored(name: str, t: Any) -> None:
+    """Refuse a tensor of which torch, which does not look either, would read past the end of its storage.
+
+    For what torch itself reads in front of the kernels: to materialise a lazy sign, to cast for autocast, and in the
+    reference. A trace has no storage to look at.
+    """
+    if type(t) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling() or t.layout is not torch.strided:
+        return
+    keys = _dispatch_keys(t)
+    if t.is_meta or t.is_nested or any(keys.has(getattr(torch._C.DispatchKey, name)) for name in _WITHOUT_STORAGE):
+        return
+    if not _is_within_storage(t):
+        found = f"{list(t.shape)} on a storage of {t.untyped_storage().nbytes()} bytes"
+        raise ValueError(f"{name} is {found}; expected memory that has not been freed or cut short")
+
+
+def _is_within_storage(t: Tensor) -> bool:
+    """Whether the last element is: a storage can be resized, also to nothing, under the tensors that lie in it."""
+    size = t.untyped_storage().nbytes()
+    if t.is_contiguous():
+        return t.storage_offset() * t.itemsize + t.nbytes <= size or not t.nbytes
+    strides = t.stride()
+    return (t.storage_offset() + 1 + sum(map(mul, t.shape, strides)) - sum(strides)) * t.itemsize <= size
 
 
 def integer(name: str, value: Any, minimum: int | None = None) -> None:
@@ -236,7 +262,7 @@ def shift_in_range(shift: int | Tensor, largest: int, like: Tensor) -> int | Ten
         # A trace has no value to read, and an accelerator would be waited for.
         if shift.device.type != "cpu" or torch.compiler.is_compiling() or type(shift) is not Tensor:
             return shift
-        _refuse_freed("shift", shift)
+        stored("shift", shift)
         shift = int(shift)
     elif isinstance(shift, bool) or not isinstance(shift, (int, torch.SymInt)):
         raise TypeError(f"shift is {shift!r}; expected an int or an integer tensor of one element")
@@ -267,12 +293,6 @@ def _refuse_layout(name: str, x: Tensor) -> None:
     if x.layout is not torch.strided or x.is_nested or x.is_quantized:
         what = "nested" if x.is_nested else "quantised" if x.is_quantized else str(x.layout)
         raise TypeError(f"{name} is {what}; expected a dense tensor, torch.strided")
-
-
-def _refuse_freed(name: str, t: Tensor) -> None:
-    if type(t) in (Tensor, torch.nn.Parameter) and not t.is_meta and t.numel() and not t.data_ptr():
-        found = f"{list(t.shape)} on a storage of {t.untyped_storage().nbytes()} bytes"
-        raise ValueError(f"{name} is {found}; expected memory that has not been freed")
 
 
 def _like(name: str, t: Tensor, shape: Sequence[int], letters: str, first: Tensor, first_name: str) -> None:

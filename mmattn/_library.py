@@ -139,10 +139,12 @@ def register_autograd(name: str, function: type[torch.autograd.Function]) -> Non
     `function` calls what `register` was given past the dispatcher.
     """
     _differentiable[name] = function
+    packet = getattr(torch.ops.mmattn, name).default
 
     def autograd(keyset: Any, *args: Any) -> tuple[Tensor, ...]:
         # A tangent carries no requires_grad; the Function, having no forward-mode rule, refuses it.
         in_forward_mode = forward_ad._current_level >= 0
+        _checks.lazy(packet, args)
         wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
         if in_forward_mode or wanted:
             return _apply(name, keyset, *args)
@@ -194,7 +196,10 @@ def gradients_of(name: str) -> Callable[..., Any]:
         def backward(ctx: Any, *_: Any) -> Any:
             raise RuntimeError(f"{name} is differentiable once; impl='reference' as often as wanted")
 
+    packet = getattr(torch.ops.mmattn, op).default
+
     def autograd(keyset: Any, *args: Any) -> Any:
+        _checks.lazy(packet, args)
         if wants_gradients(*(t for t in args if isinstance(t, Tensor))):
             return apply(Gradients, keyset, *args)
         return redispatch(op, keyset, *args)
@@ -220,7 +225,9 @@ def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
-def to_autocast(t: Any, dtype: torch.dtype) -> Any:
+def to_autocast(name: str, t: Any, dtype: torch.dtype) -> Any:
     """`t` in `dtype` if it is a floating-point tensor other than float64; anything else as it is."""
-    eligible = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
-    return t.to(dtype) if eligible else t
+    if not isinstance(t, Tensor) or not t.is_floating_point() or t.dtype in (torch.float64, dtype):
+        return t
+    _checks.stored(name, t)
+    return t.to(dtype)

@@ -83,12 +83,14 @@ def random_shift_attention(
     device_type = video_q.device.type if isinstance(video_q, Tensor) else "cpu"
     if is_autocast(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        tensors = tuple(to_autocast(t, dtype) for t in tensors)
+        tensors = tuple(to_autocast(*named, dtype) for named in zip(_checks.ATTENTION_TENSORS, tensors, strict=True))
     _checks.random_shift_attention(tensors, frames, window, shift)
     if scale is None:
         scale = tensors[0].shape[-1] ** -0.5
     chosen = dispatch.choose("random_shift_attention", impl, tensors[0])
     if chosen == "reference":
+        for name, t in zip(_checks.ATTENTION_TENSORS, tensors, strict=True):
+            _checks.stored(name, t)
         return reference(*tensors, frames=frames, window=window, shift=shift, scale=scale)
     number, tensor = (0, shift) if isinstance(shift, Tensor) else (shift, None)
     arguments = *tensors, frames, window, number, tensor, float(scale), chosen

@@ -126,6 +126,8 @@ def spatial_conv2d(
     if isinstance(weight, Tensor):
         if weight.dim() != 4 or weight.shape[2:] != (3, 3):
             raise ValueError(f"weight has shape {list(weight.shape)}; expected [Cout, Cin, 3, 3]")
+        if not weight.is_contiguous():
+            _checks.stored("weight", weight)  # the next may be a copy
         weight = weight.flatten(2)
     return _convolve(x, weight, bias, norm, film, activation, eps, residual, impl, height=height, width=width)
 
@@ -198,6 +200,8 @@ def _convolve(
             x, norm, film, activation = norm_op.group_norm(x, *norm, **normalise), None, None, None
         chosen = "reference"
     if chosen == "reference":
+        for name, t in zip(_Arguments._fields, (x, weight, bias, *prologue, residual), strict=False):
+            _checks.stored(name, t)
         options: dict[str, Any] = {"norm": norm, "film": film, "activation": activation, "residual": residual}
         return reference(x, weight, bias, dilation=dilation, height=height, width=width, eps=eps, **options)
     tensors = (x, weight, bias, *prologue, residual)
@@ -242,14 +246,15 @@ def _autocast(x: Any, weight: Any, bias: Any, norm: Any, film: Any, residual: An
         return x, weight, bias, norm, film, residual
     dtype = torch.get_autocast_dtype(device_type)
     # Parameters in float32 stay so: kernels round them as they pack them, once for all calls.
-    parameters = (_parameter_to_autocast(p, dtype) for p in (weight, bias, norm, film))
-    return to_autocast(x, dtype), *parameters, to_autocast(residual, dtype)
+    parameters = {"weight": weight, "bias": bias, "norm": norm, "film": film}
+    cast = (_parameter_to_autocast(name, p, dtype) for name, p in parameters.items())
+    return to_autocast("x", x, dtype), *cast, to_autocast("residual", residual, dtype)
 
 
-def _parameter_to_autocast(p: Any, dtype: torch.dtype) -> Any:
+def _parameter_to_autocast(name: str, p: Any, dtype: torch.dtype) -> Any:
     if isinstance(p, tuple):
-        return tuple(_parameter_to_autocast(t, dtype) for t in p)
-    return p if isinstance(p, Tensor) and p.dtype == torch.float32 else to_autocast(p, dtype)
+        return tuple(_parameter_to_autocast(name, t, dtype) for t in p)
+    return p if isinstance(p, Tensor) and p.dtype == torch.float32 else to_autocast(name, p, dtype)
 
 
 def _unpack(name: str, value: Any, letters: str) -> Any:

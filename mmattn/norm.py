@@ -64,20 +64,26 @@ def group_norm(
         RuntimeError: if the named `impl` cannot run here, with the reason.
     """
     if isinstance(x, Tensor) and is_autocast(x.device.type):
-        weight, bias, scale, shift = (_readable_beside(x, p) for p in (weight, bias, scale, shift))
+        parameters = {"weight": weight, "bias": bias, "scale": scale, "shift": shift}
+        weight, bias, scale, shift = (_readable_beside(x, name, p) for name, p in parameters.items())
     _checks.group_norm(x, weight, bias, scale, shift, groups, eps)
     _checks.activation(activation)
     chosen = dispatch.choose("group_norm", impl, x)
     if chosen == "reference":
+        for name, t in {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift}.items():
+            _checks.stored(name, t)
         return reference(x, weight, bias, groups, scale=scale, shift=shift, activation=activation, eps=eps)
     tensors, silu, eps = (x, weight, bias, scale, shift), activation == "silu", float(eps)
     return call("group_norm", tensors, *tensors, groups, silu, eps, chosen)[0]
 
 
-def _readable_beside(x: Tensor, p: Any) -> Any:
+def _readable_beside(x: Tensor, name: str, p: Any) -> Any:
     """Autocast's FiLM beside an x that it left alone: in float32, exactly, where it has another dtype than x."""
     is_narrow = isinstance(p, Tensor) and p.dtype in (torch.float16, torch.bfloat16)
-    return p.float() if is_narrow and p.dtype != x.dtype else p
+    if not is_narrow or p.dtype == x.dtype:
+        return p
+    _checks.stored(name, p)
+    return p.float()
 
 
 def reference(

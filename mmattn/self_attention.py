@@ -49,13 +49,16 @@ def self_attention(
     """
     device_type = q.device.type if isinstance(q, Tensor) else "cpu"
     if is_autocast(device_type):
-        q, k, v = (to_autocast(t, torch.get_autocast_dtype(device_type)) for t in (q, k, v))
+        dtype = torch.get_autocast_dtype(device_type)
+        q, k, v = (to_autocast(name, t, dtype) for name, t in (("q", q), ("k", k), ("v", v)))
     _checks.self_attention(q, k, v, segments)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     chosen = dispatch.choose("self_attention", impl, q)
     if chosen == "triton" and q.shape[1] // segments > _SHORT and dispatch.requested(impl) == "auto":
         chosen = "reference"
     if chosen == "reference":
+        for name, t in (("q", q), ("k", k), ("v", v)):
+            _checks.stored(name, t)
         return reference(q, k, v, segments=segments, scale=scale)
     return call("self_attention", (q, k, v), q, k, v, segments, scale, chosen)[0]
 

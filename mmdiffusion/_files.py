@@ -4,14 +4,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import pathlib
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What only writing ends in, and what has no name then.
+_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _PART = re.compile(r"\.[0-9a-f]{16}\.part")
 
 
@@ -76,11 +83,12 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     permissions that any new file has, also if whoever writes to it makes a file of its own in its place.
 
     Raises:
-        OSError: what went wrong, with the name of `path`, which errors of writing (no space) lack.
+        OSError: what went wrong with the file, with the name of `path`, which errors of writing (no space) lack. One of
+            another file, which is read to write this one, is left as it is.
     """
     path = pathlib.Path(path)
     part = path.with_name(f".{secrets.token_hex(8)}.part")
-    is_ours = False
+    is_ours = is_written = False
     try:
         # Exclusively: what is there under that name, a link above all, is not followed.
         descriptor = os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
@@ -88,12 +96,47 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         permissions = os.fstat(descriptor).st_mode & 0o777
         os.close(descriptor)
         yield part
+        is_written = True
         part.chmod(permissions)
         os.replace(part, path)
     except OSError as error:
-        if error.errno is None:
+        is_of_part = error.filename in (part, str(part))
+        is_of_writing = error.filename is None and error.errno in _OF_WRITING
+        if error.errno is None or not (is_of_part or is_of_writing or is_written):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         if is_ours:
             part.unlink(missing_ok=True)
+
+
+def save_torch(value: object, path: pathlib.Path) -> None:
+    """A file of torch.save, where an error of the system is one of Python.
+
+    Raises:
+        OSError: which torch hides behind an error of positions in its archive.
+    """
+    import torch
+
+    try:
+        with open(path, "wb") as file:
+            torch.save(value, file)
+    except RuntimeError as error:
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
+def save_safetensors(tensors: Mapping[str, Tensor], path: pathlib.Path, metadata: Mapping[str, str] | None) -> None:
+    """A .safetensors file, where an error of the system is one of Python.
+
+    Raises:
+        OSError: with its number, which safetensors has in its text alone.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error

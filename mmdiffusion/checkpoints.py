@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mmattn import DilatedConvBlock, RandomShiftAttention
-from mmdiffusion._files import check_regular, whole_file
+from mmdiffusion._files import check_regular, save_safetensors, save_torch, whole_file
 from mmdiffusion.clips import FRAME_RATE, SAMPLE_RATE
 from mmdiffusion.model.blocks import AudioHead, FirstLayer, ResidualBlock, VideoHead
 from mmdiffusion.model.config import has_middle_cross_attention
@@ -230,7 +230,9 @@ def _made_of(cls: type[UNet], config: Mapping[str, Any], tensors: Mapping[str, T
         raise TypeError(f"{cls.__name__} has no argument {unknown[0]!r}; expected some of {', '.join(known)}")
     with torch.device("meta"):
         unet = cls(**config)
-    _refuse_what_does_not_fit({key: shape for key, _, shape in _parameters(unet)}, tensors)
+    refuse_what_does_not_fit(
+        {key: shape for key, _, shape in _parameters(unet)}, {key: tuple(x.shape) for key, x in tensors.items()}
+    )
     names = {parameter: name for name, parameter in unet.named_parameters()}
     loaded = {names[p]: tensors[key].detach().clone().view(p.shape) for key, p, _ in _parameters(unet)}
     unet.load_state_dict(loaded, assign=True)
@@ -243,22 +245,48 @@ def read(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
     check_regular(path, "a checkpoint on a disk")
     try:
         if path.suffix == ".safetensors":
-            from safetensors import safe_open
-
-            with safe_open(path, framework="pt") as file:
-                found = OrderedDict((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118 -- no mapping
-                return _marked(found) if (file.metadata() or {}).get(_RANDOM) == "true" else found
+            return _read_safetensors(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, ImportError):
         raise
     except Exception as error:  # of many kinds, for a file that is cut off, or something else
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
+        raise _unreadable(path, error) from error
     try:
         _check_state_dict(tensors)
     except TypeError as error:
         raise TypeError(f"{path} holds {error}") from error
     return tensors
+
+
+def shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in a .safetensors file, which alone of it is read.
+
+    Raises:
+        OSError, ValueError: if it cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 -- no mapping
+    except SafetensorError as error:
+        raise _unreadable(path, error) from error
+
+
+def _read_safetensors(path: pathlib.Path) -> Mapping[str, Tensor]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        found = OrderedDict((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118 -- no mapping
+        return _marked(found) if (file.metadata() or {}).get(_RANDOM) == "true" else found
+
+
+def _unreadable(path: pathlib.Path, error: Exception) -> ValueError:
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    # Of what a pickle says torch advises to run it, or has a number for a reason.
+    if path.suffix != ".safetensors" and not isinstance(error, (RuntimeError, EOFError)):
+        reason = "it is broken, or holds more than tensors, which would run code; expected a state dict of tensors"
+    return ValueError(f"{path} cannot be read as a checkpoint: {reason}")
 
 
 def _check_state_dict(tensors: Any) -> None:
@@ -292,16 +320,10 @@ def write(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, is_ran
     path = pathlib.Path(path)
     with whole_file(path) as part:
         if path.suffix == ".safetensors":
-            from safetensors.torch import save_file
-
             metadata = {_RANDOM: "true"} if is_random else None
-            save_file({name: x.contiguous() for name, x in tensors.items()}, part, metadata)
+            save_safetensors({name: x.contiguous() for name, x in tensors.items()}, part, metadata)
         else:
-            try:
-                with open(part, "wb") as file:
-                    torch.save(_marked(tensors) if is_random else dict(tensors), file)
-            except RuntimeError as error:  # of positions in an archive, while a full disk may be the cause
-                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+            save_torch(_marked(tensors) if is_random else dict(tensors), part)
 
 
 def _infer(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -398,14 +420,15 @@ def _decoder_blocks(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     return blocks, per_level
 
 
-def _refuse_what_does_not_fit(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
+def refuse_what_does_not_fit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse keys and shapes that are not those of a network, naming the first of them."""
     problems = {
-        "missing": [key for key in expected if key not in tensors],
-        "unknown": [key for key in tensors if key not in expected],
+        "missing": [key for key in expected if key not in found],
+        "unknown": [key for key in found if key not in expected],
         "of another shape": [
-            f"{key} {list(tensors[key].shape)} instead of {list(shape)}"
+            f"{key} {list(found[key])} instead of {list(shape)}"
             for key, shape in expected.items()
-            if key in tensors and tuple(tensors[key].shape) != shape
+            if key in found and found[key] != shape
         ],
     }
     sentences = [

@@ -3,6 +3,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -440,46 +441,129 @@ def test_constants_of_traces_are_marked_as_torch_marks_them():
     assert vars(ours) == vars(torch.compiler.assume_constant_result(theirs))
 
 
-def _freed(*shape):
-    t = _random(*shape)
-    t.untyped_storage().resize_(0)
-    return t
+def _at_an_offset(t):
+    return torch.cat([t[:1], t])[1:]
 
 
-def _convolve(x=None, weight=None, residual=None):
-    x, weight = (_random(1, 9, 16) if x is None else x), (_random(16, 16, 3) if weight is None else weight)
-    return mmattn.dilated_conv1d(x, weight, residual=residual, impl="cpu")
+def _apart(t):
+    return torch.stack([t, t], dim=1)[:, 0]
 
 
-FREED = {
-    "x": lambda: _convolve(x=_freed(1, 9, 16)),
-    "weight": lambda: _convolve(weight=_freed(16, 16, 3)),
-    "residual": lambda: _convolve(residual=_freed(1, 9, 16)),
-    "bias": lambda: mmattn.group_norm(_random(1, 9, 16), _random(16), _freed(16), 4, impl="cpu"),
-    "k": lambda: mmattn.self_attention(_random(1, 6, 2, 16), _freed(1, 6, 2, 16), _random(1, 6, 2, 16), impl="cpu"),
-}
+def _sliced(t):
+    return torch.cat([t, t], dim=-1)[..., : t.shape[-1]]
 
 
-@pytest.mark.parametrize("name", FREED)
-def test_a_freed_storage_is_refused_by_name(name):
-    with pytest.raises(ValueError, match=rf"^{name} is \[.*\] on a storage of 0 bytes; expected memory that has not"):
-        FREED[name]()
+LAYOUTS = {"dense": torch.clone, "offset": _at_an_offset, "apart": _apart, "sliced": _sliced}
+UNSTORED = r"^{} is \[.*\] on a storage of \d+ bytes; expected memory that has not been freed or cut short"
 
 
-def test_a_freed_shift_is_refused_by_name():
-    shift = torch.tensor(1)
-    shift.untyped_storage().resize_(0)
+def _cut(t, layout="dense", size=None):
+    """The tensor on a storage that ends before its last element, or of that size."""
+    cut = LAYOUTS[layout](t.detach())
+    last = cut.storage_offset() + sum((n - 1) * step for n, step in zip(cut.shape, cut.stride(), strict=True))
+    cut.untyped_storage().resize_(last * cut.element_size() + 1 if size is None else size)
+    return cut
+
+
+def _each_cut(op, layout="dense", size=None):
+    for at in range(len(op.shapes)):
+        tensors = op.tensors()
+        tensors[at] = _cut(tensors[at], layout, size)
+        yield tensors
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_a_storage_cut_short_is_refused_by_name(op, impl, layout):
+    for size in (None, 0):
+        for tensors in _each_cut(op, layout, size):
+            with pytest.raises(ValueError, match=UNSTORED.format(r"\w+")):
+                op(*tensors, impl=impl)
+            with torch.inference_mode(), pytest.raises(ValueError, match=UNSTORED.format(r"\w+")):
+                op(*tensors, impl=impl)
+
+
+def test_a_storage_cut_short_is_refused_before_a_cast_or_a_sign(op):
+    for layout in ("dense", "apart"):
+        for tensors in _each_cut(op, layout):
+            with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=UNSTORED.format(r"\w+")):
+                op(*tensors)
+            lazy = [torch._neg_view(t) for t in tensors]
+            with pytest.raises(ValueError, match=UNSTORED.format(r"\w+")):
+                op(*lazy)
+    halves = [t.half() if t.dim() < 3 else t for t in OPS["group_norm"].tensors()]
+    halves[1] = _cut(halves[1])
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=UNSTORED.format("weight")):
+        OPS["group_norm"](*halves)
+
+
+def test_a_storage_that_just_reaches_is_enough(op):
+    tensors = op.tensors()
+    for layout in LAYOUTS.values():
+        just = [layout(t) for t in tensors]
+        for t in just:
+            last = t.storage_offset() + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+            t.untyped_storage().resize_((last + 1) * t.element_size())
+        assert torch.equal(op(*just), op(*tensors))
+    nothing = torch.empty(4)[4:].expand(3, 0)
+    nothing.untyped_storage().resize_(0)
+    assert _checks.is_plain(nothing)
+
+
+@pytest.mark.parametrize("size", [4, 0])
+def test_a_shift_without_its_storage_is_refused_by_name(size):
     tensors = [_random(1, 6, 2, 16)] * 6
-    with pytest.raises(ValueError, match=r"^shift is \[\] on a storage of 0 bytes"):
-        mmattn.random_shift_attention(*tensors, frames=3, window=1, shift=shift, impl="cpu")
+    for impl in ("cpu", "reference"):
+        shift = torch.tensor(1)
+        shift.untyped_storage().resize_(size)
+        with pytest.raises(ValueError, match=UNSTORED.format("shift")):
+            mmattn.random_shift_attention(*tensors, frames=3, window=1, shift=shift, impl=impl)
+        with pytest.raises(ValueError, match=UNSTORED.format("shift(_tensor)?")):
+            torch.ops.mmattn.random_shift_attention(*tensors, 3, 1, 0, shift, 0.25, impl)
 
 
-def test_what_is_freed_before_backward_is_refused_by_name():
-    x, weight = _random(1, 9, 16).requires_grad_(), _random(16, 16, 3)
-    out = _convolve(x=x, weight=weight)
-    weight.untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match=r"^weight is \[16, 16, 3\] on a storage of 0 bytes"):
-        out.sum().backward()
+def test_what_is_cut_short_before_backward_is_refused_by_name(op):
+    for size in (1, 0):
+        for at in range(len(op.shapes)):
+            leaves = [t.requires_grad_() for t in op.tensors()]
+            out = op(*leaves)
+            leaves[at].untyped_storage().resize_(size)
+            try:
+                out.sum().backward()
+            except ValueError as error:
+                assert re.match(UNSTORED.format(r"\w+"), str(error))
+            else:  # a bias of a convolution alone is not read
+                assert op.shapes[at] == (32,) and at == 2
+
+
+def test_results_and_their_gradients_cut_short_are_refused_by_name():
+    q, k, v = OPS["self_attention"].tensors()
+    out, lse = torch.ops.mmattn.self_attention(q, k, v, 2, 0.25, "cpu")
+    arguments = [torch.ones_like(out), q, k, v, out, lse, 2, 0.25, "cpu"]
+    for at, name in ((0, "d_out"), (4, "out"), (5, "lse")):
+        changed = [*arguments]
+        changed[at] = _cut(arguments[at])
+        with pytest.raises(ValueError, match=UNSTORED.format(name)):
+            torch.ops.mmattn.self_attention_backward(*changed)
+    x, weight, bias, scale, shift = OPS["group_norm"].tensors()
+    out, stats = torch.ops.mmattn.group_norm(x, weight, bias, scale, shift, 8, True, 1e-5, "cpu")
+    with pytest.raises(ValueError, match=UNSTORED.format("stats")):
+        torch.ops.mmattn.group_norm_backward(out, x, weight, bias, scale, shift, _cut(stats), 8, True, "cpu")
+    x = x.requires_grad_()
+    out = mmattn.group_norm(x, weight, bias, 8, impl="cpu")
+    for layout in ("dense", "apart"):
+        with pytest.raises(ValueError, match=UNSTORED.format("d_out")):
+            torch.autograd.grad(out, x, _cut(torch.ones_like(out), layout), retain_graph=True)
+
+
+def test_parameters_of_a_module_without_their_storage_are_refused():
+    block = mmattn.DilatedConvBlock(32)
+    for parameter in block.parameters():
+        kept = parameter.detach().clone()
+        parameter.untyped_storage().resize_(parameter.nbytes - 1)
+        with pytest.raises(ValueError, match=UNSTORED.format(r"[a-z_' ]+")):
+            block(_random(1, 32, 20))
+        parameter.data = kept
 
 
 def test_a_refusal_has_a_reason():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The command `mmdiffusion sample`: what it writes, going on after an interruption, bad input, README's example."""
 
+import errno
 import json
 import os
 import pathlib
@@ -410,6 +411,85 @@ def test_a_whole_file_follows_no_link(monkeypatch, tmp_path):
         one.write_text("one")
         other.write_text("other")
     assert (tmp_path / "a").read_text() == "one"  # the last to end
+
+
+def test_a_whole_file_names_itself_alone(tmp_path, small_files):
+    """An error of another file, which is read meanwhile, keeps that file's name, or has none."""
+    target = tmp_path / "new"
+    with pytest.raises(FileNotFoundError, match=r"absent'$"), _files.whole_file(target):
+        (tmp_path / "absent").read_bytes()
+    with pytest.raises(ConnectionResetError, match=r"\] Connection reset by peer$"), _files.whole_file(target):
+        raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+    with pytest.raises(OSError, match=r"new'$"), _files.whole_file(target) as part:
+        part.unlink()
+        part.read_bytes()
+    for write in (
+        lambda part: part.write_bytes(bytes(10_000)),
+        lambda part: _files.save_torch({"x": torch.zeros(10_000)}, part),
+        lambda part: _files.save_safetensors({"x": torch.zeros(10_000)}, part, None),
+    ):
+        with (
+            small_files(),
+            pytest.raises(OSError, match=r"File too large: '.*new'$"),
+            _files.whole_file(target) as part,
+        ):
+            write(part)
+    assert names(tmp_path) == []
+    target.mkdir()
+    with pytest.raises(IsADirectoryError, match=r"new'$"), _files.whole_file(target) as part:
+        part.write_text("x")
+    assert names(tmp_path) == ["new"]
+
+
+DIRECTORY = {
+    "cut": (lambda weights, config: weights.write_bytes(weights.read_bytes()[:-1]), "model.safetensors cannot be read"),
+    "pointer": (lambda weights, config: weights.write_text("version https://x"), "model.safetensors cannot be read"),
+    "gone": (lambda weights, config: weights.unlink(), "has no diffusion_pytorch_model.safetensors; expected"),
+    "pipe": (lambda weights, config: (weights.unlink(), os.mkfifo(weights)), "is no regular file; expected the"),
+    "pickle": (
+        lambda weights, config: (weights.unlink(), torch.save(os.system, weights.with_suffix(".bin"))),
+        "unet has weights that cannot be read; expected",
+    ),
+    "no JSON": (lambda weights, config: config.write_text("{"), "config.json is no JSON"),
+    "list": (lambda weights, config: config.write_text("[1]"), "config.json holds a list; expected"),
+    "unknown argument": (lambda weights, config: _configure(config, wide=3), "config.json has wide, which is no arg"),
+    "other class": (lambda weights, config: _configure(config, _class_name="UNet"), "is of a UNet; expected"),
+    "huge": (lambda weights, config: _configure(config, channel_mult=[10**6]), "model_channels is 32; expected"),
+    "lacking": (lambda weights, config: _change(weights, lambda x: x.pop("first.audio.bias")), "1 missing: first.aud"),
+    "more": (lambda weights, config: _change(weights, lambda x: x.update(more=torch.ones(2))), "1 unknown: more"),
+    "shape": (
+        lambda weights, config: _change(weights, lambda x: x.update({"first.audio.bias": torch.ones(2)})),
+        "1 of another shape: first.audio.bias [2] instead of [32]",
+    ),
+}  # fmt: skip
+
+
+def _configure(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def _change(file, change):
+    tensors = dict(checkpoints.read(file))
+    change(tensors)
+    _files.save_safetensors(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(("change", "expected"), DIRECTORY.values(), ids=DIRECTORY)
+def test_a_directory_that_is_not_whole(model, capsys, change, expected):
+    """from_pretrained would draw what is missing and leave out what it does not know."""
+    cli.main(["convert", model, "made"])
+    change(*(pathlib.Path("made/unet", x) for x in ("diffusion_pytorch_model.safetensors", "config.json")))
+    said = refused(capsys, "info", "made")
+    assert expected in said and "http" not in said and "git" not in said and "ignore_" not in said
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_advice_to_run_a_file_is_not_relayed(capsys, old):
+    """torch says how to load what it refuses: with the check left out."""
+    torch.save({"x": os.system}, "evil.pt", _use_new_zipfile_serialization=not old)
+    said = refused(capsys, "info", "evil.pt")
+    assert "evil.pt cannot be read as a checkpoint: it is broken, or holds more than tensors" in said
+    assert "weights_only" not in said and "False" not in said
 
 
 BAD = {

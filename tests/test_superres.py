@@ -223,6 +223,9 @@ REFUSED = {
     "dropout is nan": {"dropout": float("nan")},
     "resblock_updown is False; expected True": {"resblock_updown": False},
     "scale is 3; expected a divisor of image_size = 16": {"scale": 3},
+    "model_channels is 32; expected a network of at most": {"channel_mult": (1, 10**6)},
+    "in_channels is 1000000000000; expected a network of at most": {"in_channels": 10**12, "out_channels": 10**12},
+    "image_size is 1099511627776; expected at most 2147483648 elements": {"image_size": 2**40},
 }
 
 

@@ -514,6 +514,13 @@ REFUSED = {
     "num_res_blocks is 1000000000; expected at most 1000": {"num_res_blocks": 10**9},
     "video_size has height and width 8, 9; expected multiples of 2": {"video_size": (4, 3, 8, 9)},
     "audio_size has length 66; expected multiples of 4": {"audio_size": (1, 66)},
+    "model_channels is 32; expected a network of at most 4e.09 parameters.* channel_mult": {"channel_mult": (1, 10**6)},
+    "model_channels is 1048576; expected a network of at most": {"model_channels": 2**20},
+    "channel_mult is .1e.300,.; expected widths": {"channel_mult": (1e300,)},
+    "video_out_channels is 1000000000000; expected a network of at most": {"video_out_channels": 10**12},
+    r"video_size is \(4, 1000000000, 8, 8\); expected a network of at most": {"video_size": (4, 10**9, 8, 8)},
+    "video_size is .*; expected at most 2147483648 elements": {"video_size": (4, 3, 2**20, 2**20)},
+    "audio_size is .*; expected at most 2147483648 elements": {"audio_size": (1, 4**20)},
 }
 
 

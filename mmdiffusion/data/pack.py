@@ -146,7 +146,7 @@ class PackedClips(FilmClips):
 
 
 def _named(pieces: Iterator[Item], name: str) -> Iterator[Item]:
-    """An error of the disk with the name of the film, where whole_file would give it that of the pack."""
+    """An error of the disk with the name of the film, which it may lack."""
     try:
         yield from pieces
     except OSError as error:

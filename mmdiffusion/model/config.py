@@ -16,6 +16,10 @@ VIDEO_RATE, AUDIO_RATE = 2, 4
 
 _MAX_BLOCKS = 1000
 """Residual blocks a level, so that a broken configuration is refused instead of built for hours."""
+_MAX_PARAMETERS = 4e9
+"""Thirteen times the largest released network; 16 GB in float32."""
+_MAX_ELEMENTS = 2**31
+"""Of one stream of a clip, or of an image; 8 GiB in float32."""
 
 
 def has_middle_cross_attention(cross_attention_windows: Sequence[int]) -> bool:
@@ -45,6 +49,14 @@ def check_config(config: Mapping[str, Any]) -> None:
         check_divisible("video_size", "height and width", config["video_size"][2:], VIDEO_RATE ** (levels - 1))
     if "audio" in config["streams"]:
         check_divisible("audio_size", "length", config["audio_size"][1:], AUDIO_RATE ** (levels - 1))
+    taps = {"video": 9 + 3 + 1, "audio": 3 + 1}  # of the convolutions of a residual block, at its narrower end
+    ends = {"video_size": 9 * config["video_size"][1], "audio_size": 3 * config["audio_size"][0]}
+    ends |= {"video_out_channels": 27 * config["video_out_channels"]}
+    ends |= {"audio_out_channels": 3 * config["audio_out_channels"]}
+    ends = {name: count for name, count in ends.items() if name.split("_")[0] in config["streams"]}
+    _check_parameters(config, sum(taps[stream] for stream in config["streams"]), ends)
+    _check_elements(config, "video_size", math.prod(config["video_size"]))
+    _check_elements(config, "audio_size", math.prod(config["audio_size"]))
 
 
 def check_image_config(config: Mapping[str, Any]) -> None:
@@ -67,6 +79,8 @@ def check_image_config(config: Mapping[str, Any]) -> None:
     check_divisible("image_size", "height and width", [config["image_size"]], divisor)
     if config["image_size"] % config["scale"]:
         _refuse(config, "scale", f"a divisor of image_size = {config['image_size']}")
+    _check_parameters(config, 9 + 9, {"in_channels": 18 * config["in_channels"]})
+    _check_elements(config, "image_size", config["in_channels"] * config["image_size"] ** 2)
 
 
 def _refuse(config: Mapping[str, Any], name: str, expected: str) -> None:
@@ -119,6 +133,34 @@ def _check_network(config: Mapping[str, Any], counts: Sequence[str]) -> None:
         _refuse(config, "dropout", "0 <= dropout < 1")
     if config["resblock_updown"] is not True:
         _refuse(config, "resblock_updown", "True: levels are resampled inside residual blocks")
+
+
+def _check_parameters(config: Mapping[str, Any], taps: int, ends: Mapping[str, int]) -> None:
+    """Refuse what has too many, counting the convolutions of the residual blocks, and of what is before and behind.
+
+    Args:
+        taps: of the convolutions of a residual block.
+        ends: taps times channels by the argument that says how many, for each channel of the first level.
+    """
+    widths = _widths(config).values()
+    blocks = taps * (2 * config["num_res_blocks"] + 1) * sum(width**2 for width in widths)
+    if sum(widths) > _MAX_PARAMETERS:  # not squared, since some would be more than a float can be
+        _refuse(
+            config,
+            "channel_mult",
+            f"widths, times model_channels = {config['model_channels']}, that a network can have",
+        )
+    counts = {name: count * next(iter(widths)) for name, count in ends.items()} | {"model_channels": blocks}
+    largest = max(counts, key=counts.__getitem__)
+    if (total := sum(counts.values())) > _MAX_PARAMETERS:
+        others = f" with channel_mult {config['channel_mult']!r} and num_res_blocks {config['num_res_blocks']}"
+        expected = f"a network of at most {_MAX_PARAMETERS:.3g} parameters, where this has {float(total):.3g} or more"
+        _refuse(config, largest, expected + (others if largest == "model_channels" else ""))
+
+
+def _check_elements(config: Mapping[str, Any], name: str, count: int) -> None:
+    if count > _MAX_ELEMENTS:
+        _refuse(config, name, f"at most {_MAX_ELEMENTS} elements, where these are {count}")
 
 
 def _check_rates(config: Mapping[str, Any], *names: str) -> None:

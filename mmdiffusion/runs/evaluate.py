@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mmdiffusion._files import digest, files_below, whole_file
+from mmdiffusion._files import digest, files_below, save_torch, whole_file
 from mmdiffusion.clips import STREAMS
 from mmdiffusion.data.index import cache_folder
 from mmdiffusion.evaluation import (
@@ -176,7 +176,7 @@ class _Measure:
         with open_film(path) as film:
             measured = self._measured(film)
         with whole_file(file) as part:
-            torch.save(measured, part)
+            save_torch(measured, part)
         return measured
 
     @torch.no_grad()

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +21,7 @@ from mmdiffusion.model.superres import SuperResolutionUNet
 from mmdiffusion.model.unet import CoupledUNet
 from mmdiffusion.runs.options import check, option
 
+Network = TypeVar("Network", CoupledUNet, SuperResolutionUNet)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -45,8 +47,7 @@ def load(source: pathlib.Path, job: ModelJob) -> CoupledUNet:
     if source.is_dir():
         if job.preset or job.config:
             raise ValueError(f"{source} has its own configuration; expected neither --preset nor --config")
-        # Otherwise accelerate is needed.
-        return CoupledUNet.from_pretrained(_folder_of_network(source), low_cpu_mem_usage=False)
+        return _of_folder(CoupledUNet, source)
     return CoupledUNet.from_published(source, preset=job.preset, **read_config(job.config))
 
 
@@ -97,7 +98,42 @@ def _load_superres(source: pathlib.Path, config: pathlib.Path | None) -> SuperRe
         return SuperResolutionUNet.from_published(source, **read_config(config))
     if config:
         raise ValueError(f"{source} has its own configuration; expected no --config")
-    return SuperResolutionUNet.from_pretrained(_folder_of_network(source), low_cpu_mem_usage=False)
+    return _of_folder(SuperResolutionUNet, source)
+
+
+def _of_folder(cls: type[Network], source: pathlib.Path) -> Network:
+    """The network that save_pretrained wrote.
+
+    `from_pretrained` draws parameters that a file lacks, leaves out what it does not know, and says so in a log alone;
+    here either is an error.
+    """
+    folder = _folder_of_network(source)
+    config = read_config(folder / "config.json")
+    if (found := config.get("_class_name", cls.__name__)) != cls.__name__:
+        raise ValueError(f"{folder / 'config.json'} is of a {found}; expected one of a {cls.__name__}")
+    config = {name: value for name, value in config.items() if not name.startswith("_")}
+    if unknown := sorted(config.keys() - inspect.signature(cls).parameters):
+        raise ValueError(f"{folder / 'config.json'} has {unknown[0]}, which is no argument of {cls.__name__}")
+    with torch.device("meta"):
+        expected = {key: tuple(x.shape) for key, x in cls(**config).state_dict().items()}
+    try:
+        files = [x for x in sorted(folder.glob("diffusion_pytorch_model*")) if x.suffix in (".safetensors", ".bin")]
+        for file in files:
+            check_regular(file, "the weights of save_pretrained")
+        if not files:
+            raise ValueError(f"{folder} has no diffusion_pytorch_model.safetensors; expected the weights")
+        whole = folder / "diffusion_pytorch_model.safetensors"
+        if whole in files:
+            _refuse_other_weights(expected, whole)
+        # Otherwise accelerate is needed.
+        loaded: Any = cls.from_pretrained(folder, low_cpu_mem_usage=False, output_loading_info=True)
+    except (OSError, RuntimeError) as error:  # whose words are of git, of networks, and of options that would hide it
+        raise ValueError(f"{folder} has weights that cannot be read; expected those of save_pretrained") from error
+    made, info = loaded
+    for what in ("missing", "unexpected"):
+        if keys := info[f"{what}_keys"]:
+            raise ValueError(f"{folder} has weights with {len(keys)} {what} keys: {', '.join(sorted(keys)[:10])}")
+    return made
 
 
 def _folder_of_network(source: pathlib.Path) -> pathlib.Path:
@@ -105,6 +141,14 @@ def _folder_of_network(source: pathlib.Path) -> pathlib.Path:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{source} is a directory without config.json; expected one of save_pretrained")
     return folder
+
+
+def _refuse_other_weights(expected: Mapping[str, tuple[int, ...]], file: pathlib.Path) -> None:
+    found = checkpoints.shapes(file)
+    try:
+        checkpoints.refuse_what_does_not_fit(expected, found)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def read_config(path: pathlib.Path | None) -> dict[str, Any]:

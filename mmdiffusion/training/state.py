@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import pathlib
@@ -14,10 +13,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmdiffusion._files import is_part, whole_file
+from mmdiffusion._files import is_part, save_safetensors, whole_file
 from mmdiffusion.training.ema import EMA
 from mmdiffusion.training.recipe import Recipe
 from mmdiffusion.training.timesteps import make_timesteps
@@ -168,12 +166,7 @@ class States:
         content = {"format": _FORMAT, "settings": self.settings, "notes": dict(notes), **state.numbers()}
         tensors = {name: x.detach().cpu().contiguous() for name, x in state.tensors().items()}
         with whole_file(path) as part:
-            try:
-                save_file(tensors, part, metadata={"state": json.dumps(content)})
-            except SafetensorError as error:  # which hides the number of the system's error
-                found = re.search(r"os error (\d+)", str(error))
-                number = int(found[1]) if found else errno.EIO
-                raise OSError(number, os.strerror(number)) from error
+            save_safetensors(tensors, part, {"state": json.dumps(content)})
             with open(part, "rb") as file:
                 os.fsync(file.fileno())  # a renamed file is not to be empty after the power fails
         for old in self.files()[self.keep :]:
