@@ -20,6 +20,9 @@ from mmdiffusion.model.superres import SuperResolutionUNet
 from mmdiffusion.model.unet import CoupledUNet
 from mmdiffusion.runs.options import check, option
 
+PACKAGED = pathlib.Path(__file__).resolve().parent.parent / "weights" / "small"
+"""The model that comes with the package: of the synthetic world, a directory of its pipeline."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -44,7 +47,8 @@ def load(source: pathlib.Path, job: ModelJob) -> CoupledUNet:
     """The model of a published checkpoint, or of a directory of save_pretrained, of its own or of a pipeline."""
     if source.is_dir():
         if job.preset or job.config:
-            raise ValueError(f"{source} has its own configuration; expected neither --preset nor --config")
+            name = "model is not given, and the one that comes with the package" if source == PACKAGED else source
+            raise ValueError(f"{name} has its own configuration; expected neither --preset nor --config")
         # Otherwise accelerate is needed.
         return CoupledUNet.from_pretrained(_folder_of_network(source), low_cpu_mem_usage=False)
     return CoupledUNet.from_published(source, preset=job.preset, **read_config(job.config))
