@@ -200,6 +200,11 @@ def load(
     return _made_of(cls, {**known, **config}, tensors)
 
 
+def is_superres(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict is that of a super-resolution network, whose first layer is one convolution of images."""
+    return any(key.removeprefix("module.") == "input_blocks.0.0.weight" for key in tensors)
+
+
 def load_superres(
     cls: type[SuperResolutionUNet],
     source: str | os.PathLike[str] | Mapping[str, Tensor],

@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 from mmattn.testing import relative_error  # noqa: E402
-from mmdiffusion import CoupledUNet, SuperResolutionPipeline, SuperResolutionUNet, cli, media  # noqa: E402
+from mmdiffusion import CoupledUNet, SuperResolutionPipeline, SuperResolutionUNet, checkpoints, cli, media  # noqa: E402
 from mmdiffusion.clips import ClipFormat  # noqa: E402
 from mmdiffusion.data import SyntheticClips, degrade  # noqa: E402
 from mmdiffusion.data.items import joined  # noqa: E402
@@ -665,6 +665,32 @@ def test_superres_of_a_published_checkpoint(here):
     enlarge(out="ours")
     cli.main(["superres", "clip.mp4", "--model", "sr.pt", "--config", "sr.json", "--steps", "2", "--out", "theirs"])
     assert torch.equal(pictures("theirs/clip.mp4"), pictures("ours/clip.mp4"))
+
+
+def test_random_info_and_convert(here, capsys):
+    """Of a super-resolution network, which the commands know by its keys or by its directory."""
+    pathlib.Path("small.json").write_text(json.dumps(SMALL))
+    cli.main(["random", "sr.pt", "--superres", "--config", "small.json"])
+    cli.main(["convert", "sr.pt", "made", "--config", "small.json"])
+    loaded = SuperResolutionPipeline.from_pretrained("made", low_cpu_mem_usage=False)
+    assert loaded.scheduler.config["prediction_type"] == "epsilon"
+    cli.main(["convert", "made", "back.safetensors"])
+    found, expected = checkpoints.read(pathlib.Path("back.safetensors")), checkpoints.read(pathlib.Path("sr.pt"))
+    assert found.keys() == expected.keys() and all(torch.equal(x, expected[name]) for name, x in found.items())
+    capsys.readouterr()
+    total = sum(x.numel() for x in expected.values()) / 1e6
+    for source in ("sr.pt", "made"):
+        cli.main(["info", source])
+        out = capsys.readouterr().out
+        assert "attention_resolutions" in out and f"total{total:32.2f} M parameters" in out
+    for options, message in {
+        "random new.pt --superres --preset tiny": "preset is 'tiny' and superres is given; expected one of them",
+        "info sr.pt --preset tiny": "preset is 'tiny'; expected none, as sr.pt is a super-resolution network",
+        "info made --config small.json": "made has its own configuration; expected no --config",
+    }.items():
+        with pytest.raises(SystemExit):
+            cli.main(options.split())
+        assert message in capsys.readouterr().err
 
 
 def test_sample_with_superres(here):

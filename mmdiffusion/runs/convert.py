@@ -7,22 +7,24 @@ import dataclasses
 import json
 import pathlib
 import tempfile
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from mmdiffusion import checkpoints
 from mmdiffusion._files import whole_file
 from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
-from mmdiffusion.runs.models import DTYPES, ModelJob, load, pipeline_of, refuse_to_overwrite
+from mmdiffusion.diffusion.superres import SuperResolutionPipeline
+from mmdiffusion.model.superres import SuperResolutionUNet
+from mmdiffusion.runs.models import DTYPES, ModelJob, load_any, pipeline_of, refuse_to_overwrite, superres_pipeline_of
 from mmdiffusion.runs.options import option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Convert(ModelJob):
-    """Convert a published checkpoint (.pt, .safetensors) into a directory that
-    MMDiffusionPipeline.from_pretrained loads; a directory of save_pretrained back into a published checkpoint, or into
-    another directory, of another dtype.
+    """Convert a published checkpoint (.pt, .safetensors), of super-resolution too, into a directory that
+    from_pretrained of MMDiffusionPipeline or SuperResolutionPipeline loads; a directory of save_pretrained back into a
+    published checkpoint, or into another directory, of another dtype.
     """
 
     summary: ClassVar = "a published checkpoint into a directory of a pipeline, and back"
@@ -47,17 +49,18 @@ def run(job: Convert) -> str:
     """Convert, and say what was done."""
     refuse_to_overwrite(job.target, job.force)
     is_back = job.source.is_dir() and job.target.suffix in (".pt", ".safetensors")
-    unet = load(job.source, job)
+    unet = load_any(job.source, job)
     if job.dtype:
         torch.nn.Module.to(unet, DTYPES[job.dtype])  # that of diffusers warns of modules that are not here
     if is_back:
-        checkpoints.write(unet.to_published(), job.target, is_random=unet.config["random_weights"])
+        checkpoints.write(unet.to_published(), job.target, is_random=unet.config.get("random_weights", False))
     else:
-        save_pipeline(pipeline_of(unet), job.target)
+        of_network: Any = superres_pipeline_of if isinstance(unet, SuperResolutionUNet) else pipeline_of
+        save_pipeline(of_network(unet), job.target)
     return f"{job.source} -> {job.target}"
 
 
-def save_pipeline(pipeline: MMDiffusionPipeline, target: pathlib.Path) -> None:
+def save_pipeline(pipeline: MMDiffusionPipeline | SuperResolutionPipeline, target: pathlib.Path) -> None:
     """save_pretrained, each of whose files is there whole or not at all; that of the pipeline comes last."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as name:
         made = pathlib.Path(name)

@@ -8,7 +8,7 @@ import json
 import pathlib
 from typing import ClassVar
 
-from mmdiffusion.runs.models import PACKAGED, ModelJob, load
+from mmdiffusion.runs.models import PACKAGED, ModelJob, load_any
 from mmdiffusion.runs.options import option
 
 
@@ -19,10 +19,10 @@ class Info(ModelJob):
     """
 
     summary: ClassVar = "configuration and size of a model"
-    examples: ClassVar = ("info", "info landscape", "info landscape.pt")
+    examples: ClassVar = ("info", "info landscape", "info landscape.pt", "info sr.pt")
 
     path: pathlib.Path = option(
-        "a published checkpoint, or a directory; by default the small model of the package",
+        "a published checkpoint, of super-resolution too, or a directory; by default the small model of the package",
         default=PACKAGED,
         is_positional=True,
     )
@@ -30,7 +30,7 @@ class Info(ModelJob):
 
 def run(job: Info) -> str:
     """The configuration, and the parameters of each part, one a line."""
-    unet = load(job.path, job)
+    unet = load_any(job.path, job)
     lines = [f"{name:28} {json.dumps(value)}" for name, value in unet.config.items() if not name.startswith("_")]
     counts = {name: sum(x.numel() for x in part.parameters()) for name, part in unet.named_children()}
     counts["total"] = sum(counts.values())

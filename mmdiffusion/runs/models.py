@@ -34,7 +34,7 @@ class ModelJob:
         "configuration of a released model, or a tiny one", default=None, choices=tuple(checkpoints.PRESETS)
     )
     config: pathlib.Path | None = option(
-        "JSON with arguments of CoupledUNet, over what is inferred", default=None, metavar="FILE"
+        "JSON with arguments of the network, over what is inferred", default=None, metavar="FILE"
     )
 
     def __post_init__(self) -> None:
@@ -54,6 +54,19 @@ def load(source: pathlib.Path, job: ModelJob) -> CoupledUNet:
     return CoupledUNet.from_published(source, preset=job.preset, **read_config(job.config))
 
 
+def load_any(source: pathlib.Path, job: ModelJob) -> CoupledUNet | SuperResolutionUNet:
+    """The model of `load`, or a super-resolution network, whichever is there."""
+    if source.is_dir():
+        kind = read_config(_folder_of_network(source) / "config.json").get("_class_name")
+        return _load_superres(source, job.config) if kind == SuperResolutionUNet.__name__ else load(source, job)
+    tensors = checkpoints.read(source)
+    if not checkpoints.is_superres(tensors):
+        return CoupledUNet.from_published(tensors, preset=job.preset, **read_config(job.config))
+    if job.preset:
+        raise ValueError(f"preset is {job.preset!r}; expected none, as {source} is a super-resolution network")
+    return SuperResolutionUNet.from_published(tensors, **read_config(job.config))
+
+
 def pipeline_of(unet: CoupledUNet, scheduler: str = "dpmsolver++") -> MMDiffusionPipeline:
     """With a scheduler, by name, of what the network predicts."""
     return MMDiffusionPipeline(unet, make_scheduler(scheduler, prediction_type=unet.config["prediction_type"]))
@@ -68,20 +81,27 @@ def load_superres(
     config: pathlib.Path | None = None,
 ) -> SuperResolutionPipeline:
     """The pipeline of a published super-resolution checkpoint, or of a directory of save_pretrained."""
-    if source.is_dir():
-        if config:
-            raise ValueError(f"{source} has its own configuration; expected no --config")
-        unet = SuperResolutionUNet.from_pretrained(_folder_of_network(source), low_cpu_mem_usage=False)
-    else:
-        unet = SuperResolutionUNet.from_published(source, **read_config(config))
+    unet = _load_superres(source, config)
     channels = unet.config["in_channels"]
     if channels != 3:
         raise ValueError(f"{source} has in_channels {channels}; expected 3, of colour")
-    unet = torch.nn.Module.to(unet, device, DTYPES[dtype])
-    has_variance = unet.config["out_channels"] == 2 * channels
-    made = SuperResolutionPipeline(unet, make_scheduler(scheduler, has_learned_variance=has_variance))
+    made = superres_pipeline_of(torch.nn.Module.to(unet, device, DTYPES[dtype]), scheduler)
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def superres_pipeline_of(unet: SuperResolutionUNet, scheduler: str = "ddim") -> SuperResolutionPipeline:
+    """With a scheduler, by name, that takes the variance where the network has learned one."""
+    has_variance = unet.config["out_channels"] == 2 * unet.config["in_channels"]
+    return SuperResolutionPipeline(unet, make_scheduler(scheduler, has_learned_variance=has_variance))
+
+
+def _load_superres(source: pathlib.Path, config: pathlib.Path | None) -> SuperResolutionUNet:
+    if not source.is_dir():
+        return SuperResolutionUNet.from_published(source, **read_config(config))
+    if config:
+        raise ValueError(f"{source} has its own configuration; expected no --config")
+    return SuperResolutionUNet.from_pretrained(_folder_of_network(source), low_cpu_mem_usage=False)
 
 
 def _folder_of_network(source: pathlib.Path) -> pathlib.Path:
