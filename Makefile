@@ -23,7 +23,7 @@ $(VENV)/.installed: $(VENV)/.packages setup.py pyproject.toml $(SOURCES)
 	@$(RUN) -m mmattn.info | grep "^cpu extension"
 	touch $@
 
-demo: install ## four clips of the small model that comes with the package, how synchronous such are, and the ops against their peers, in four minutes
+demo: install ## four clips of the small model that comes with the package, how synchronous such are, and the ops against their peers
 	$(RUN) -m mmattn.info
 	$(RUN) -m mmdiffusion sample --num 4 --batch-size 4 --seed 7 --out out/clips --force
 	@echo "films and contact sheets: out/clips/clip-000?.mp4 and .png"
