@@ -23,12 +23,13 @@ $(VENV)/.installed: $(VENV)/.packages setup.py pyproject.toml $(SOURCES)
 	@$(RUN) -m mmattn.info | grep "^cpu extension"
 	touch $@
 
-demo: install ## the ops against their peers on this machine, in three minutes; each ends with a picture
+demo: install ## four clips of the small model that comes with the package, how synchronous such are, and the ops against their peers
 	$(RUN) -m mmattn.info
+	$(RUN) -m mmdiffusion sample --num 4 --batch-size 4 --seed 7 --out out/clips --force
+	@echo "films and contact sheets: out/clips/clip-000?.mp4 and .png"
+	$(RUN) -m mmdiffusion synchrony --clips 16 --ways joint
 	$(RUN) bench/attn.py --quick --no-gate
-	$(RUN) bench/norm.py --quick --no-gate
-	$(RUN) bench/conv.py --quick --no-gate --what block frames
-	$(RUN) bench/unet.py --quick --no-gate --breakdown
+	$(RUN) bench/unet.py --quick --no-gate
 
 # One process a core, each of one thread; pytest alone runs them too, one after another.
 PARALLEL := -n logical --maxprocesses 8 --dist loadgroup

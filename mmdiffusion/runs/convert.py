@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 import tempfile
 from typing import Any, ClassVar
@@ -64,6 +65,10 @@ def save_pipeline(pipeline: MMDiffusionPipeline | SuperResolutionPipeline, targe
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as name:
         made = pathlib.Path(name)
         pipeline.save_pretrained(made)
+        config = made / "unet" / "config.json"
+        kept = json.loads(config.read_text())
+        kept.pop("_name_or_path", None)  # where it lay on this machine says nothing to whoever gets it
+        config.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
         files = [file for file in made.rglob("*") if file.is_file()]
         for file in sorted(files, key=lambda file: (file.name == "model_index.json", file)):
             path = target / file.relative_to(made)

@@ -8,7 +8,7 @@ import json
 import pathlib
 from typing import ClassVar
 
-from mmdiffusion.runs.models import ModelJob, load_any
+from mmdiffusion.runs.models import PACKAGED, ModelJob, load_any
 from mmdiffusion.runs.options import option
 
 
@@ -19,9 +19,13 @@ class Info(ModelJob):
     """
 
     summary: ClassVar = "configuration and size of a model"
-    examples: ClassVar = ("info landscape", "info landscape.pt", "info sr.pt")
+    examples: ClassVar = ("info", "info landscape", "info landscape.pt", "info sr.pt")
 
-    path: pathlib.Path = option("a published checkpoint, of super-resolution too, or a directory", is_positional=True)
+    path: pathlib.Path = option(
+        "a published checkpoint, of super-resolution too, or a directory; by default the small model of the package",
+        default=PACKAGED,
+        is_positional=True,
+    )
 
 
 def run(job: Info) -> str:

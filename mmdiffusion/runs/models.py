@@ -22,6 +22,10 @@ from mmdiffusion.model.unet import CoupledUNet
 from mmdiffusion.runs.options import check, option
 
 Network = TypeVar("Network", CoupledUNet, SuperResolutionUNet)
+
+PACKAGED = pathlib.Path(__file__).resolve().parent.parent / "weights" / "small"
+"""The model that comes with the package: of the synthetic world, a directory of its pipeline."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -46,7 +50,8 @@ def load(source: pathlib.Path, job: ModelJob) -> CoupledUNet:
     """The model of a published checkpoint, or of a directory of save_pretrained, of its own or of a pipeline."""
     if source.is_dir():
         if job.preset or job.config:
-            raise ValueError(f"{source} has its own configuration; expected neither --preset nor --config")
+            name = "model is not given, and the one that comes with the package" if source == PACKAGED else source
+            raise ValueError(f"{name} has its own configuration; expected neither --preset nor --config")
         return _of_folder(CoupledUNet, source)
     return CoupledUNet.from_published(source, preset=job.preset, **read_config(job.config))
 

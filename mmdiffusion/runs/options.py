@@ -73,6 +73,9 @@ def add_options(parser: argparse.ArgumentParser, job: type) -> None:
             metavar = field.metadata["metavar"] or ("PATH" if kind is pathlib.Path else None)
             arguments |= {"type": kind, "metavar": metavar}
         if field.metadata["is_positional"]:
+            if field.default is not dataclasses.MISSING:
+                arguments |= {"nargs": "?", "default": field.default}
+                arguments["help"] += f" ({field.default})"
             parser.add_argument(field.name, **arguments)
             continue
         if kind is not bool:

@@ -25,7 +25,7 @@ from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
 from mmdiffusion.diffusion.schedulers import SCHEDULERS, for_streams
 from mmdiffusion.diffusion.superres import SuperResolutionPipeline
 from mmdiffusion.runs.folder import FORMATS, Folder
-from mmdiffusion.runs.models import DTYPES, ModelJob, load, load_superres, pipeline_of, settings_of
+from mmdiffusion.runs.models import DTYPES, PACKAGED, ModelJob, load, load_superres, pipeline_of, settings_of
 from mmdiffusion.runs.options import SEEDS, option
 from mmdiffusion.runs.processes import Processes
 
@@ -41,6 +41,7 @@ class Sample(ModelJob):
 
     summary: ClassVar = "clips of video and sound, or one from the other"
     examples: ClassVar = (
+        "sample --out out    # of the small model that comes with the package",
         "sample --model landscape.pt --num 4 --steps 20 --seed 7 --out out",
         "sample --model landscape.pt --audio-from rain.mp4 --guidance gradient --out rain",
         "sample --model landscape.pt --superres sr.pt --out large",
@@ -48,7 +49,10 @@ class Sample(ModelJob):
         "sample --model landscape.pt --out out    # several: accelerate launch --num_processes 2 -m mmdiffusion ...",
     )
 
-    model: pathlib.Path = option("a published checkpoint, or a directory of save_pretrained")
+    model: pathlib.Path = option(
+        "a published checkpoint, or a directory of save_pretrained; by default the small model of the package",
+        default=PACKAGED,
+    )
     out: pathlib.Path = option("the folder; made if it is not there")
     num: int = option("clips in the folder at the end", default=4, minimum=1, maximum=1_000_000)
     steps: int = option("calls of the model for each window of a clip", default=20, minimum=1)

@@ -21,7 +21,7 @@ from mmdiffusion.data import SyntheticClips, to_clip
 from mmdiffusion.data.synthetic import ceiling_and_floor, synchrony
 from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
 from mmdiffusion.diffusion.schedulers import SCHEDULERS
-from mmdiffusion.runs.models import DTYPES, ModelJob, load, pipeline_of, refuse_to_overwrite, settings_of
+from mmdiffusion.runs.models import DTYPES, PACKAGED, ModelJob, load, pipeline_of, refuse_to_overwrite, settings_of
 from mmdiffusion.runs.options import SEEDS, option
 from mmdiffusion.runs.processes import Processes
 from mmdiffusion.runs.sample import clip_seed, versions
@@ -43,12 +43,16 @@ class MeasureSynchrony(ModelJob):
 
     summary: ClassVar = "how far what a model of the synthetic world shows is what it lets hear"
     examples: ClassVar = (
+        "synchrony",
         "synchrony --model run/model",
         "synchrony --model run/model --clips 32 --ways joint --dtype bfloat16",
         "synchrony --model run/model --steps 30 --out synchrony    # synchrony.md and synchrony.json",
     )
 
-    model: pathlib.Path = option("a published checkpoint, or a directory of save_pretrained")
+    model: pathlib.Path = option(
+        "a published checkpoint, or a directory of save_pretrained; by default the small model of the package",
+        default=PACKAGED,
+    )
     clips: int = option("of each way", default=256, minimum=2, maximum=100_000)
     steps: int = option("calls of the model for a clip", default=20, minimum=1)
     ways: tuple[str, ...] = option("what is sampled, and from what", default=tuple(WAYS), choices=tuple(WAYS))
