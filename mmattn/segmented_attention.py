@@ -57,7 +57,8 @@ def segmented_attention(
     """
     device_type = q.device.type if isinstance(q, Tensor) else "cpu"
     if is_autocast(device_type):
-        q, k, v = (to_autocast(t, torch.get_autocast_dtype(device_type)) for t in (q, k, v))
+        dtype = torch.get_autocast_dtype(device_type)
+        q, k, v = (to_autocast(name, t, dtype) for name, t in (("q", q), ("k", k), ("v", v)))
     if not isinstance(windows, Windows):
         raise TypeError(f"windows is a {type(windows).__name__}; expected mmattn.Windows")
     _checks.segmented_attention(q, k, v, windows.tables)
