@@ -21,6 +21,7 @@ MODULES = (
     "mmdiffusion.data",
     "mmdiffusion.data.synthetic",
     "mmdiffusion.evaluation",
+    "mmdiffusion.study",
 )
 
 

@@ -38,6 +38,31 @@ def digest(path: pathlib.Path) -> str:
     return total.hexdigest()
 
 
+def files_below(folder: str | os.PathLike[str]) -> list[str]:
+    """The files below a folder by their path in it, sorted; links are followed, and what is hidden, files and folders,
+    is somebody's own.
+
+    Raises:
+        OSError: if there is no such folder, or one below it cannot be listed.
+    """
+    if not os.path.isdir(folder):
+        raise NotADirectoryError(f"folder is {os.fspath(folder)!r}; expected a folder of films")
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found, seen = [], set()
+    for top, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        status = os.stat(top)
+        if (status.st_dev, status.st_ino) in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(x for x in folders if not x.startswith("."))
+        found += [os.path.relpath(os.path.join(top, x), folder) for x in files if not x.startswith(".")]
+    return sorted(found)
+
+
 def is_part(name: str) -> bool:
     """Whether a file has a name of those that `whole_file` writes to, which a killed process leaves."""
     return _PART.fullmatch(name) is not None

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 import mmattn
-from mmdiffusion.runs import convert, data, evaluate, info, random_weights, sample, superres, synchrony, train
+from mmdiffusion.runs import convert, data, evaluate, info, random_weights, sample, study, superres, synchrony, train
 from mmdiffusion.runs.options import add_options, job_of
 
 COMMANDS: dict[str, tuple[Any, Callable[[Any], str]]] = {
@@ -26,10 +26,16 @@ COMMANDS: dict[str, tuple[Any, Callable[[Any], str]]] = {
     "data check": (data.Check, data.check_data),
     "data pack": (data.Pack, data.pack_data),
     "data synthetic": (data.Synthetic, data.show_synthetic),
+    "study make": (study.Make, study.make),
+    "study serve": (study.Serve, study.serve),
+    "study tally": (study.Count, study.count),
 }
 """The job of each subcommand, of one word or of two, and what runs it and returns the text to print."""
 
-_GROUPS = {"data": "films to train on, and clips of a synthetic world"}
+_GROUPS = {
+    "data": "films to train on, and clips of a synthetic world",
+    "study": "people's opinion of films: pages, votes and what they say",
+}
 """The first words of subcommands of two."""
 
 _REFUSALS = (OSError, ValueError, TypeError, RuntimeError, ImportError, ArithmeticError, MemoryError, SafetensorError)

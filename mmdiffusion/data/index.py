@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from mmdiffusion._files import whole_file
+from mmdiffusion._files import files_below, whole_file
 from mmdiffusion.clips import STREAMS, ClipFormat
 from mmdiffusion.data.workers import read_by
 from mmdiffusion.media import open_film
@@ -94,10 +94,8 @@ def index_folder(
         OSError: if there is no such folder, or it cannot be listed.
     """
     root = pathlib.Path(folder)
-    if not root.is_dir():
-        raise NotADirectoryError(f"folder is {str(root)!r}; expected a folder of films")
     kept = pathlib.Path(cache or cache_folder()) / f"index-{_digest(root)}.json"
-    known, found = _read(kept), {name: _stat(root, name) for name in _files(root)}
+    known, found = _read(kept), {name: _stat(root, name) for name in files_below(root)}
     changed = [name for name, entry in found.items() if not _is_same(known.get(name), entry)]
     entries = {name: known[name] for name in found.keys() - set(changed)}
     workers = min(processes or min(os.cpu_count() or 1, 16), len(changed))
@@ -128,24 +126,6 @@ class _Looking(Dataset[FilmEntry]):
         except (OSError, ValueError) as error:
             fault = error.strerror or str(error) if isinstance(error, OSError) else str(error)
             return dataclasses.replace(entry, fault=" ".join(fault.removeprefix(f"{path} ").split()))
-
-
-def _files(root: pathlib.Path) -> list[str]:
-    """All regular files below a folder, by their path in it, links followed; hidden ones are somebody's own."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    found, seen = [], set()
-    for top, folders, files in os.walk(root, onerror=fail, followlinks=True):
-        status = os.stat(top)
-        if (status.st_dev, status.st_ino) in seen:  # a link to a folder above
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(x for x in folders if not x.startswith("."))
-        found += [os.path.relpath(os.path.join(top, x), root) for x in sorted(files) if not x.startswith(".")]
-    return found
 
 
 def _stat(root: pathlib.Path, name: str) -> FilmEntry:

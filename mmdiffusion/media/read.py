@@ -33,6 +33,9 @@ _CONTAINERS = (
     "3gp,aac,ac3,aiff,amr,ape,apng,asf,au,avi,bmp_pipe,caf,dts,dv,eac3,flac,flv,gif,h264,hevc,ivf,jpeg_pipe,m4v,matroska,"
     "mov,mp3,mpeg,mpegts,mpegvideo,mxf,nut,obu,ogg,png_pipe,rm,tiff_pipe,tta,voc,w64,wav,webp_pipe,wv,yuv4mpegpipe"
 )
+_IN_MP4 = ("h264",), ("aac", "mp3")
+_IN_WEBM = ("vp8", "vp9", "av1"), ("opus", "vorbis")
+_IN_BROWSERS = ("yuv420p", "yuvj420p")
 _JITTER = Fraction(1, 200)  # seconds that a timestamp may be off; Matroska rounds them to 1 ms, others do worse
 _PREROLL = 1  # seconds for a decoder to settle after a jump
 _PREROLLS = (_PREROLL, 8)  # where key frames are further apart, or a jump is inexact
@@ -123,6 +126,20 @@ class Film:
             else:
                 forms[kind] = f"{codec.name} {codec.channels} x {codec.sample_rate} a second"
         return forms
+
+    @property
+    def plays_in_browsers(self) -> bool:
+        """Whether today's browsers play all of it as it is: 8-bit 4:2:0 H.264 with AAC or MP3 in MP4, or VP8, VP9 or
+        AV1 with Opus or Vorbis in WebM.
+        """
+        codecs = {kind: stream.codec_context for kind, stream in self._streams.items()}
+        is_webm = self.path.lower().endswith(".webm") and "webm" in self._container.format.name
+        if not is_webm and "mp4" not in self._container.format.name.split(","):
+            return False
+        pictures, sounds = _IN_WEBM if is_webm else _IN_MP4
+        video, audio = codecs.get("video"), codecs.get("audio")
+        is_seen = video is None or (video.codec.canonical_name in pictures and video.pix_fmt in _IN_BROWSERS)
+        return is_seen and (audio is None or audio.codec.canonical_name in sounds)
 
     @property
     def starts(self) -> dict[str, Fraction]:

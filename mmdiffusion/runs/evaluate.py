@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mmdiffusion._files import digest, whole_file
+from mmdiffusion._files import digest, files_below, whole_file
 from mmdiffusion.clips import STREAMS
 from mmdiffusion.data.index import cache_folder
 from mmdiffusion.evaluation import (
@@ -275,9 +275,7 @@ def _plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is no folder; expected one of films")
-    found = sorted(x for x in folder.rglob("*") if x.is_file() and not x.name.startswith("."))
+    found = [folder / name for name in files_below(folder)]
     if not found:
         raise ValueError(f"{folder} has no files; expected films or sounds")
     return found

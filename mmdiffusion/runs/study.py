@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: MIT
+"""The jobs behind `mmdiffusion study`: make its folder, serve its pages, count its votes."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import json
+import pathlib
+import socket
+import sys
+from typing import ClassVar
+
+from mmdiffusion._files import whole_file
+from mmdiffusion.runs.models import refuse_to_overwrite
+from mmdiffusion.runs.options import SEEDS, check, option
+from mmdiffusion.study import Study, make_app, make_study, tally
+from mmdiffusion.study.votes import extra
+
+_THREADS = 8
+_REQUEST_BYTES = 1 << 16  # before it reaches the pages, which take less
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Make:
+    """Make the folder of a study: films under names that tell nothing, as they are unless no browser plays them, and
+    the database of its votes. Each rater scores films of every folder, 1 to 5, for picture, sound and how they fit;
+    then, of other films, half of them real, says which are real.
+    """
+
+    summary: ClassVar = "the folder of a study, from folders of films"
+    examples: ClassVar = ("study make --real films --ours samples --other digan tats --out study",)
+
+    real: pathlib.Path = option("folder of real films", metavar="DIR")
+    ours: pathlib.Path = option("folder of films of the model in question", metavar="DIR")
+    other: tuple[pathlib.Path, ...] = option("folders of other models' films", default=(), metavar="DIR")
+    out: pathlib.Path = option("the study's folder")
+    ratings: int = option("films of each folder that a rater scores", default=4, minimum=1, maximum=1000)
+    guesses: int = option(
+        "films of each model that a rater judges to be real or not, among as many real ones",
+        default=3,
+        minimum=1,
+        maximum=1000,
+    )
+    seed: int | None = option(
+        "of orders and choices; secret if not given, which a study should be", default=None, **SEEDS
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Serve:
+    """Serve the pages of a study and take its votes, until stopped; it goes on where it was. Only this machine reaches
+    it unless --host says otherwise. Whoever does reach it can take part.
+    """
+
+    summary: ClassVar = "serve a study's pages and take votes"
+    examples: ClassVar = ("study serve study", "study serve study --host 0.0.0.0 --port 8080")
+
+    study: pathlib.Path = option("the study's folder", is_positional=True)
+    host: str = option("address to listen at", default="127.0.0.1")
+    port: int = option("0 for any that is free", default=8000, minimum=0, maximum=65535)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Count:
+    """Count the votes of a study: means and shares with 95% intervals, and how far raters agree. A study that is being
+    served can be counted too.
+    """
+
+    summary: ClassVar = "what the votes of a study say"
+    examples: ClassVar = ("study tally study --out result",)
+
+    study: pathlib.Path = option("the study's folder", is_positional=True)
+    out: pathlib.Path | None = option("writes OUT.md, OUT.json and OUT.png", default=None)
+    force: bool = option("overwrite what is there", default=False)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def make(job: Make) -> str:
+    """Make it, and say what of."""
+    sources = {"real": job.real, "ours": job.ours}
+    for folder in job.other:
+        if str(folder) in sources:
+            raise ValueError(f"other is {folder}; expected a folder once, and not of the name of another source")
+        sources[str(folder)] = folder
+    seed = None if job.seed is None else job.seed % 2**64
+    made = make_study(job.out, sources, ratings=job.ratings, guesses=job.guesses, seed=seed, progress=True)
+    lines = [f"{job.out}: {', '.join(f'{count} films of {name}' for name, count in made.films.items())}"]
+    lines += [f"left out {path}: {why}" for path, why in made.refused.items()]
+    lines += [f"{path}: no browser plays it, so it is in the study as H.264 and AAC" for path in made.transcoded]
+    lines += made.cautions
+    return "\n".join([*lines, f"next: mmdiffusion study serve {job.out}"])
+
+
+def serve(job: Serve) -> str:
+    """Serve until interrupted, and say what there is then."""
+    study = Study(job.study)
+    app = make_app(study)
+    server = extra("waitress").create_server(
+        app,
+        sockets=[_listening(job.host, job.port)],
+        threads=_THREADS,
+        ident=None,  # what serves is nobody's business
+        max_request_header_size=_REQUEST_BYTES,
+        max_request_body_size=_REQUEST_BYTES,
+    )
+    host, port = server.effective_host, server.effective_port
+    sys.stdout.write(f"http://{f'[{host}]' if ':' in host else host}:{port}/ serves {job.study}; Ctrl-C ends it\n")
+    if not ipaddress.ip_address(host).is_loopback:
+        sys.stdout.write("whoever reaches this address can take part, over a connection that is not encrypted\n")
+    sys.stdout.flush()
+    try:
+        server.run()
+    finally:
+        server.close()
+    begun, finished = study.raters()
+    return f"{job.study} has {len(study.votes())} answers of {begun} raters, of whom {finished} came to the end"
+
+
+def count(job: Count) -> str:
+    """Count, write the tables, and return the one to print."""
+    suffixes = (".md", ".json", ".png") if job.out else ()
+    targets = [job.out.with_name(job.out.name + suffix) for suffix in suffixes]  # type: ignore[union-attr]
+    for target in targets:
+        refuse_to_overwrite(target, job.force)
+    found = tally(Study(job.study))
+    if targets:
+        targets[0].parent.mkdir(parents=True, exist_ok=True)
+        for target, said in zip(targets, (found.markdown(), json.dumps(found.content(), indent=1)), strict=False):
+            with whole_file(target) as part:
+                part.write_text(said + "\n")
+        found.plot(targets[2])
+    return found.markdown()
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A socket at the first address of a name, so that no other address of it is open."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind(address)
+        except OSError:
+            listening.close()
+            raise
+    except OSError as error:
+        raise OSError(f"host is {host!r} and port {port}: {error.strerror or error}") from error
+    return listening
