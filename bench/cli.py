@@ -140,11 +140,7 @@ def run(
     if args.threads:
         torch.set_num_threads(args.threads)
     args.threads = torch.get_num_threads()
-    settings = harness.Settings(rounds=7, budget_s=0.4, warmup_s=0.0) if args.quick else harness.Settings()
-    settings.rounds, settings.budget_s = args.rounds or settings.rounds, args.budget or settings.budget_s
-    settings.graphs, settings.max_gflop = args.graphs, args.max_gflop
-    settings.disagreement = header.get("disagreement", settings.disagreement)
-    settings.prime = header["bound"] == "copy" and args.device == "cpu"  # on CUDA every sample begins with a flush
+    settings = _settings(args, header)
     header = header | harness.describe_machine(args.device)
     sample = harness.sampler(args.device)
     header["ceilings"] = harness.measure_ceilings(args.device, args.dtype, sample)
@@ -185,6 +181,20 @@ def run(
     report.write_json(args.json, header, rows)
     print(report.table(header, rows))
     print(f"\nresults: {args.json}")
+    _draw(args)
+    return 0
+
+
+def _settings(args: argparse.Namespace, header: Mapping[str, Any]) -> harness.Settings:
+    settings = harness.Settings(rounds=7, budget_s=0.4, warmup_s=0.0) if args.quick else harness.Settings()
+    settings.rounds, settings.budget_s = args.rounds or settings.rounds, args.budget or settings.budget_s
+    settings.graphs, settings.max_gflop = args.graphs, args.max_gflop
+    settings.disagreement = header.get("disagreement", settings.disagreement)
+    settings.prime = header["bound"] == "copy" and args.device == "cpu"  # on CUDA every sample begins with a flush
+    return settings
+
+
+def _draw(args: argparse.Namespace) -> None:
     try:
         import plot
     except ImportError as error:
@@ -192,4 +202,3 @@ def run(
     else:
         plot.draw(args.json, args.plot)
         print(f"picture: {args.plot}")
-    return 0

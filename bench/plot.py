@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,25 +66,12 @@ def draw(
     ]
     if not rows:
         raise ValueError(f"{source} has no measured row of that kind to draw")
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["dtype"], row["mode"], row["shape"]), []).append(row)
     providers = sorted({r["provider"] for r in rows}, key=lambda name: [*COLOURS, name].index(name))
     colours = {name: COLOURS.get(name) or SPARE[i % len(SPARE)] for i, name in enumerate(providers)}
+    groups, labels = _grouped(rows, providers)
+    end = groups[-1][-1][0] + 2
 
-    positions, labels, y = [], [], 0.0
-    for (dtype, mode, name), members in groups.items():
-        members.sort(key=lambda r: providers.index(r["provider"]))
-        positions.append([y + i for i in range(len(members))])
-        labels.append(f"{name}\n{dtype}, {'forward + backward' if mode == 'both' else mode}")
-        y += len(members) + 1
-    bars = [
-        (where, row)
-        for group, members in zip(positions, groups.values(), strict=True)
-        for where, row in zip(group, members, strict=True)
-    ]
-
-    height = y * BAR_INCHES + 2.2
+    height = end * BAR_INCHES + 2.2
     figure, axes = plt.subplots(1, 3, sharey=True, figsize=(13, height), width_ratios=(5, 3, 3))
     panels = (
         (f"speed relative to {ratio_to}", lambda r: r["speed"].get(ratio_to), lambda x: f"{x:.2f}x"),
@@ -91,52 +79,85 @@ def draw(
         ("peak extra memory, MB (log scale)", lambda r: r.get("peak_extra_mb"), report.number),
     )
     for axis, (title, value, text) in zip(axes, panels, strict=True):
-        measured = [(where, value(row), row) for where, row in bars if value(row) is not None]
-        for where, x, row in measured:
-            own = row["provider"] == report.own_of(header)
-            axis.barh(where, x, height=0.86, color=colours[row["provider"]])
-            axis.annotate(
-                text(x),
-                (x, where),
-                xytext=(3, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=7,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-                fontweight="bold" if own else "normal",
-            )
-        axis.set_title(title, fontsize=10, loc="left")
-        axis.grid(axis="x", alpha=0.3, linewidth=0.6)
-        axis.set_axisbelow(True)
-        axis.tick_params(axis="y", length=0)
-        axis.spines[["top", "right", "left"]].set_visible(False)
-        if axis is axes[2] and len({x for _, x, _ in measured if x > 0}) > 1:
-            axis.set_xscale("log")
-            axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-        if measured:
-            low, high = axis.get_xlim()
-            axis.set_xlim(low, high * 1.8 if axis.get_xscale() == "log" else high * 1.12)
+        bars = [(y, value(row), row["provider"]) for group in groups for y, row in group if value(row) is not None]
+        _draw_panel(axis, title, bars, text, colours, report.own_of(header), is_log=axis is axes[2])
     axes[0].axvline(1, color="black", linewidth=0.8, zorder=0)
-    axes[0].set_yticks([sum(group) / len(group) for group in positions], labels, fontsize=8)
-    axes[0].set_ylim(y - 0.5, -1)
+    axes[0].set_yticks([sum(y for y, _ in group) / len(group) for group in groups], labels, fontsize=8)
+    axes[0].set_ylim(end - 0.5, -1)
+    _describe(figure, header, colours, 1 / height)
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=130, facecolor="white")
+    plt.close(figure)
+
+
+Row = dict[str, Any]
+
+
+def _grouped(rows: list[Row], providers: list[str]) -> tuple[list[list[tuple[float, Row]]], list[str]]:
+    """Rows of one case side by side, each with the y of its bar, and the labels of the cases."""
+    cases: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        cases.setdefault((row["dtype"], row["mode"], row["shape"]), []).append(row)
+    groups, labels, y = [], [], 0.0
+    for (dtype, mode, name), members in cases.items():
+        members.sort(key=lambda r: providers.index(r["provider"]))
+        groups.append([(y + i, row) for i, row in enumerate(members)])
+        labels.append(f"{name}\n{dtype}, {'forward + backward' if mode == 'both' else mode}")
+        y += len(members) + 1
+    return groups, labels
+
+
+def _draw_panel(
+    axis: Any,
+    title: str,
+    bars: list[tuple[float, float, str]],
+    text: Callable[[float], str],
+    colours: dict[str, str],
+    own: str,
+    *,
+    is_log: bool,
+) -> None:
+    """One measure of all rows: `bars` are (y, value, provider), each with the text of its value behind it."""
+    for y, x, provider in bars:
+        axis.barh(y, x, height=0.86, color=colours[provider])
+        axis.annotate(
+            text(x),
+            (x, y),
+            xytext=(3, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+            fontweight="bold" if provider == own else "normal",
+        )
+    axis.set_title(title, fontsize=10, loc="left")
+    axis.grid(axis="x", alpha=0.3, linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.tick_params(axis="y", length=0)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    if is_log and len({x for _, x, _ in bars if x > 0}) > 1:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    if bars:
+        low, high = axis.get_xlim()
+        axis.set_xlim(low, high * 1.8 if axis.get_xscale() == "log" else high * 1.12)
+
+
+def _describe(figure: Any, header: dict[str, Any], colours: dict[str, str], inch: float) -> None:
+    """Title, legend and command; `inch` is one of the figure's height."""
     other = header["other_result"]
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in providers]
-    inch = 1 / height
     figure.suptitle(report.describe(header), fontsize=11, x=0.01, y=1 - 0.12 * inch, ha="left", va="top")
     figure.legend(
-        handles,
-        [f"{name} (another result {other[name]})" if name in other else name for name in providers],
+        [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()],
+        [f"{name} (another result {other[name]})" if name in other else name for name in colours],
         loc="upper left",
         bbox_to_anchor=(0.003, 1 - 0.4 * inch),
-        ncols=len(providers),
+        ncols=len(colours),
         frameon=False,
         fontsize=9,
     )
     figure.text(0.01, 0.12 * inch, f"$ {header['command']}".replace("$", r"\$"), fontsize=7, family="monospace")
     figure.tight_layout(rect=(0, 0.25 * inch, 1, 1 - 0.7 * inch))
-    Path(target).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=130, facecolor="white")
-    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> int:

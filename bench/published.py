@@ -323,6 +323,7 @@ class PublishedUNet(nn.Module):
         resblock_updown: bool = True,
     ) -> None:
         super().__init__()
+        # Long, since width, level and dilation of a block follow from the blocks before it: one walk down and up.
         assert resblock_updown, "the published network has no other resampling"
         embedding = self.channels = model_channels
         self.time_embed = nn.Sequential(nn.Linear(embedding, embedding), nn.SiLU(), nn.Linear(embedding, embedding))

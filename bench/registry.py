@@ -17,6 +17,8 @@ import torch
 from harness import ROOT
 from torch import Tensor
 
+import mmattn
+
 Random = Callable[..., Tensor]  # of a size
 
 
@@ -52,6 +54,11 @@ def _self_attention(random: Random, length: int) -> tuple[list[Tensor], dict[str
     return [random(2, 3 * length, 2, 16) for _ in range(3)], {"segments": 3}
 
 
+def _segmented_attention(random: Random, length: int) -> tuple[list[Tensor], dict[str, Any]]:
+    windows = mmattn.Windows.from_ranges([0, 4, 9, 4 * length], [2, 2 * length, 0], [5, length, 1], keys=3 * length)
+    return [random(2, n * length, 2, 16) for n in (4, 3, 3)], {"windows": windows}
+
+
 def _norm(random: Random, length: int) -> tuple[list[Tensor], dict[str, Any]]:
     film = {"scale": random(2, 32), "shift": random(2, 32), "activation": "silu"}
     return [random(2, length, 32), random(32), random(32)], {"groups": 8, **film}
@@ -78,6 +85,7 @@ OPS = {
     for op in (
         Op("random_shift_attention", "random_shift_attention", _attention),
         Op("self_attention", "self_attention", _self_attention),
+        Op("segmented_attention", "segmented_attention", _segmented_attention),
         Op("group_norm", "group_norm", _norm, keeps_dtype=True),
         Op("dilated_conv1d", "conv", _conv1d),
         Op("spatial_conv2d", "conv", _conv2d),
@@ -107,6 +115,7 @@ ENTRIES = {
     entry.benchmark: entry
     for entry in (
         Entry("attn", ("random_shift_attention",), ("tests/test_attention.py",), CORRECT),
+        Entry("segments", ("segmented_attention",), ("tests/test_segmented_attention.py",), CORRECT),
         Entry("norm", ("group_norm",), ("tests/test_norm.py",), CORRECT),
         Entry("conv", ("dilated_conv1d", "spatial_conv2d"), ("tests/test_conv.py",), CORRECT),
         Entry("unet", (), ("tests/test_unet.py",), {"cpu": "published", "cuda": "on_the_device or published"}),

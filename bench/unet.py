@@ -272,7 +272,7 @@ def divided(places: list[Place], clock: Callable[[], float]) -> Iterator[Counter
     spent: Counter[str] = Counter()
     inside = False
 
-    def watched(function: Callable[..., Any], part: str | Callable[..., str]) -> Callable[..., Any]:
+    def clocked(function: Callable[..., Any], part: str | Callable[..., str]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
             nonlocal inside
             first = next(x for x in args if not isinstance(x, nn.Module))
@@ -291,7 +291,7 @@ def divided(places: list[Place], clock: Callable[[], float]) -> Iterator[Counter
 
     with contextlib.ExitStack() as stack:
         for owner, name, part in places:
-            stack.enter_context(mock.patch.object(owner, name, watched(getattr(owner, name), part)))
+            stack.enter_context(mock.patch.object(owner, name, clocked(getattr(owner, name), part)))
         yield spent
 
 

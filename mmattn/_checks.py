@@ -119,14 +119,54 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, segments: int) -> None:
         raise ValueError(f"segments is {segments}; expected a divisor of the number of tokens, {q.shape[1]}")
 
 
-def attention_results(names: Sequence[str], tensors: Sequence[Tensor], q: Tensor) -> None:
-    """What the backward of an attention op is given of each stream: d_out, out and lse; and after theirs q's name."""
+def segmented_attention(q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor]) -> None:
+    """The arguments of attention in segments; not the values of the tables, which whoever reads them checks."""
+    _sequence("q", q, "[B, Lq, H, D]", 4)
+    _sequence("k", k, "[B, Lk, H, D]", 4)
+    for name, x in (("q", q), ("k", k)):
+        if min(x.shape[1:]) < 1:
+            raise ValueError(f"{name} has shape {list(x.shape)}; expected [B, L, H, D], none of L, H, D zero")
+    _contiguous_channels("q", q)
+    batch, _, heads, dim = q.shape
+    _like("k", k, (batch, k.shape[1], heads, dim), "[B, Lk, H, D]", q, "q")
+    _like("v", v, k.shape, "[B, Lk, H, D]", q, "q")
+    query_bounds, key_begin, key_length = tables
+    _table("key_begin", key_begin, None, q)
+    _table("query_bounds", query_bounds, key_begin.shape[0] + 1, q)
+    _table("key_length", key_length, key_begin.shape[0], q)
+
+
+def _table(name: str, t: Any, length: int | None, q: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} is a {type(t).__name__}; expected a tensor")
+    if t.layout is not torch.strided:
+        _refuse_layout(name, t)
+    if t.dtype != torch.int32:
+        raise TypeError(f"{name} has dtype {t.dtype}; expected torch.int32")
+    if t.dim() != 1 or not t.shape[0] or (length is not None and t.shape[0] != length):
+        expected = (
+            "one dimension and at least one segment" if length is None else f"[{length}], of key_begin's segments"
+        )
+        raise ValueError(f"{name} has shape {list(t.shape)}; expected {expected}")
+    if t.device != q.device:
+        raise ValueError(f"{name} is on {t.device}; expected {q.device}, the device of q")
+    _contiguous(name, t, "as Windows makes it")
+
+
+def attention_results(names: Sequence[str], tensors: Sequence[Any], q: Tensor) -> None:
+    """What the backward of an attention op is given of each stream: d_out, out, lse and, where there is one, d_lse.
+
+    `names` are those of d_out, out, lse and q.
+    """
     batch, length, heads, _ = q.shape
     for name, t in zip(names[:2], tensors[:2], strict=True):
         _result(name, t, q.shape, f"the shape of {names[3]},", q.dtype, q)
-    _contiguous_channels(names[1], tensors[1])
-    _result(names[2], tensors[2], (batch, heads, length), "[B, H, L]", torch.float64, q)
-    _contiguous(names[2], tensors[2])
+    _, out, lse, d_lse = tensors
+    _contiguous_channels(names[1], out)
+    for name, t in ((names[2], lse), (f"d_{names[2]}", d_lse)):
+        if t is not None or name == names[2]:
+            _result(name, t, (batch, heads, length), "[B, H, L]", torch.float64, q)
+            _contiguous(name, t)
 
 
 def group_norm(
@@ -257,9 +297,9 @@ def _contiguous_channels(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} has stride {x.stride(-1)} in its last dimension; expected 1, as after .contiguous()")
 
 
-def _contiguous(name: str, t: Tensor) -> None:
+def _contiguous(name: str, t: Tensor, source: str = "as forward returns it") -> None:
     if not t.is_contiguous():
-        raise ValueError(f"{name} has strides {list(t.stride())}; expected a contiguous tensor, as forward returns it")
+        raise ValueError(f"{name} has strides {list(t.stride())}; expected a contiguous tensor, {source}")
 
 
 def _parameter(name: str, t: Any, shape: tuple[int, ...], letters: str, x: Tensor) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmattn import _checks, dispatch
 from mmattn._library import below_autograd, count_flops, gradients_of, register, register_autograd
-from mmattn_kernels import CircularWindows, Direction
+from mmattn_kernels import CircularWindows, Direction, Windows
 
 
 class Arguments(Protocol):
@@ -36,7 +36,7 @@ class Arguments(Protocol):
     def directions(self) -> tuple[Direction, ...]:
         """In the order of the streams, whose queries they are."""
 
-    def windows(self) -> CircularWindows:
+    def windows(self) -> Windows:
         """Of all directions."""
 
 
@@ -49,12 +49,21 @@ class AttentionOp:
         streams: what begins the names of the tensors of each stream, such as "video_" of video_q.
         options: the schema between the tensors and scale.
         is_packed: the gradients are one tensor [B, L, 3, H, D], as a projection to q, k and v wants them.
+        has_d_lse: the log-sum-exps are results as the outputs are, so backward takes their gradients, where they have.
     """
 
     def __init__(
-        self, name: str, arguments: type[Any], streams: tuple[str, ...], options: str, is_packed: bool = False
+        self,
+        name: str,
+        arguments: type[Any],
+        streams: tuple[str, ...],
+        options: str,
+        *,
+        is_packed: bool = False,
+        has_d_lse: bool = False,
     ) -> None:
-        self._name, self._arguments, self._streams, self._is_packed = name, arguments, streams, is_packed
+        self._name, self._arguments, self._streams = name, arguments, streams
+        self._is_packed, self.has_d_lse = is_packed, has_d_lse
         self._tensors = arguments._fields[: 3 * len(streams)]
         tensors, options = _schema(*self._tensors), f"{options}, float scale, str impl"
         d_out, out, lse = (tuple(form.format(stream) for stream in streams) for form in ("d_{}out", "{}out", "{}lse"))
@@ -63,6 +72,8 @@ class AttentionOp:
         gradients = "Tensor" if is_packed else f"({', '.join(['Tensor'] * len(self._tensors))})"
         torch.library.define(f"mmattn::{name}", f"({tensors}, {options}) -> ({results})")
         given = _schema(*d_out, *self._tensors, *out, *lse)
+        if has_d_lse:
+            given = f"{given}, {', '.join(f'Tensor? d_{name}' for name in lse)}"
         torch.library.define(f"mmattn::{name}_backward", f"({given}, {options}) -> {gradients}")
         register(name, self._check, self._compute, self._check_gradients, self._compute_gradients)
         torch.library.register_fake(f"mmattn::{name}", self._fake)
@@ -71,10 +82,13 @@ class AttentionOp:
         count_flops(name, self._flops, self._gradient_flops)
 
     def split(self, args: tuple[Any, ...]) -> tuple[Any, Any, Any, Any]:
-        """d_out, out and lse of each stream and the op's own arguments, from those of the backward op."""
+        """d_out, out and (lse, d_lse) of each stream and the op's own arguments, from those of the backward op."""
         n, m = len(self._streams), len(self._tensors)
-        own = self._arguments._make((*args[n : n + m], *args[m + 3 * n :]))
-        return args[:n], args[n + m : m + 2 * n], args[m + 2 * n : m + 3 * n], own
+        end = m + (4 if self.has_d_lse else 3) * n
+        own = self._arguments._make((*args[n : n + m], *args[end:]))
+        d_lse = args[m + 3 * n : end] or (None,) * n
+        lse = tuple(zip(args[m + 2 * n : m + 3 * n], d_lse, strict=True))
+        return args[:n], args[n + m : m + 2 * n], lse, own
 
     def results(self, saved: tuple[Any, ...]) -> tuple[Any, ...]:
         """The outputs among tensors, outputs and log-sum-exps."""
@@ -94,7 +108,7 @@ class AttentionOp:
         d_out, out, lse, own = self.split(args)
         own.check()
         for at, (direction, names) in enumerate(zip(own.directions(), self._result_names, strict=True)):
-            _checks.attention_results(names, (d_out[at], out[at], lse[at]), direction.q)
+            _checks.attention_results(names, (d_out[at], out[at], *lse[at]), direction.q)
 
     def _compute(self, *args: Any) -> tuple[Tensor, ...]:
         own = self._arguments._make(args)
@@ -107,7 +121,9 @@ class AttentionOp:
         gradients, of_tensors = self._empty_gradients(own)
         places = self._arguments._make((*of_tensors, *self.options(own))).directions()
         backward = dispatch.kernels(self._name, own.impl, own[0]).backward
-        backward(own.directions(), d_out, out, lse, own.windows(), own.scale, places)
+        log_sum_exps, d_log_sum_exps = zip(*lse, strict=True)
+        given = own.directions(), d_out, out, log_sum_exps, own.windows(), own.scale, places
+        backward(*given, *([d_log_sum_exps] if self.has_d_lse else []))
         return gradients
 
     def _empty_gradients(self, own: Any) -> tuple[Any, tuple[Tensor, ...]]:
@@ -134,7 +150,10 @@ class AttentionOp:
         windows = own.windows()
         total = 0
         for (batch, queries, heads, dim), k, _v in own.directions():
-            total += products * 2 * batch * heads * queries * windows.size * (k[1] // windows.segments) * dim
+            # What tables hold is no shape: all keys are counted, as of torch's own attention with a mask.
+            of_equal = isinstance(windows, CircularWindows)
+            keys = windows.size * (k[1] // windows.segments) if of_equal else k[1]
+            total += products * 2 * batch * heads * queries * keys * dim
         return total
 
     def _gradient_flops(self, *args: Any, **_: Any) -> int:
@@ -153,7 +172,8 @@ def _function(op: AttentionOp, gradients: Any) -> type[torch.autograd.Function]:
             tensors, options = op.tensors(args), op.options(args)
             ctx.options = [None if isinstance(option, Tensor) else option for option in options]
             ctx.save_for_backward(*tensors, *results, *(t if isinstance(t, Tensor) else None for t in options))
-            ctx.mark_non_differentiable(*results[len(results) // 2 :])
+            if not op.has_d_lse:
+                ctx.mark_non_differentiable(*results[len(results) // 2 :])
             ctx.set_materialize_grads(False)
             return results
 
@@ -164,7 +184,8 @@ def _function(op: AttentionOp, gradients: Any) -> type[torch.autograd.Function]:
             options = [t if o is None else o for t, o in zip(saved[-count:], ctx.options, strict=True)]
             out = op.results(saved)
             d_out = [torch.zeros_like(o) if d is None else d for o, d in zip(out, d_results, strict=False)]
-            d_tensors: Any = gradients(*d_out, *saved[:-count], *options)
+            d_lse = [d if d is None else d.contiguous() for d in d_results[len(out) :]] if op.has_d_lse else []
+            d_tensors: Any = gradients(*d_out, *saved[:-count], *d_lse, *options)
             d_tensors = d_tensors.unbind(2) if isinstance(d_tensors, Tensor) else d_tensors
             return None, *d_tensors, *[None] * count
 

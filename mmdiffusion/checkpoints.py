@@ -54,7 +54,7 @@ _LANDSCAPE: dict[str, Any] = {
 # The published code's own, of a model of another shape.
 _DEFAULT_HEADS = {"num_heads": 1, "num_head_channels": -1}
 
-# The released 64x64 models; dropout is that of their training.
+# The published 64x64 models; dropout is that of their training.
 PRESETS: dict[str, dict[str, Any]] = {
     "landscape": _LANDSCAPE,
     "aist++": _LANDSCAPE,

@@ -16,10 +16,10 @@ TIME_AXES = (1, 2)
 """Of a batch of either stream: video [B, F, C, H, W] and audio [B, C, T]."""
 
 FRAME_RATE = 10
-"""Frames a second of the released models."""
+"""Frames a second of the published models."""
 
 SAMPLE_RATE = 16000
-"""Positions of audio a second of the released models."""
+"""Positions of audio a second of the published models."""
 
 MAX_SECONDS = 3600.0
 """The longest clip that is made, since all of it is in memory."""

@@ -34,7 +34,7 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def small_and_here(monkeypatch, tmp_path, threads):
-    """In an empty folder, with a released model that is small, and no process's memory changed for good."""
+    """In an empty folder, with a published model that is small, and no process's memory changed for good."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checkpoints, "_LANDSCAPE", TINY)
     monkeypatch.setitem(checkpoints.PRESETS, "landscape", TINY)
@@ -525,7 +525,7 @@ def test_choices_are_listed(capsys):
 
 
 def test_tiny_preset(capsys):
-    """It samples from its keys alone, at the rates of the released models."""
+    """It samples from its keys alone, at the rates of the published models."""
     cli.main(["random", "small.pt", "--preset", "tiny"])
     cli.main(shlex.split("sample --model small.pt --preset tiny --num 1 --steps 1 --out out --formats wav"))
     assert sound("out/clip-0000.wav").shape == (1, 25600)
@@ -539,7 +539,7 @@ def test_help_has_examples(capsys):
 
 
 def test_walk_through(monkeypatch, capsys):
-    """README's, word for word, with a small released model."""
+    """README's, word for word, with a small published model."""
     sizes = {"video_size": (16, 3, 8, 8), "audio_size": (1, 12800), "sample_rate": 8000, "channel_mult": (1, 1, 1)}
     monkeypatch.setattr(checkpoints, "_LANDSCAPE", {**TINY, **sizes})
     monkeypatch.setitem(checkpoints.PRESETS, "landscape", {**TINY, **sizes})

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Distances, published feature networks, synchrony, low-level features and nearest clips."""
 
+import copy
 import json
 import math
 import pathlib
@@ -181,6 +182,13 @@ def test_i3d_is_the_published_one(i3d):
         assert error(seen[key.removeprefix("act.")][:, ::8, :, ::7, ::7], expected[key]) < 1e-5
 
 
+@torch.no_grad()
+def test_i3d_computes_in_bfloat16(i3d):
+    expected = load_file(DATA / "i3d.safetensors")
+    found = copy.deepcopy(i3d).to(torch.bfloat16)(expected["video"][:1])
+    assert found.dtype == torch.float32 and 0 < error(found, expected["logits"][:1]) < 0.03
+
+
 def test_weights_that_do_not_fit_are_refused(i3d_weights, tmp_path):
     with pytest.raises(ValueError, match=r"of its \d+ keys 1 are lacking \(Conv3d_1a_7x7.bn.bias\)"):
         I3D.from_published({key: x for key, x in i3d_weights.items() if key != "Conv3d_1a_7x7.bn.bias"})
@@ -206,7 +214,7 @@ def test_what_i3d_does_not_take(i3d):
 
 @torch.no_grad()
 def test_audioclip_is_the_published_one():
-    """As the network is meant, and as the release uses it; other branches of the file do not matter."""
+    """As the network is meant, and as the published code uses it; other branches of the file do not matter."""
     expected = load_file(DATA / "audioclip.safetensors")
     weights = filled("audioclip_audio_keys.json", 7, "audio.conv1.weight")
     weights = {**weights, "audio.window": AudioCLIPAudio().window, "visual.conv1.weight": torch.zeros(1)}

@@ -378,7 +378,7 @@ def test_training_goes_on_across_a_swap():
 
 @pytest.mark.parametrize("when", ("before", "after"))
 def test_half_precision_of_a_swapped_host(when):
-    """As the release converts: the weights of convolutions, through `apply`, and not the norms."""
+    """As the published code converts: the weights of convolutions, through `apply`, and not the norms."""
 
     def convert(layer):
         if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -563,7 +563,7 @@ def test_lora_of_a_swapped_block():
 
 
 def test_swap_of_a_half_model_with_fp32_norms():
-    """As the release's convert_to_fp16 leaves its blocks."""
+    """As the published convert_to_fp16 leaves its blocks."""
     block = fill(CrossAttention(64, 2, 2)).bfloat16()
     block.v_norm.float(), block.a_norm.float()
     block.fixed_shift = 1
@@ -1116,7 +1116,7 @@ def test_audio_block_in_bf16(dropout, impl, monkeypatch):
     audio, film = case.inputs()
     exact = audio_gradients(case.block(dropout=dropout), [audio, film])
     half = case.block(dropout=dropout).bfloat16()
-    mixed = case.block(dropout=dropout).bfloat16()  # as the release's convert_to_fp16 leaves its blocks
+    mixed = case.block(dropout=dropout).bfloat16()  # as the published convert_to_fp16 leaves its blocks
     mixed.norm1.float(), mixed.norm2.float()
     for block in (half, mixed, case.block(dropout=dropout)):
         for condition in (film, film.bfloat16()):

@@ -23,7 +23,7 @@ from mmdiffusion.diffusion.schedulers import SCHEDULERS, for_streams, make_sched
 REFERENCE = safetensors.load_file(pathlib.Path(__file__).parent / "data" / "diffusion.safetensors")
 STREAMS = ("video", "audio")
 X_T = [REFERENCE[f"x_T_{name}"] for name in STREAMS]
-# diffusers' about the release's kind of solver, and ours about fp16 on a CPU.
+# diffusers' about the published kind of solver, and ours about fp16 on a CPU.
 pytestmark = pytest.mark.filterwarnings("ignore:.*algorithm_type:FutureWarning", "ignore:mmattn computes")
 OTHERS = {
     "Euler": diffusers.EulerDiscreteScheduler,
@@ -72,7 +72,7 @@ def test_published_step(t, no_fresh_noise):
         step = scheduler.step(noise, t, x)
         assert relative_error(step.prev_sample, REFERENCE[f"ddpm.t{t}.mean.{name}"]) < 1e-5
         assert relative_error(step.pred_original_sample, REFERENCE[f"ddpm.t{t}.pred_xstart.{name}"]) < 1e-5
-        # The release lists the posterior variance of t = 1 for t = 0, where neither adds noise.
+        # The published code lists the posterior variance of t = 1 for t = 0, where neither adds noise.
         variance = scheduler._get_variance(t) if t else scheduler._get_variance(1, variance_type="fixed_small")
         expected = REFERENCE[f"ddpm.t{t}.log_variance.{name}"]
         assert relative_error(variance.log().float().expand_as(expected), expected) < 1e-5
@@ -87,7 +87,7 @@ def test_published_tables():
 
 
 def test_published_timesteps():
-    """ "25" and "ddim50" of the release, as its own tables list them."""
+    """ "25" and "ddim50" of the published code, as its own tables list them."""
     with safetensors.safe_open(pathlib.Path(__file__).parent / "data" / "diffusion.safetensors", "pt") as file:
         metadata = file.metadata()
     for name, steps, key in (("ddpm", 25, "timestep_map_25"), ("ddim", 50, "timestep_map_ddim50")):
@@ -111,11 +111,11 @@ def test_published_conditioning(direction, guidance, no_fresh_noise):
         X_T,
         for_streams(make_scheduler("ddpm"), 25),
         known=[condition if name == given else None for name in STREAMS],
-        # The release's scale is 3, of a mean over elements and batch.
+        # The published scale is 3, of a mean over elements and batch.
         guidance_scale=3 / condition.numel() if guidance == "gradient" else 0.0,
     )
     for name, x in zip(STREAMS, sampled, strict=True):
-        # Of the stream that is given the release returns what its last step leaves.
+        # Of the stream that is given the published code returns what its last step leaves.
         expected = condition if name == given else REFERENCE[f"{direction}.{guidance}.{name}"]
         assert relative_error(x, expected) < 1e-5
 
@@ -161,7 +161,7 @@ def solver_error(name, steps):
 ORDERS = {
     "ddim": (1, (20, 40, 80)),
     "dpmsolver++": (2, (20, 40, 80)),
-    # Numbers of calls whose last group is of order 2, as of the release's 20.
+    # Numbers of calls whose last group is of order 2, as of the published 20.
     "dpmsolver": (3, (47, 95, 191)),
     "unipc": (3, (20, 40, 80)),
 }

@@ -157,7 +157,7 @@ def test_the_tuned_peer_is_the_same_network():
 
 
 def test_full_size_checkpoint():
-    """Every key of the released network and no other, at its configuration though none is given."""
+    """Every key of the published network and no other, at its configuration though none is given."""
     state = {key: torch.empty(shape, device="meta") for key, shape in FULL["state_dict"].items()}
     unet = SuperResolutionUNet.from_published({f"module.{key}": x for key, x in state.items()})
     with torch.device("meta"):
@@ -348,7 +348,7 @@ def test_published_sampling():
 
 
 def test_published_learned_variance():
-    """diffusers' DDPM with the variance that the network has learned is the release's respaced process."""
+    """diffusers' DDPM with the variance that the network has learned is the published respaced process."""
     metadata, tensors = reference("sampling")
     unet = network_of(metadata)
     scheduler = prepared(make_scheduler("ddpm", has_learned_variance=True), 25)

@@ -135,7 +135,7 @@ def test_it_learns():
 
 
 def test_parity():
-    """With the release: losses, gradients, three steps of AdamW and of the average (its rounding: 1e-7, 2e-6, 3e-4)."""
+    """As published: losses, gradients, three steps of AdamW and of the average (its rounding: 1e-7, 2e-6, 3e-4)."""
     with safe_open(ROOT / "tests/data/training.safetensors", "pt") as file:
         about = {name: json.loads(x) for name, x in file.metadata().items() if name != "grad_names"}
         expected = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

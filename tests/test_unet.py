@@ -384,7 +384,7 @@ def test_training_overfits_a_clip(device):
 
 
 def test_full_size_checkpoint():
-    """Every key of the released models and no other, at their configuration though none is given."""
+    """Every key of the published models and no other, at their configuration though none is given."""
     state = {key: torch.empty(shape, device="meta") for key, shape in FULL["state_dict"].items()}
     unet = CoupledUNet.from_published(state)
     ours = {"middle_cross_attention": True, "frame_rate": 10, "sample_rate": 16000, "random_weights": False}
@@ -697,7 +697,7 @@ def test_captured_graph_in_half_precision():
 @pytest.mark.xdist_group("memory")
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=("bf16", "fp32"))
 def test_full_size_on_the_device(dtype, monkeypatch):
-    """The released configuration at its full size, against the same in plain torch."""
+    """The published configuration at its full size, against the same in plain torch."""
     enough_memory(40)
     unet = fill(CoupledUNet(**FULL["config"])).eval().to("cuda", dtype)
     (frames, *sizes), audio_size = unet.config["video_size"], unet.config["audio_size"]

@@ -41,6 +41,20 @@ class CircularWindows(NamedTuple):
     shift: Any  # an int, or an integer tensor of one element on the device of the directions
 
 
+class TableWindows(NamedTuple):
+    """Which keys a query reads, by three int32 tables on the device of the directions.
+
+    With Lk keys, queries query_bounds[i]..query_bounds[i+1]-1 read keys (key_begin[i] + j) mod Lk, j < key_length[i].
+    """
+
+    query_bounds: Any  # [n+1]
+    key_begin: Any  # [n]
+    key_length: Any  # [n]
+
+
+Windows = CircularWindows | TableWindows
+
+
 class Support(NamedTuple):
     """Whether kernels run on something: they do, unless there is a reason why not."""
 

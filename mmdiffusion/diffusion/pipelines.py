@@ -101,8 +101,8 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             video: [B or 1, F, C, H, W], likewise: video to find the sound of. Not both.
             guidance: how what is given acts (zero-shot transfer in the paper): "replacement", or "gradient" beside it,
                 which differentiates the model.
-            guidance_scale: weight of the gradient of the paper's squared norm. The release's scale, of a mean, is
-                divided by the elements of a sample of what is given and by the batch: its 3 for the released model is
+            guidance_scale: weight of the gradient of the paper's squared norm. The published scale, of a mean, is
+                divided by the elements of a sample of what is given and by the batch: its 3 for the published model is
                 1.2e-4 from audio and 1.5e-5 from video.
             seconds: length of the clips, in whole frames, an hour at most; a window of the model if None. Longer ones
                 are made of windows, each given the end of what there is as its beginning, by `guidance`. What is given
@@ -117,6 +117,7 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         Raises:
             ValueError, TypeError: on an argument outside of what is above, naming it, its value and what was expected.
         """
+        # Long by its arguments, which are said and checked once, and by a callback that shares the loop's state.
         scheduler = self.check_inputs(
             batch_size,
             num_inference_steps,
@@ -158,8 +159,8 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
 
             for start in starts:
                 known = [
-                    stream.window(clip if whole is None else whole, start)
-                    for stream, clip, whole in zip(streams, clips, given, strict=True)
+                    stream.window(clip if given_clip is None else given_clip, start)
+                    for stream, clip, given_clip in zip(streams, clips, given, strict=True)
                 ]
                 sampled = sample(
                     model,

@@ -34,8 +34,8 @@ def sample(
 
         x_{t-1} -= guidance_scale sqrt(alpha_bar_t) grad_{x_t} ||x'_{t-1}[known] - q(x_{t-1} | x)||^2
 
-    the paper's squared norm, a sum over the elements of a sample. The release takes the mean over elements and batch:
-    guidance_scale = release's scale / (elements of the known stream of a sample * batch).
+    the paper's squared norm, a sum over the elements of a sample. The published code takes the mean over elements and
+    batch: guidance_scale = published scale / (elements of the known stream of a sample * batch).
 
     Args:
         model: f(video, audio, t) -> (video, audio), of each stream the noise, or what else the schedulers take it for,
@@ -52,6 +52,7 @@ def sample(
     Returns:
         (video, audio), in the dtype of noise; what is known is in its place, unchanged.
     """
+    # Long by its docstring; the loop is the algorithm, in the order of the paper.
     timesteps = schedulers[0].timesteps
     is_given = any(x is not None for x in known)
     levels = _levels(schedulers[0])

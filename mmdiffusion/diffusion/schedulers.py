@@ -28,7 +28,7 @@ class _UniformLogSNR:
 
     Timesteps are real numbers here. diffusers rounds them, and then the model is told of another noise than there is,
     and two of many steps can coincide. A singlestep solver has its groups of up to three calls uniform, and the calls
-    of a group, as in the released sampler.
+    of a group, as in the published sampler.
     """
 
     def set_timesteps(self: Any, num_inference_steps: int, device: torch.device | str | None = None) -> None:
@@ -54,7 +54,7 @@ class LogSNRDPMSolverMultistepScheduler(_UniformLogSNR, DPMSolverMultistepSchedu
 
 
 class LogSNRDPMSolverSinglestepScheduler(_UniformLogSNR, DPMSolverSinglestepScheduler):  # type: ignore[misc]
-    """DPM-Solver (arXiv 2206.00927), singlestep, in steps uniform in logSNR as in the released sampler."""
+    """DPM-Solver (arXiv 2206.00927), singlestep, in steps uniform in logSNR as in the published sampler."""
 
 
 class LogSNRUniPCMultistepScheduler(_UniformLogSNR, UniPCMultistepScheduler):  # type: ignore[misc]
@@ -82,14 +82,15 @@ SCHEDULERS: dict[str, tuple[type[Scheduler], dict[str, Any]]] = {
 def make_scheduler(name: str, *, has_learned_variance: bool = False, prediction_type: str = "epsilon") -> Scheduler:
     """Make a scheduler for the published diffusion: 1000 steps, betas linear from 1e-4 to 2e-2.
 
-    - "ddpm" (arXiv 2006.11239): variance "fixed large"; N timesteps round(i 999/(N-1)), as of the release's "N".
-    - "ddim" (arXiv 2010.02502), eta 0: stride 1000//N from 0, as of the release's "ddimN", whose N divide 1000.
+    - "ddpm" (arXiv 2006.11239): variance "fixed large"; N timesteps round(i 999/(N-1)), as of the published "N".
+    - "ddim" (arXiv 2010.02502), eta 0: stride 1000//N from 0, as of the published "ddimN", whose N divide 1000.
     - "dpmsolver++" (arXiv 2211.01095): multistep of order 2, N steps uniform in logSNR, the last to the clean clip.
-    - "dpmsolver" (arXiv 2206.00927): singlestep of order 3, the release's default with N = 20. It ends at the noise of
-      timestep 0, a standard deviation of 0.01, as the release does.
+    - "dpmsolver" (arXiv 2206.00927): singlestep of order 3, the published default with N = 20. It ends at the noise of
+      timestep 0, a standard deviation of 0.01, as published.
     - "unipc" (arXiv 2302.04867): order 2 with its corrector, steps as of "dpmsolver++".
 
-    x0 is clipped to [-1, 1] at every step, but by "dpmsolver", which has no estimate of x0; nor has the release there.
+    x0 is clipped to [-1, 1] at every step, but by "dpmsolver", which has no estimate of x0; nor is it published
+    otherwise.
 
     Args:
         has_learned_variance: "ddpm" takes the variance that the network has learned instead (arXiv 2102.09672).
@@ -104,7 +105,7 @@ def make_scheduler(name: str, *, has_learned_variance: bool = False, prediction_
     if has_learned_variance and "variance_type" in settings:
         settings = {**settings, "variance_type": "learned_range"}
     with warnings.catch_warnings():
-        # The release's solver is of the kind that diffusers advises against.
+        # The published solver is of the kind that diffusers advises against.
         warnings.filterwarnings("ignore", ".*algorithm_type", FutureWarning)
         return scheduler_class(
             num_train_timesteps=1000,

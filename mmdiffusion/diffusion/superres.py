@@ -42,7 +42,7 @@ class SuperResolutionPipeline(DiffusionPipeline):  # type: ignore[misc]
     Args:
         unet: the network. A variance that it has learned is used by a scheduler with variance_type "learned_range", of
             which diffusers' DDPMScheduler is one; any other takes the noise alone.
-        scheduler: any of diffusers that predicts the noise. The released one is `schedulers.make_scheduler("ddim")`.
+        scheduler: any of diffusers that predicts the noise. The published one is `schedulers.make_scheduler("ddim")`.
 
     Example:
         >>> unet = SuperResolutionUNet(image_size=64, model_channels=32, channel_mult=(1, 2))
@@ -83,7 +83,7 @@ class SuperResolutionPipeline(DiffusionPipeline):  # type: ignore[misc]
             noise: what sampling begins with, standard normal: [1, C, H, W] shared by all frames of all videos, or
                 [B, F, C, H, W]. None: drawn from `generator`.
             share_noise: whether all that is drawn for a video, before the first step or at each, is the same in all its
-                frames, as in the release, so that what does not move stays as it is; otherwise each frame has its own.
+                frames, as published, so that what does not move stays as it is; otherwise each frame has its own.
             generator: a list of B, one for each video, or one, as of `MMDiffusionPipeline`. A video is the same in a
                 batch of any size, but for rounding.
             frames_per_call: frames that go through the network together. None: as many as 1 GiB holds on a CPU, and
@@ -97,6 +97,7 @@ class SuperResolutionPipeline(DiffusionPipeline):  # type: ignore[misc]
         Raises:
             ValueError, TypeError: on an argument outside of what is above, naming it, its value and what was expected.
         """
+        # Long by its arguments, which are said and checked once, and by a callback that shares the loop's state.
         checked = self.check_inputs(
             low_res,
             num_inference_steps,
@@ -114,8 +115,8 @@ class SuperResolutionPipeline(DiffusionPipeline):  # type: ignore[misc]
         ]
         size = self._size(low_res)
         images = low_res.flatten(0, 1).to(device, torch.float32)
-        begun = None if noise is None else noise.to(device, torch.float32).expand(len(low_res), frames, *size)
-        begun = None if begun is None else begun.flatten(0, 1)
+        initial = None if noise is None else noise.to(device, torch.float32).expand(len(low_res), frames, *size)
+        initial = None if initial is None else initial.flatten(0, 1)
         ready = prepared(checked, num_inference_steps)
         count = frames_per_call or self.frames_that_fit(*size[1:])
         pieces = [slice(first, first + count) for first in range(0, len(images), count)]
@@ -133,7 +134,7 @@ class SuperResolutionPipeline(DiffusionPipeline):  # type: ignore[misc]
 
             for piece in pieces:
                 own = generators[piece]
-                x = randn_tensor((len(own), *size), own, device, torch.float32) if begun is None else begun[piece]
+                x = randn_tensor((len(own), *size), own, device, torch.float32) if initial is None else initial[piece]
                 sampled.append(self._sample(images[piece], x, copy.deepcopy(ready), own, on_step))
         self.maybe_free_model_hooks()
         video: Any = torch.cat(sampled).unflatten(0, low_res.shape[:2])

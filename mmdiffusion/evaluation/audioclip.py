@@ -24,9 +24,9 @@ _KERNELS = ((3, 1), (1, 5), (3, 1), (1, 5), (3, 5))
 class AudioCLIPAudio(nn.Module):
     """Waves to the 1024 embeddings of AudioCLIP's audio branch, not normalised: the features of FAD.
 
-    `as_released` does what MM-Diffusion's release does with the network: the wave reaches it in [-1, 1], where 16-bit
-    units are expected, and its BatchNorm takes the statistics of the batch, so that an embedding depends on the others
-    of the batch and one clip alone is refused.
+    `as_released` does what MM-Diffusion's published code does with the network: the wave reaches it in [-1, 1], where
+    16-bit units are expected, and its BatchNorm takes the statistics of the batch, so that an embedding depends on the
+    others of the batch and one clip alone is refused.
     """
 
     name = "AudioCLIP"
@@ -62,7 +62,9 @@ class AudioCLIPAudio(nn.Module):
         """
         made = cls(as_released)
         fill(made, source, "audio.")
-        if as_released:  # the norms of the batch amplify rounding, which is nearest to the release's in its own layout
+        if (
+            as_released
+        ):  # the norms of the batch amplify rounding, which is nearest to the published code's in its own layout
             return made
         return made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

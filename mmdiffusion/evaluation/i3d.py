@@ -102,7 +102,7 @@ class I3D(nn.Module):
         for module in self.children():
             if module is not self.logits:
                 x = module(x)
-        pooled = functional.avg_pool3d(x, (2, 7, 7), stride=1)
+        pooled = functional.avg_pool3d(x.float(), (2, 7, 7), stride=1).to(x.dtype)  # CPUs have no bf16 of it
         return self.logits(pooled).flatten(2).float().mean(2)
 
 

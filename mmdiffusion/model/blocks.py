@@ -195,9 +195,10 @@ class VideoBlock(_StreamBlock):
 class AudioBlock(_StreamBlock):
     """The audio stream of a residual block: a dilated convolution.
 
-    Not a subclass of `mmattn.DilatedConvBlock`, of which it would override the whole forward: it resamples between the
-    halves, its embedding is the video's too and may be added instead of FiLM, and it takes tokens; the halves
-    themselves, `convolve` and `project_residual`, and the published keys are shared.
+    The formula of `mmattn.DilatedConvBlock`, and its parameters under the same names, but a kin of `VideoBlock`: what
+    surrounds the formula (resampling between the halves, an embedding of both streams, added or FiLM) is what the two
+    streams share, and none of it belongs in a block for other networks. What computes stands once: the halves
+    are `mmattn._layers.convolve` and `mmattn.modules.project_residual` in both.
     """
 
     def __init__(

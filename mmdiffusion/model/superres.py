@@ -38,7 +38,7 @@ EMBEDDING_FACTOR = 4  # by which the time embedding is wider than its sinusoids
 class SuperResolutionUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Predicts the noise of an image, and its variance, from the image and a smaller one of the same scene.
 
-    The arguments carry the names of the published configuration, and the defaults are those of the released 64 -> 256
+    The arguments carry the names of the published configuration, and the defaults are those of the published 64 -> 256
     network. New residual branches and the head begin at zero.
 
     Args:
@@ -85,6 +85,7 @@ class SuperResolutionUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         resblock_updown: bool = True,
         scale: int = 4,
     ) -> None:
+        # Long, since width and skips of a block follow from the blocks before it: one walk down and up.
         super().__init__()
         check_image_config(self.config)
         widths = [int(model_channels * factor) for factor in channel_mult]
@@ -199,7 +200,7 @@ class SuperResolutionUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
         Widths, levels, blocks, where self-attention is, the time embedding's way in, and the channels of input and
         output are read from the keys and shapes. Nothing in a checkpoint tells the heads, dropout, and the size and
-        scale: these come from `config`, and otherwise are the defaults of this class, the released values.
+        scale: these come from `config`, and otherwise are the defaults of this class, the published values.
 
         Args:
             source: a .pt or .safetensors file, or the state dict. Keys that begin with "module." are taken too. The

@@ -59,7 +59,7 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         audio_attention_resolutions: the same for the audio, over its positions.
         dropout: share of the values zeroed in training before the last projection of a residual block.
         channel_mult: width of each level, in model_channels; its length is the number of levels.
-        num_heads: heads of self-attention; of random-shift attention too where num_head_channels is -1. The released
+        num_heads: heads of self-attention; of random-shift attention too where num_head_channels is -1. The published
             models have 4, and num_head_channels 64; the defaults are those of a configuration that names neither.
         num_head_channels: channels of a head of random-shift attention, or -1.
         use_scale_shift_norm: the time embedding scales and shifts the second norm of a residual block; otherwise it is
@@ -115,6 +115,7 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         random_weights: bool = False,
         prediction_type: str = "epsilon",
     ) -> None:
+        # Long, since width, skips and dilation of a block follow from the blocks before it: one walk down and up.
         super().__init__()
         check_config(self.config)
         windows = dict(zip(cross_attention_resolutions, cross_attention_windows, strict=True))
@@ -318,13 +319,13 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         Widths, levels, blocks, where attention is, the time embedding's way in, channels of inputs and outputs, and a
         missing stream are read from the keys and shapes. Nothing in a checkpoint tells the heads, the windows and
         whether they shift, the sizes, the rates, or dropout: these come from `config`, then `preset`, then, for a
-        network of the released shape, the released values; otherwise they are the published code's defaults for heads,
-        which are num_heads = 1 and num_head_channels = -1, and this class's for the rest.
+        network of the published shape, the published values; otherwise they are the published code's defaults for
+        heads, which are num_heads = 1 and num_head_channels = -1, and this class's for the rest.
 
         Args:
             source: a .pt or .safetensors file, or the state dict. Keys that begin with "module." are taken too. The
                 tensors are copied, in their own dtype.
-            preset: "landscape" or "aist++", the released 64x64 models; both are one configuration, and nothing is
+            preset: "landscape" or "aist++", the published 64x64 models; both are one configuration, and nothing is
                 inferred then.
             config: arguments of this class, which override all of that.
 
@@ -371,6 +372,7 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         Raises:
             RuntimeError: if the model or the inputs are not on a CUDA device.
         """
+        # Long, since the replay shares all that the recording made: static inputs, shifts, outputs.
         device = next(self.parameters()).device
         tensors = [x for x in (video, audio, timesteps) if x is not None]
         if device.type != "cuda" or any(x.device != device for x in tensors):

@@ -31,7 +31,7 @@ class ModelJob:
     """Options that all jobs with a model have."""
 
     preset: str | None = option(
-        "configuration of a released model, or a tiny one", default=None, choices=tuple(checkpoints.PRESETS)
+        "configuration of a published model, or a tiny one", default=None, choices=tuple(checkpoints.PRESETS)
     )
     config: pathlib.Path | None = option(
         "JSON with arguments of the network, over what is inferred", default=None, metavar="FILE"

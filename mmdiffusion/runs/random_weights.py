@@ -19,7 +19,7 @@ from mmdiffusion.runs.options import SEEDS, option
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomWeights(ModelJob):
     """Make a checkpoint in the published format with random weights, to try the other commands without a trained
-    one. By default it has the size of the released models, 535 MB, with --superres 1.2 GB; --preset tiny is small
+    one. By default it has the size of the published models, 535 MB, with --superres 1.2 GB; --preset tiny is small
     and quick.
     """
 

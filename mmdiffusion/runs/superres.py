@@ -28,7 +28,7 @@ from mmdiffusion.runs.sample import clip_seed, versions
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SuperResolve:
-    """Make films larger by a super-resolution network, 64 x 64 to 256 x 256 by the released one: NAME.mp4 of each in a
+    """Make films larger by a super-resolution network, 64 x 64 to 256 x 256 by the published one: NAME.mp4 of each in a
     folder, at its own frame rate, with its sound copied as it is, and NAME.json with all settings. The same command
     again goes on where it was stopped: finished frames are kept as NAME.frames/*.png until their film is written.
     """

@@ -30,7 +30,7 @@ WAYS = {"joint": None, "video-from-audio": "audio", "audio-from-video": "video"}
 """How clips are sampled, and the stream that is given."""
 
 GUIDANCES = ("replacement", "gradient")
-_RELEASE_SCALE = 3.0  # of the release's gradient, whose squared norm is a mean over the elements
+_RELEASE_SCALE = 3.0  # of the published gradient, whose squared norm is a mean over the elements
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class MeasureSynchrony(ModelJob):
     ways: tuple[str, ...] = option("what is sampled, and from what", default=tuple(WAYS), choices=tuple(WAYS))
     guidance: tuple[str, ...] = option("how what is given acts", default=GUIDANCES, choices=GUIDANCES)
     guidance_scale: float | None = option(
-        "weight of the gradient; if not given the release's, 3 over the elements of what is given", default=None
+        "weight of the gradient; if not given the published one, 3 over the elements of what is given", default=None
     )
     scheduler: str = option("how noise becomes clips", default="dpmsolver++", choices=tuple(SCHEDULERS))
     seed: int = option("of the noise", default=0, **SEEDS)

@@ -50,7 +50,7 @@ class Train(ModelJob):
     """Train a network on clips, in a folder: states/ to go on from, model/ to sample from, log.jsonl, loss.png and
     previews/. The same command again goes on where the run was stopped, to the bit; a state of other settings is
     refused. --preset small, the default, is a network for the synthetic clips that a CPU can train; landscape is the
-    released one, trained as in the paper.
+    published one, trained as in the paper.
     """
 
     summary: ClassVar = "a network on clips of a folder, or on synthetic ones"

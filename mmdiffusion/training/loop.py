@@ -60,6 +60,7 @@ def train(
         FloatingPointError: if a loss or a gradient is not finite, naming the step and the clips, before it reaches a
             parameter; in float16 such a step is skipped and counted instead.
     """
+    # Long by its docstring; the loop is kept in one place, where a reader sees all that a step does in its order.
     diffusion = GaussianDiffusion()
     state = State(unet, recipe, len(diffusion)) if state is None else state
     device = next(unet.parameters()).device

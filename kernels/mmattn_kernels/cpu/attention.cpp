@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT
-// Random-shift windowed attention, both directions, forward and backward:
+// Windowed attention along one or more directions, forward and backward:
 //   O_i = softmax(scale * Q_i K_w^T) V_w,   w = the circular window of query segment i.
 // A thread takes a run of query blocks, packs the keys and values of all their windows once, and streams each block
 // through its window in base 2 with an online softmax. Backward gets the probabilities back from the saved log-sum-exp;
-// its runs share no key, so each owns its d_k and d_v: no atomics, and every sum has one order.
+// its runs share no key, so each owns its d_k and d_v: no atomics, and every sum has one order. Where a head is cut
+// into several of them for want of other work, d_q is the sum of their shares, in their order.
 #include "attention_plan.h"
 #include "gemm.h"
 #if defined(__AMX_BF16__)
@@ -48,6 +49,7 @@ void pack_rows(float* rows, const Strided& s, const Run& run, int64_t dim) {
 template <class T>
 class Forward {
  public:
+  using Element = T;
   static constexpr int64_t kQueryRows = 48, kRowUnit = 1;
   static constexpr bool kExclusive = false;
   static int64_t bytes_per_key(int64_t dim) { return 2 * round_up(dim, kLanes) * sizeof(float); }
@@ -73,6 +75,7 @@ class Forward {
   }
 
  private:
+  // Long, since one block's scores stay in the cache from product to product; a call in between has eight operands.
   void attend(const Run& run, const QueryBlock& block) const {
     const int64_t rows = block.queries.hi - block.queries.lo;
     const Direction& d = *run.direction;
@@ -150,6 +153,7 @@ class Forward {
 template <class T>
 class Backward {
  public:
+  using Element = T;
   static constexpr int64_t kQueryRows = 48, kRowUnit = 1;
   static constexpr bool kExclusive = true;
   static int64_t bytes_per_key(int64_t dim) { return 5 * round_up(dim, kLanes) * sizeof(float); }
@@ -184,11 +188,10 @@ class Backward {
       store_row(run.key<T>(d.d_k, i), d_keys_ + i * padded_, dim_, scale_.of_differences * kLn2<float>);
       store_row(run.key<T>(d.d_v, i), d_values_ + i * padded_, dim_, 1.0f);
     }
-    zero_unread<T>(run, dim_);
   }
 
  private:
-  // d_q of these queries, and their share of d_k and d_v of the window's keys.
+  // d_q of these queries, and their share of d_k and d_v of the window's keys. Long for the reason of `attend`.
   void differentiate(const Run& run, const QueryBlock& block) const {
     const int64_t rows = block.queries.hi - block.queries.lo, vecs = padded_ / kLanes;
     const Direction& d = *run.direction;
@@ -201,7 +204,7 @@ class Backward {
       Vec total{};
       for (int64_t v = 0; v < padded_; v += kLanes)
         total += load(d_out_ + r * padded_ + v) * load(d_queries_ + r * padded_ + v);
-      delta_[r] = reduce_add(total);
+      delta_[r] = reduce_add(total) - run.d_lse(block, p_.heads, r);
     }
     std::memset(d_queries_, 0, rows * padded_ * sizeof(float));
     const Vec scale = broadcast(scale_.of_differences);
@@ -252,8 +255,7 @@ class Backward {
                          {d_queries_, padded_}});
       });
     });
-    for (int64_t r = 0; r < rows; ++r)
-      store_row(row<T>(d.d_q, run.batch, block.queries.lo + r, run.head), d_queries_ + r * padded_, dim_, p_.scale);
+    for (int64_t r = 0; r < rows; ++r) run.store_d_query<T>(block, r, d_queries_ + r * padded_, dim_, p_.scale);
   }
 
   const Attention& p_;
@@ -261,34 +263,62 @@ class Backward {
   const ScoreScale scale_;
   float *const key_panels_, *const key_rows_, *const value_panels_, *const d_keys_, *const d_values_;
   float *const queries_, *const d_out_, *const d_queries_, *const weights_, *const d_scores_;
-  float* const delta_;  // sum(d_out * out) of each row
+  float* const delta_;  // sum(d_out * out) - d_lse of each row
 };
 
 // Whether every window fits a pair of tiles, where packing costs more than tiles save.
 [[maybe_unused]] bool has_few_keys(const Attention& p) {
-  const auto few = [&](const Direction& d) { return Windows(p, d).length <= 32; };
+  constexpr int64_t kFew = 32;
+  const auto few = [&](const Direction& d) { return p.window * (d.k_len / p.frames) <= kFew; };
+  const int32_t* const lengths = p.tables.key_length;
+  if (p.tables.segments)
+    return std::all_of(lengths, lengths + p.tables.segments, [](int32_t length) { return length <= kFew; });
   return std::all_of(p.directions.begin(), p.directions.end(), few);
 }
 
-}  // namespace
+// A kernel as a value.
+template <class K>
+struct Use {
+  using Kernel = K;
+};
 
 #if defined(__AMX_BF16__)
-void attention_forward(const Attention& p) {
-  if (has_few_keys(p)) return p.is_bf16 ? run_all<Forward<bf16>>(p) : run_all<Forward<float>>(p);
-  p.is_bf16 ? run_all<AmxForward<bf16>>(p) : run_all<AmxForward<float>>(p);
+template <class Visit>
+auto with_forward(const Attention& p, Visit visit) {
+  if (has_few_keys(p)) return p.is_bf16 ? visit(Use<Forward<bf16>>{}) : visit(Use<Forward<float>>{});
+  return p.is_bf16 ? visit(Use<AmxForward<bf16>>{}) : visit(Use<AmxForward<float>>{});
 }
-void attention_backward(const Attention& p) {
-  if (has_few_keys(p)) return p.is_bf16 ? run_all<Backward<bf16>>(p) : run_all<Backward<float>>(p);
-  p.is_bf16 ? run_all<AmxBackward<bf16>>(p) : run_all<AmxBackward<float>>(p);
+
+template <class Visit>
+auto with_backward(const Attention& p, Visit visit) {
+  if (has_few_keys(p)) return p.is_bf16 ? visit(Use<Backward<bf16>>{}) : visit(Use<Backward<float>>{});
+  return p.is_bf16 ? visit(Use<AmxBackward<bf16>>{}) : visit(Use<AmxBackward<float>>{});
 }
 #else
+template <class Visit>
+auto with_forward(const Attention& p, Visit visit) {
+  return p.is_bf16 ? visit(Use<Forward<bf16>>{}) : visit(Use<Forward<float>>{});
+}
+
+template <class Visit>
+auto with_backward(const Attention& p, Visit visit) {
+  return p.is_bf16 ? visit(Use<Backward<bf16>>{}) : visit(Use<Backward<float>>{});
+}
+#endif
+
+}  // namespace
+
 void attention_forward(const Attention& p) {
-  p.is_bf16 ? run_all<Forward<bf16>>(p) : run_all<Forward<float>>(p);
+  with_forward(p, [&](auto use) { run_all<typename decltype(use)::Kernel>(p); });
 }
 
 void attention_backward(const Attention& p) {
-  p.is_bf16 ? run_all<Backward<bf16>>(p) : run_all<Backward<float>>(p);
+  with_backward(p, [&](auto use) { run_all<typename decltype(use)::Kernel>(p); });
 }
-#endif
+
+int64_t attention_pairs(const Attention& p, bool backward, int64_t* pairs, int64_t room) {
+  const auto count = [&](auto use) { return count_pairs<typename decltype(use)::Kernel>(p, pairs, room); };
+  return backward ? with_backward(p, count) : with_forward(p, count);
+}
 
 }  // namespace mmattn::MMATTN_ISA

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmattn_kernels import CircularWindows, Direction, Question, Support, up_to
+from mmattn_kernels import Direction, Question, Support, TableWindows, Windows, up_to
 from mmattn_kernels.cpu import extension
 
 
@@ -21,14 +21,12 @@ def supports(question: Question) -> Support:
     return up_to(question, 256)
 
 
-def forward(
-    directions: Sequence[Direction], windows: CircularWindows, scale: float
-) -> tuple[list[Tensor], list[Tensor]]:
+def forward(directions: Sequence[Direction], windows: Windows, scale: float) -> tuple[list[Tensor], list[Tensor]]:
     """(out, lse), of each direction."""
     out = [torch.empty_like(q, memory_format=torch.contiguous_format) for q, _, _ in directions]
     lse = [_empty_lse(q) for q, _, _ in directions]
     tensors = [(*direction, o) for direction, o in zip(directions, out, strict=True)]
-    _run(extension().attention_forward, tensors, lse, windows, scale)
+    _run(extension().attention_forward, tensors, lse, (None,) * len(lse), windows, scale)
     return out, lse
 
 
@@ -37,21 +35,23 @@ def backward(
     d_out: Sequence[Tensor],
     out: Sequence[Tensor],
     lse: Sequence[Tensor],
-    windows: CircularWindows,
+    windows: Windows,
     scale: float,
     gradients: Sequence[Direction],
+    d_lse: Sequence[Tensor | None] | None = None,
 ) -> None:
-    """Writes the gradients of q, k and v of each direction; out and lse are forward's."""
+    """Writes the gradients of q, k and v of each direction; out and lse are forward's, d_lse is contiguous."""
     d_out = [d if d.stride(-1) == 1 else d.contiguous() for d in d_out]
     tensors = [(*of[0], of[1], of[2], *of[3]) for of in zip(directions, out, d_out, gradients, strict=True)]
-    _run(extension().attention_backward, tensors, lse, windows, scale)
+    _run(extension().attention_backward, tensors, lse, d_lse or (None,) * len(lse), windows, scale)
 
 
 def _run(
     kernel: Callable[..., None],
     directions: Sequence[tuple[Tensor, ...]],
     lse: Sequence[Tensor],
-    windows: CircularWindows,
+    d_lse: Sequence[Tensor | None],
+    windows: Windows,
     scale: float,
 ) -> None:
     """`directions`: of each the tensors that the kernel takes, q and k first."""
@@ -60,12 +60,32 @@ def _run(
     if batch == 0:
         return
     arguments = []
-    for tensors, of_rows in zip(directions, lse, strict=True):
+    for tensors, of_rows, d_of_rows in zip(directions, lse, d_lse, strict=True):
         matrices = [(t.data_ptr(), *t.stride()[:3]) for t in tensors]
-        arguments.append((matrices, of_rows.data_ptr(), tensors[0].shape[1], tensors[1].shape[1]))
-    segments, size, shift = windows
+        rows = of_rows.data_ptr(), 0 if d_of_rows is None else d_of_rows.data_ptr()
+        arguments.append((matrices, *rows, tensors[0].shape[1], tensors[1].shape[1]))
     is_bf16, threads = q.dtype == torch.bfloat16, torch.get_num_threads()
-    kernel(arguments, batch, heads, dim, segments, size, int(shift), scale, is_bf16, threads)
+    kernel(arguments, _read(windows), batch, heads, dim, scale, is_bf16, threads)
+
+
+def pairs(
+    shape: Sequence[int], keys: int, windows: Windows, *, backward: bool, dtype: torch.dtype, threads: int
+) -> list[int]:
+    """How many pairs of a query and a key each piece of the work has, in the order in which threads take them.
+
+    Of one direction with queries of `shape` [B, Lq, H, D].
+    """
+    batch, length, heads, dim = shape
+    directions = [([], 0, 0, length, keys)]
+    arguments = directions, _read(windows), batch, heads, dim, dtype == torch.bfloat16, threads
+    return extension().attention_pairs(backward, *arguments)
+
+
+def _read(windows: Windows) -> tuple[int, ...]:
+    """As the extension takes windows: numbers, or pointers to tables and how many segments they have."""
+    if isinstance(windows, TableWindows):
+        return (*(table.data_ptr() for table in windows), len(windows.key_begin))
+    return windows.segments, windows.size, int(windows.shift)
 
 
 def _empty_lse(q: Tensor) -> Tensor:

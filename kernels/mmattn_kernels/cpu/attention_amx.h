@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Random-shift attention on AMX tiles, for bf16 and, in three parts, for fp32 (see amx.h).
+// Windowed attention on AMX tiles, for bf16 and, in three parts, for fp32 (see amx.h).
 #pragma once
 
 #include "amx.h"
@@ -42,6 +42,7 @@ int64_t tile_floats(int64_t rows, int64_t depth) {
 template <class T>
 class AmxForward {
  public:
+  using Element = T;
   static constexpr int Parts = kParts<T>, kDegree = Parts == 1 ? 3 : 5;
   // Scores, weights and a block of keys or values fit the first-level cache together.
   static constexpr int64_t kQueryRows = 32, kRowUnit = 16, kKeyBlock = Parts == 1 ? 96 : 64;
@@ -185,6 +186,7 @@ class AmxForward {
 template <class T>
 class AmxBackward {
  public:
+  using Element = T;
   static constexpr int64_t kQueryRows = 64, kRowUnit = 32, kKeyBlock = 128;
   static constexpr int Parts = kParts<T>, kDegree = Parts == 1 ? 3 : 5;
   static constexpr bool kExclusive = true;
@@ -233,7 +235,6 @@ class AmxBackward {
       store_row(run.key<T>(d.d_k, i), d_keys_ + i * padded_, dim_, p_.scale);
       store_row(run.key<T>(d.d_v, i), d_values_ + i * padded_, dim_, 1.0f);
     }
-    zero_unread<T>(run, dim_);
   }
 
  private:
@@ -287,7 +288,7 @@ class AmxBackward {
       Vec total{};
       for (int64_t c = 0; r < rows && c < dim_; c += 16)
         total += load_lanes(query(d.d_out, r) + c, dim_ - c) * load_lanes(query(d.out, r) + c, dim_ - c);
-      delta_[r] = reduce_add(total);
+      delta_[r] = reduce_add(total) - (r < rows ? run.d_lse(block, p_.heads, r) : 0.0f);
     }
   }
 
@@ -328,9 +329,8 @@ class AmxBackward {
       transpose_words(words);
       for (int i = 0; i < 16; ++i) _mm512_storeu_si512(line[i] + c, words[i]);
     }
-    const int64_t first = block.queries.lo + b * 16;
-    for (int i = 0; i < 16 && first + i < block.queries.hi; ++i)
-      store_row(row<T>(run.direction->d_q, run.batch, first + i, run.head), line[i], dim_, p_.scale);
+    const int64_t rows = block.queries.hi - block.queries.lo;
+    for (int i = 0; i < 16 && b * 16 + i < rows; ++i) run.store_d_query<T>(block, b * 16 + i, line[i], dim_, p_.scale);
   }
 
   const Attention& p_;

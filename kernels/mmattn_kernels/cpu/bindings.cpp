@@ -8,7 +8,9 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "attention.h"
@@ -31,6 +33,7 @@ struct InstructionSet {
   const char* name;
   void (*attention_forward)(const Attention&);
   void (*attention_backward)(const Attention&);
+  int64_t (*attention_pairs)(const Attention&, bool, int64_t*, int64_t);
   void (*group_norm_forward)(const GroupNorm&);
   void (*group_norm_backward)(const GroupNorm&);
   int64_t (*conv_packed_bytes)(int64_t, int64_t, int64_t, bool);
@@ -55,11 +58,11 @@ bool have_amx() {
 }
 #endif
 
-#define MMATTN_SET(isa)                                                                                         \
-  InstructionSet {                                                                                              \
-    #isa, isa::attention_forward, isa::attention_backward, isa::group_norm_forward, isa::group_norm_backward,   \
-        isa::conv_packed_bytes, isa::conv_pack, isa::conv_forward, isa::conv_weight_gradient, isa::column_sums, \
-        isa::content_hash                                                                                       \
+#define MMATTN_SET(isa)                                                                                   \
+  InstructionSet {                                                                                        \
+    #isa, isa::attention_forward, isa::attention_backward, isa::attention_pairs, isa::group_norm_forward, \
+        isa::group_norm_backward, isa::conv_packed_bytes, isa::conv_pack, isa::conv_forward,              \
+        isa::conv_weight_gradient, isa::column_sums, isa::content_hash                                    \
   }
 
 // What this CPU runs, slowest first.
@@ -108,39 +111,88 @@ Strided strided(const Matrix& m) {
   return {reinterpret_cast<void*>(std::get<0>(m)), std::get<1>(m), std::get<2>(m), std::get<3>(m)};
 }
 
-// Each direction: (q, k, v, out[, d_out, d_q, d_k, d_v]), lse pointer, q_len, k_len.
-using DirectionArgs = std::tuple<std::vector<Matrix>, uintptr_t, int64_t, int64_t>;
+// Each direction: (q, k, v, out[, d_out, d_q, d_k, d_v]), pointers to lse and d_lse, q_len, k_len.
+using DirectionArgs = std::tuple<std::vector<Matrix>, uintptr_t, uintptr_t, int64_t, int64_t>;
 
-Attention unpack(const std::vector<DirectionArgs>& directions, int64_t batch, int64_t heads, int64_t dim,
-                 int64_t frames, int64_t window, int64_t shift, float scale, bool is_bf16, int threads) {
+// Of equal windows: segments, window, shift. Of others: pointers to query_bounds, key_begin and key_length, segments.
+using EqualArgs = std::tuple<int64_t, int64_t, int64_t>;
+using TableArgs = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t>;
+using WindowArgs = std::variant<EqualArgs, TableArgs>;
+
+// A call's arguments, and the values of its tables: whoever writes to the memory meanwhile changes nothing.
+struct AttentionCall {
   Attention p{};
-  p.batch = batch;
-  p.heads = heads;
-  p.dim = dim;
-  p.frames = frames;
-  p.window = window;
-  p.shift = shift;
-  p.scale = scale;
-  p.is_bf16 = is_bf16;
-  p.threads = threads;
-  for (const auto& [matrices, lse, q_len, k_len] : directions) {
-    Direction& d = p.directions.emplace_back();
-    Strided* const fields[] = {&d.q, &d.k, &d.v, &d.out, &d.d_out, &d.d_q, &d.d_k, &d.d_v};
-    for (size_t j = 0; j < matrices.size(); ++j) *fields[j] = strided(matrices[j]);
-    d.lse = reinterpret_cast<double*>(lse);
-    d.q_len = q_len;
-    d.k_len = k_len;
+  std::vector<int32_t> bounds, begins, lengths;
+
+  AttentionCall(const std::vector<DirectionArgs>& directions, const WindowArgs& windows, int64_t batch, int64_t heads,
+                int64_t dim, float scale, bool is_bf16, int threads) {
+    p.batch = batch;
+    p.heads = heads;
+    p.dim = dim;
+    p.scale = scale;
+    p.is_bf16 = is_bf16;
+    p.threads = threads;
+    for (const auto& [matrices, lse, d_lse, q_len, k_len] : directions) {
+      Direction& d = p.directions.emplace_back();
+      Strided* const fields[] = {&d.q, &d.k, &d.v, &d.out, &d.d_out, &d.d_q, &d.d_k, &d.d_v};
+      for (size_t j = 0; j < matrices.size(); ++j) *fields[j] = strided(matrices[j]);
+      d.lse = reinterpret_cast<double*>(lse);
+      d.d_lse = reinterpret_cast<const double*>(d_lse);
+      d.q_len = q_len;
+      d.k_len = k_len;
+    }
+    if (const auto* tables = std::get_if<TableArgs>(&windows))
+      read(*tables);
+    else
+      std::tie(p.frames, p.window, p.shift) = std::get<EqualArgs>(windows);
   }
-  return p;
-}
+  AttentionCall(const AttentionCall&) = delete;
+  AttentionCall& operator=(const AttentionCall&) = delete;
+
+ private:
+  void read(const TableArgs& tables) {
+    const auto [query_bounds, key_begin, key_length, segments] = tables;
+    const auto copy = [](uintptr_t from, int64_t count) {
+      const auto* values = reinterpret_cast<const int32_t*>(from);
+      return std::vector<int32_t>(values, values + count);
+    };
+    bounds = copy(query_bounds, segments + 1);
+    begins = copy(key_begin, segments);
+    lengths = copy(key_length, segments);
+    for (const Direction& d : p.directions) {
+      for (int64_t i = 0; i <= segments; ++i) {
+        const int64_t least = i ? bounds[i - 1] : 0, most = i ? d.q_len : 0;
+        refuse("query_bounds", i, bounds[i], i == segments ? d.q_len : least, most);
+      }
+      for (int64_t i = 0; i < segments; ++i) refuse("key_length", i, lengths[i], 0, d.k_len);
+    }
+    p.tables = {bounds.data(), begins.data(), lengths.data(), segments};
+  }
+
+  static void refuse(const char* name, int64_t at, int64_t value, int64_t least, int64_t most) {
+    if (least <= value && value <= most) return;
+    throw py::value_error(std::string(name) + "[" + std::to_string(at) + "] is " + std::to_string(value) +
+                          "; expected " + std::to_string(least) + ".." + std::to_string(most));
+  }
+};
 
 template <void (*InstructionSet::*kKernel)(const Attention&)>
-void run(const std::vector<DirectionArgs>& directions, int64_t batch, int64_t heads, int64_t dim, int64_t frames,
-         int64_t window, int64_t shift, float scale, bool is_bf16, int threads) {
-  const Attention p = unpack(directions, batch, heads, dim, frames, window, shift, scale, is_bf16, threads);
+void run(const std::vector<DirectionArgs>& directions, const WindowArgs& windows, int64_t batch, int64_t heads,
+         int64_t dim, float scale, bool is_bf16, int threads) {
+  const AttentionCall call(directions, windows, batch, heads, dim, scale, is_bf16, threads);
   const auto kernel = active().*kKernel;
   py::gil_scoped_release release;
-  kernel(p);
+  kernel(call.p);
+}
+
+// How many pairs of queries and keys each piece of the work has, in the order in which threads take them.
+std::vector<int64_t> attention_pairs(bool backward, const std::vector<DirectionArgs>& directions,
+                                     const WindowArgs& windows, int64_t batch, int64_t heads, int64_t dim, bool is_bf16,
+                                     int threads) {
+  const AttentionCall call(directions, windows, batch, heads, dim, 1.0f, is_bf16, threads);
+  std::vector<int64_t> pairs(active().attention_pairs(call.p, backward, nullptr, 0));
+  active().attention_pairs(call.p, backward, pairs.data(), pairs.size());
+  return pairs;
 }
 
 using TokensArgs = std::tuple<uintptr_t, int64_t, int64_t>;  // pointer and strides, see Tokens
@@ -315,6 +367,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("use_instruction_set", &use_instruction_set);
   m.def("attention_forward", &run<&InstructionSet::attention_forward>);
   m.def("attention_backward", &run<&InstructionSet::attention_backward>);
+  m.def("attention_pairs", &attention_pairs);
   m.def("group_norm_forward", &group_norm_forward);
   m.def("group_norm_backward", &group_norm_backward);
   m.def("conv_packed_bytes", &conv_packed_bytes);

@@ -185,15 +185,15 @@ class AmxConv {
   // before have summed waits in `sums_`, for one pair of tiles, or for all where the packed rows come in several
   // depths.
   void run(const Block& block, int64_t pair_begin, int64_t pair_end) const {
-    const bool whole = depth_ == in_chunks_;
-    const int64_t columns = whole ? 32 : (pair_end - pair_begin) * 32;
+    const bool is_one_depth = depth_ == in_chunks_;
+    const int64_t columns = is_one_depth ? 32 : (pair_end - pair_begin) * 32;
     const int64_t most = panel_chunks(block.taps);
     for (int64_t first = 0; first < in_chunks_; first += depth_) {
       const int64_t end = std::min(in_chunks_, first + depth_), panels = (end - first + most - 1) / most;
       fill(block, first, end);
       for (int64_t pair = pair_begin; pair < pair_end; ++pair) {
         const bool wide = pair * 32 + 16 < p_.out_channels;
-        float* sums = sums_ + (whole ? 0 : (pair - pair_begin) * 32);
+        float* sums = sums_ + (is_one_depth ? 0 : (pair - pair_begin) * 32);
         for (int64_t panel = 0; panel < panels; ++panel) {
           const int64_t chunk = first + (end - first) * panel / panels,
                         next = first + (end - first) * (panel + 1) / panels;

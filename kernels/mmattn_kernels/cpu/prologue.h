@@ -142,7 +142,7 @@ template <class T>
 void part_moments(const Tokens& x, int64_t batch, int64_t begin, int64_t end, int64_t channels, int64_t groups,
                   float* channel, Moments* out) {
   constexpr int64_t kPair = 2 * kLanes;
-  const int64_t padded = round_up(channels, kPair), whole = channels - channels % (kSlicePairs * kPair);
+  const int64_t padded = round_up(channels, kPair), sliced = channels - channels % (kSlicePairs * kPair);
   float *pivot = channel, *sums = channel + padded, *squares = channel + 2 * padded;
   for (int64_t c = 0; c < channels; c += kPair) {
     const Pair first = load_pair(row<T>(x, batch, begin) + c, channels - c);
@@ -154,7 +154,7 @@ void part_moments(const Tokens& x, int64_t batch, int64_t begin, int64_t end, in
     const int64_t rows = std::min(kSliceRows, end - first);
     const T* p = row<T>(x, batch, first);
     int64_t c = 0;
-    for (; c < whole; c += kSlicePairs * kPair)
+    for (; c < sliced; c += kSlicePairs * kPair)
       add_slice<kSlicePairs>(p + c, x.position, rows, channels - c, pivot + c, sums + c, squares + c);
     for (; c < channels; c += kPair)
       add_slice<1>(p + c, x.position, rows, channels - c, pivot + c, sums + c, squares + c);

@@ -149,10 +149,10 @@ inline Vec exp2(Vec x) {
 #else
   const Vec floor_limit = broadcast(-126.0f), ceiling = broadcast(127.0f);
   const Vec clamped = x < floor_limit ? floor_limit : (x > ceiling ? ceiling : x);
-  IntVec whole = __builtin_convertvector(clamped, IntVec);
-  whole += __builtin_convertvector(whole, Vec) > clamped;  // a true comparison is -1
-  const IntVec exponent = (whole + 127) << 23;
-  const Vec power = polynomial(clamped - __builtin_convertvector(whole, Vec)) * (Vec)exponent;
+  IntVec floored = __builtin_convertvector(clamped, IntVec);
+  floored += __builtin_convertvector(floored, Vec) > clamped;  // a true comparison is -1
+  const IntVec exponent = (floored + 127) << 23;
+  const Vec power = polynomial(clamped - __builtin_convertvector(floored, Vec)) * (Vec)exponent;
   const Vec bounded = x < floor_limit ? Vec{} : power;
   return x != x ? x : bounded;
 #endif

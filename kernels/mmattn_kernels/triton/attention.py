@@ -276,6 +276,7 @@ def _backward_dq_kernel(
 
     delta = rowsum(dO * O).
     """
+    # Long by its operands: a helper of Triton cannot be given a group of them, and would list them once more.
     is_audio, i_m, i_bh, i_b, i_h = _program(audio_tiles, video_tiles, batch_heads, heads)
     len_q = tl.where(is_audio, audio_len, video_len)
     len_k = tl.where(is_audio, video_len, audio_len)
