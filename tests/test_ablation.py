@@ -67,7 +67,7 @@ def test_table_and_page():
 
 
 def test_it_goes_on(monkeypatch):
-    """What was trained and sampled is not again; with more steps it goes on; the shares are those of the samples."""
+    """What was trained and sampled is not again; the shares are those of the samples."""
     first = run("--clips", "2", *PAIR)["rows"]
     measured = json.loads(pathlib.Path("out/as-the-preset-0/synchrony-4-2-1.json").read_text())["rows"]
     assert len(measured) == 7
@@ -78,8 +78,6 @@ def test_it_goes_on(monkeypatch):
     real = synchrony.run
     monkeypatch.setattr(synchrony, "run", lambda job: (sampled.append(job.out), real(job))[1])
     assert run("--clips", "2", *PAIR)["rows"] == first and not sampled
-    more = run("--clips", "2", *PAIR, steps=8)["rows"]
-    assert len(sampled) == 2 and more[0]["video"] != first[0]["video"] and more[0]["hours"] > first[0]["hours"]
 
 
 def test_mean_and_spread():

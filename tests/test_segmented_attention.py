@@ -339,10 +339,11 @@ def shapes_of_work():
 @needs_extension
 @pytest.mark.parametrize("backward", (False, True), ids=("forward", "backward"))
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_work_is_even_over_64_threads(dtype, backward):
+def test_work_is_even_over_64_threads(dtype, backward, instruction_set):
     """By count of queries times keys, where each thread takes the next piece as it becomes free."""
     from mmattn_kernels.cpu import attention
 
+    instruction_set("amx")  # whose blocks are the largest
     found = {}
     for name, queries, keys, heads, dim, windows in shapes_of_work():
         tables = windows if isinstance(windows, CircularWindows) else TableWindows(*windows.tables)

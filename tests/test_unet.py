@@ -388,7 +388,7 @@ def test_full_size_checkpoint():
     state = {key: torch.empty(shape, device="meta") for key, shape in FULL["state_dict"].items()}
     unet = CoupledUNet.from_published(state)
     ours = {"middle_cross_attention": True, "frame_rate": 10, "sample_rate": 16000, "random_weights": False}
-    config = {**FULL["config"], "dropout": 0.1, **ours}
+    config = {**FULL["config"], "dropout": 0.1, "prediction_type": "epsilon", **ours}
     assert public(unet.config) == {**config, "streams": ["video", "audio"]}
     assert {key: list(x.shape) for key, x in unet.to_published().items()} == FULL["state_dict"]
     assert round(unet.num_parameters() / 1e6, 2) == 133.68
