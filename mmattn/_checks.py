@@ -74,6 +74,12 @@ def stored(name: str, t: Any) -> None:
         raise ValueError(f"{name} is {found}; expected memory that has not been freed or cut short")
 
 
+def all_stored(names: Sequence[str], tensors: Sequence[Any]) -> None:
+    """The same of each, in front of an op's reference."""
+    for name, t in zip(names, tensors, strict=True):
+        stored(name, t)
+
+
 def _is_within_storage(t: Tensor) -> bool:
     """Whether the last element is: a storage can be resized, also to nothing, under the tensors that lie in it."""
     size = t.untyped_storage().nbytes()

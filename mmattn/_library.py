@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -223,6 +223,15 @@ def is_autocast(device_type: str) -> bool:
 @dispatch.constant_in_traces  # torch 2.11, for one, cannot trace the question
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
+
+
+def all_to_autocast(names: Sequence[str], tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The tensors by `to_autocast`, where autocast is on for the device of the first one."""
+    device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not is_autocast(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(to_autocast(name, t, dtype) for name, t in zip(names, tensors, strict=True))
 
 
 def to_autocast(name: str, t: Any, dtype: torch.dtype) -> Any:

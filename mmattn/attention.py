@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmattn import _checks, dispatch
 from mmattn._directions import AttentionOp
-from mmattn._library import call, is_autocast, to_autocast
+from mmattn._library import all_to_autocast, call
 from mmattn_kernels import CircularWindows, Direction
 
 
@@ -80,17 +80,13 @@ def random_shift_attention(
         RuntimeError: if the named `impl` cannot run here, with the reason.
     """
     tensors: tuple[Tensor, ...] = (video_q, video_k, video_v, audio_q, audio_k, audio_v)
-    device_type = video_q.device.type if isinstance(video_q, Tensor) else "cpu"
-    if is_autocast(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        tensors = tuple(to_autocast(*named, dtype) for named in zip(_checks.ATTENTION_TENSORS, tensors, strict=True))
+    tensors = all_to_autocast(_checks.ATTENTION_TENSORS, tensors)
     _checks.random_shift_attention(tensors, frames, window, shift)
     if scale is None:
         scale = tensors[0].shape[-1] ** -0.5
     chosen = dispatch.choose("random_shift_attention", impl, tensors[0])
     if chosen == "reference":
-        for name, t in zip(_checks.ATTENTION_TENSORS, tensors, strict=True):
-            _checks.stored(name, t)
+        _checks.all_stored(_checks.ATTENTION_TENSORS, tensors)
         return reference(*tensors, frames=frames, window=window, shift=shift, scale=scale)
     number, tensor = (0, shift) if isinstance(shift, Tensor) else (shift, None)
     arguments = *tensors, frames, window, number, tensor, float(scale), chosen

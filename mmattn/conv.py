@@ -199,12 +199,11 @@ def _convolve(
             }
             x, norm, film, activation = norm_op.group_norm(x, *norm, **normalise), None, None, None
         chosen = "reference"
+    tensors = (x, weight, bias, *prologue, residual)
     if chosen == "reference":
-        for name, t in zip(_Arguments._fields, (x, weight, bias, *prologue, residual), strict=False):
-            _checks.stored(name, t)
+        _checks.all_stored(_Arguments._fields[: len(tensors)], tensors)
         options: dict[str, Any] = {"norm": norm, "film": film, "activation": activation, "residual": residual}
         return reference(x, weight, bias, dilation=dilation, height=height, width=width, eps=eps, **options)
-    tensors = (x, weight, bias, *prologue, residual)
     arguments = *tensors, groups, dilation, height, width, activation == "silu", float(eps), chosen
     if overwrite_x and chosen == "cpu" and _may_overwrite(x, weight, tensors[1:]):
         out = _compute(*arguments, out=x)[0]

@@ -70,8 +70,7 @@ def group_norm(
     _checks.activation(activation)
     chosen = dispatch.choose("group_norm", impl, x)
     if chosen == "reference":
-        for name, t in {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift}.items():
-            _checks.stored(name, t)
+        _checks.all_stored(("x", "weight", "bias", "scale", "shift"), (x, weight, bias, scale, shift))
         return reference(x, weight, bias, groups, scale=scale, shift=shift, activation=activation, eps=eps)
     tensors, silu, eps = (x, weight, bias, scale, shift), activation == "silu", float(eps)
     return call("group_norm", tensors, *tensors, groups, silu, eps, chosen)[0]

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from mmattn import _checks, dispatch
 from mmattn._directions import AttentionOp
-from mmattn._library import call, is_autocast, to_autocast
+from mmattn._library import all_to_autocast, call
 from mmattn.windows import Windows
 from mmattn_kernels import Direction, TableWindows
 
@@ -55,10 +55,7 @@ def segmented_attention(
         ValueError: on any other argument outside the ranges above, naming it, its value and what was expected.
         RuntimeError: if the named `impl` cannot run here, with the reason.
     """
-    device_type = q.device.type if isinstance(q, Tensor) else "cpu"
-    if is_autocast(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        q, k, v = (to_autocast(name, t, dtype) for name, t in (("q", q), ("k", k), ("v", v)))
+    q, k, v = all_to_autocast("qkv", (q, k, v))
     if not isinstance(windows, Windows):
         raise TypeError(f"windows is a {type(windows).__name__}; expected mmattn.Windows")
     _checks.segmented_attention(q, k, v, windows.tables)

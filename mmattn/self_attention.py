@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from mmattn import _checks, dispatch
 from mmattn._directions import AttentionOp
-from mmattn._library import call, is_autocast, to_autocast
+from mmattn._library import all_to_autocast, call
 from mmattn_kernels import CircularWindows, Direction
 
 _SHORT = 32  # tokens; flash attention leaves most of a tile of 128 rows empty then
@@ -47,18 +46,14 @@ def self_attention(
         ValueError: on any other argument outside the ranges above, naming it, its value and what was expected.
         RuntimeError: if the named `impl` cannot run here, with the reason.
     """
-    device_type = q.device.type if isinstance(q, Tensor) else "cpu"
-    if is_autocast(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        q, k, v = (to_autocast(name, t, dtype) for name, t in (("q", q), ("k", k), ("v", v)))
+    q, k, v = all_to_autocast("qkv", (q, k, v))
     _checks.self_attention(q, k, v, segments)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     chosen = dispatch.choose("self_attention", impl, q)
     if chosen == "triton" and q.shape[1] // segments > _SHORT and dispatch.requested(impl) == "auto":
         chosen = "reference"
     if chosen == "reference":
-        for name, t in (("q", q), ("k", k), ("v", v)):
-            _checks.stored(name, t)
+        _checks.all_stored("qkv", (q, k, v))
         return reference(q, k, v, segments=segments, scale=scale)
     return call("self_attention", (q, k, v), q, k, v, segments, scale, chosen)[0]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mmattn_kernels.cpu
-from mmattn.testing import relative_error
+from mmattn.testing import assert_close_to_fp64, relative_error
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "bench"))
 
@@ -42,6 +42,15 @@ def with_gradients(function, tensors, d_out, dtype=None):
     out = function({name: x.requires_grad_() for name, x in leaves.items()})
     out.backward(d_out.to(out.dtype))
     return {"out": out.detach(), **{f"d_{name}": x.grad for name, x in leaves.items()}}
+
+
+def assert_as_exact(attend, oracle, tensors, d_out):
+    """Output and gradients of an attention op are within the budget that its oracle has in fp64 and in their dtype."""
+    exact, plain = with_gradients(oracle, tensors, d_out, torch.float64), with_gradients(oracle, tensors, d_out)
+    found = with_gradients(attend, tensors, d_out)
+    assert found["out"].is_contiguous() and found.keys() == exact.keys()
+    for key, x in found.items():
+        assert_close_to_fp64(x, exact[key], plain[key], name=key, rounding=4.0)
 
 
 def on_device(x):

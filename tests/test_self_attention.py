@@ -10,6 +10,7 @@ from helpers import (
     DTYPES,
     GPU_DTYPES,
     INSTRUCTION_SETS,
+    assert_as_exact,
     needs_extension,
     on_a_side_stream,
     on_device,
@@ -95,12 +96,7 @@ def test_outputs_and_gradients(name, isa, dtype, instruction_set, poisoned_memor
     instruction_set(isa)
     case = CASES[name]
     tensors, d_out = inputs(case, dtype)
-    exact = with_gradients(lambda t: segment_by_segment(case, t), tensors, d_out, torch.float64)
-    plain = with_gradients(lambda t: segment_by_segment(case, t), tensors, d_out)
-    found = with_gradients(lambda t: attend(case, t), tensors, d_out)
-    assert found["out"].is_contiguous() and found.keys() == exact.keys()
-    for key, x in found.items():
-        assert_close_to_fp64(x, exact[key], plain[key], name=key, rounding=4.0)
+    assert_as_exact(lambda t: attend(case, t), lambda t: segment_by_segment(case, t), tensors, d_out)
 
 
 @needs_extension

@@ -16,8 +16,9 @@ from mmdiffusion._files import whole_file
 from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
 from mmdiffusion.diffusion.superres import SuperResolutionPipeline
 from mmdiffusion.model.superres import SuperResolutionUNet
-from mmdiffusion.runs.models import DTYPES, ModelJob, load_any, pipeline_of, refuse_to_overwrite, superres_pipeline_of
+from mmdiffusion.runs.models import DTYPES, ModelJob, load_any, pipeline_of, superres_pipeline_of
 from mmdiffusion.runs.options import option
+from mmdiffusion.runs.results import refuse_to_overwrite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from mmdiffusion.data.films import FilmClips, check_format
 from mmdiffusion.data.pack import is_pack
 from mmdiffusion.data.synthetic import ceiling_and_floor
 from mmdiffusion.media import contact_sheet, write_image, write_video
-from mmdiffusion.runs.models import refuse_to_overwrite
 from mmdiffusion.runs.options import SEEDS, check, option
+from mmdiffusion.runs.results import refuse_to_overwrite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -29,9 +29,9 @@ from mmdiffusion.evaluation import (
 from mmdiffusion.evaluation.audioclip import SAMPLE_RATE as AUDIOCLIP_RATE
 from mmdiffusion.evaluation.statistics import mean_and_error
 from mmdiffusion.media import Film, open_film
-from mmdiffusion.runs.models import refuse_to_overwrite
 from mmdiffusion.runs.options import check, option
 from mmdiffusion.runs.processes import Processes
+from mmdiffusion.runs.results import files_of, write_texts
 
 _VERSION = 1  # of what is kept of a film
 _LABEL = 40  # letters of a folder's name in the picture, its last ones
@@ -76,8 +76,7 @@ class Evaluate:
 
 def run(job: Evaluate) -> str:
     """Measure, write the tables, and return the one to print."""
-    for suffix in (".md", ".json", ".png") if job.out else ():
-        refuse_to_overwrite(_beside(job, suffix), job.force)
+    outputs = files_of(job.out, (".md", ".json", ".png"), job.force)
     folders = (job.real, *job.fake)
     files = [_files(folder) for folder in folders]
     measure = _Measure(job)
@@ -88,20 +87,12 @@ def run(job: Evaluate) -> str:
         lines += [f"{folder}: {x.count} clips, {len(x.refused)} files of no use", *x.said()]
     lines += sorted({caution for row in rows for caution in row["cautions"]})
     text = "\n".join(lines)
-    if job.out:
-        job.out.parent.mkdir(parents=True, exist_ok=True)
+    if outputs:
         refused = {str(folder): x.refused for folder, x in zip(folders, found, strict=True)}
         content = json.dumps({"rows": rows, "refused": refused, "features": measure.names}, indent=1)
-        for suffix, said in ((".md", text), (".json", content)):
-            with whole_file(_beside(job, suffix)) as part:
-                part.write_text(said + "\n")
-        _plot(rows, _beside(job, ".png"))
+        write_texts(outputs, {".md": text, ".json": content})
+        _plot(rows, outputs[".png"])
     return text
-
-
-def _beside(job: Evaluate, suffix: str) -> pathlib.Path:
-    assert job.out is not None
-    return job.out.with_name(job.out.name + suffix)
 
 
 @dataclasses.dataclass

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+import mmattn
 from mmdiffusion import checkpoints
 from mmdiffusion._files import check_regular
 from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
@@ -54,6 +55,22 @@ def load(source: pathlib.Path, job: ModelJob) -> CoupledUNet:
             raise ValueError(f"{name} has its own configuration; expected neither --preset nor --config")
         return _of_folder(CoupledUNet, source)
     return CoupledUNet.from_published(source, preset=job.preset, **read_config(job.config))
+
+
+def dtype_on(device: torch.device, dtype: str | None) -> str:
+    """What a network that samples computes in: `dtype`, or if None what is right on the device, whose memory, of a CPU,
+    is kept between calls.
+    """
+    if device.type == "cpu":
+        mmattn.keep_freed_memory()
+    return dtype or ("float32" if device.type == "cpu" else "bfloat16")
+
+
+def load_pipeline(
+    source: pathlib.Path, job: ModelJob, scheduler: str, dtype: str, device: torch.device
+) -> MMDiffusionPipeline:
+    """The pipeline of the model of `load`."""
+    return pipeline_of(torch.nn.Module.to(load(source, job), device, DTYPES[dtype]), scheduler)
 
 
 def load_any(source: pathlib.Path, job: ModelJob) -> CoupledUNet | SuperResolutionUNet:
@@ -182,9 +199,3 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value for name, value in config.items() if not name.startswith("_") and (name, value) not in _AS_BEFORE
     }
-
-
-def refuse_to_overwrite(target: pathlib.Path, is_forced: bool) -> None:
-    """Raises FileExistsError if there is something, unless that is what was asked for."""
-    if target.exists() and not is_forced:
-        raise FileExistsError(f"{target} exists; --force overwrites it")

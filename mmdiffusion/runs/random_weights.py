@@ -12,8 +12,9 @@ import torch
 from mmdiffusion import checkpoints
 from mmdiffusion.model.superres import SuperResolutionUNet
 from mmdiffusion.model.unet import CoupledUNet
-from mmdiffusion.runs.models import ModelJob, read_config, refuse_to_overwrite
+from mmdiffusion.runs.models import ModelJob, read_config
 from mmdiffusion.runs.options import SEEDS, option
+from mmdiffusion.runs.results import refuse_to_overwrite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
 from mmdiffusion.diffusion.schedulers import SCHEDULERS, for_streams
 from mmdiffusion.diffusion.superres import SuperResolutionPipeline
 from mmdiffusion.runs.folder import FORMATS, Folder
-from mmdiffusion.runs.models import DTYPES, PACKAGED, ModelJob, load, load_superres, pipeline_of, settings_of
+from mmdiffusion.runs.models import DTYPES, PACKAGED, ModelJob, dtype_on, load_pipeline, load_superres, settings_of
 from mmdiffusion.runs.options import SEEDS, option
 from mmdiffusion.runs.processes import Processes
 
@@ -98,11 +98,8 @@ class Sample(ModelJob):
 def run(job: Sample) -> str:
     """Sample into the folder the clips that it lacks; nothing is written before all arguments are known to be good."""
     processes = Processes(job.device)
-    if processes.device.type == "cpu":
-        mmattn.keep_freed_memory()
-    dtype = job.dtype or ("float32" if processes.device.type == "cpu" else "bfloat16")
-    unet = load(job.model, job)
-    pipeline = pipeline_of(torch.nn.Module.to(unet, processes.device, DTYPES[dtype]), job.scheduler)
+    dtype = dtype_on(processes.device, job.dtype)
+    pipeline = load_pipeline(job.model, job, job.scheduler, dtype, processes.device)
     pipeline.check_inputs(**_of_the_call(job))
     clips = pipeline.clip_format
     _check_clips(job, clips)
@@ -110,7 +107,7 @@ def run(job: Sample) -> str:
     if enlarge is not None:
         enlarge.check_inputs(torch.zeros(1, 1, *clips.video_size[1:]), job.superres_steps)
     given = _read(job, clips)
-    settings = _settings(job, dtype, unet.config)
+    settings = _settings(job, dtype, pipeline.unet.config)
     rates = {"frame_rate": clips.frame_rate, "sample_rate": clips.sample_rate}
     options: dict[str, Any] = {**rates, "formats": job.formats, "rank": processes.rank}
     if job.force and processes.rank == 0:
@@ -123,7 +120,7 @@ def run(job: Sample) -> str:
     if processes.rank:
         return ""
     folder.merge()
-    gain = _gain(job, unet.config)
+    gain = _gain(job, pipeline.unet.config)
     said = "" if gain == 1 else f"; the weights are random, so their sound is noise, turned down to {gain:.0%}"
     return f"{job.out}: {job.num} clips{said}"
 

@@ -11,9 +11,8 @@ import socket
 import sys
 from typing import ClassVar
 
-from mmdiffusion._files import whole_file
-from mmdiffusion.runs.models import refuse_to_overwrite
 from mmdiffusion.runs.options import SEEDS, check, option
+from mmdiffusion.runs.results import files_of, write_texts
 from mmdiffusion.study import Study, make_app, make_study, tally
 from mmdiffusion.study.votes import extra
 
@@ -127,17 +126,11 @@ def serve(job: Serve) -> str:
 
 def count(job: Count) -> str:
     """Count, write the tables, and return the one to print."""
-    suffixes = (".md", ".json", ".png") if job.out else ()
-    targets = [job.out.with_name(job.out.name + suffix) for suffix in suffixes]  # type: ignore[union-attr]
-    for target in targets:
-        refuse_to_overwrite(target, job.force)
+    files = files_of(job.out, (".md", ".json", ".png"), job.force)
     found = tally(Study(job.study))
-    if targets:
-        targets[0].parent.mkdir(parents=True, exist_ok=True)
-        for target, said in zip(targets, (found.markdown(), json.dumps(found.content(), indent=1)), strict=False):
-            with whole_file(target) as part:
-                part.write_text(said + "\n")
-        found.plot(targets[2])
+    if files:
+        write_texts(files, {".md": found.markdown(), ".json": json.dumps(found.content(), indent=1)})
+        found.plot(files[".png"])
     return found.markdown()
 
 

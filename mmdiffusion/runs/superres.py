@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import mmattn
 from mmdiffusion import media
 from mmdiffusion._files import digest, whole_file
 from mmdiffusion.diffusion.schedulers import SCHEDULERS
 from mmdiffusion.diffusion.superres import SuperResolutionPipeline
-from mmdiffusion.runs.models import DTYPES, load_superres, settings_of
+from mmdiffusion.runs.models import DTYPES, dtype_on, load_superres, settings_of
 from mmdiffusion.runs.options import SEEDS, check, option
 from mmdiffusion.runs.processes import Processes
 from mmdiffusion.runs.sample import clip_seed, versions
@@ -82,9 +81,7 @@ class SuperResolve:
 def run(job: SuperResolve) -> str:
     """Make the films that the folder lacks; nothing is written before all of them are known to be readable."""
     processes = Processes(job.device)
-    if processes.device.type == "cpu":
-        mmattn.keep_freed_memory()
-    dtype = job.dtype or ("float32" if processes.device.type == "cpu" else "bfloat16")
+    dtype = dtype_on(processes.device, job.dtype)
     pipeline = load_superres(job.model, job.scheduler, dtype, processes.device, config=job.config)
     settings = {
         "model": digest(job.model),

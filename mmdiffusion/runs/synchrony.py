@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import mmattn
-from mmdiffusion._files import digest, whole_file
+from mmdiffusion._files import digest
 from mmdiffusion.clips import STREAMS
 from mmdiffusion.data import SyntheticClips, to_clip
 from mmdiffusion.data.synthetic import ceiling_and_floor, synchrony
 from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
 from mmdiffusion.diffusion.schedulers import SCHEDULERS
-from mmdiffusion.runs.models import DTYPES, PACKAGED, ModelJob, load, pipeline_of, refuse_to_overwrite, settings_of
+from mmdiffusion.runs.models import DTYPES, PACKAGED, ModelJob, dtype_on, load_pipeline, settings_of
 from mmdiffusion.runs.options import SEEDS, option
 from mmdiffusion.runs.processes import Processes
+from mmdiffusion.runs.results import files_of, write_texts
 from mmdiffusion.runs.sample import clip_seed, versions
 
 WAYS = {"joint": None, "video-from-audio": "audio", "audio-from-video": "video"}
@@ -100,31 +100,24 @@ class Row:
 
 def run(job: MeasureSynchrony) -> str:
     """Measure, write the table, and return it."""
-    for suffix in (".md", ".json") if job.out else ():
-        refuse_to_overwrite(_beside(job.out, suffix), job.force)
+    files = files_of(job.out, (".md", ".json"), job.force)
     processes = Processes(job.device)
-    if processes.device.type == "cpu":
-        mmattn.keep_freed_memory()
-    dtype = job.dtype or ("float32" if processes.device.type == "cpu" else "bfloat16")
-    unet = load(job.model, job)
-    pipeline = pipeline_of(torch.nn.Module.to(unet, processes.device, DTYPES[dtype]), job.scheduler)
+    dtype = dtype_on(processes.device, job.dtype)
+    pipeline = load_pipeline(job.model, job, job.scheduler, dtype, processes.device)
     rows = measure(pipeline, job)
     text = table(rows)
-    if job.out:
+    if files:
         settings = {name: getattr(job, name) for name in ("clips", "steps", "scheduler", "seed", "world", "batch_size")}
         content = {
             "model": digest(job.model),
-            "config": settings_of(unet.config),
+            "config": settings_of(pipeline.unet.config),
             "dtype": dtype,
             **settings,
             "guidance_scale": {given: _scale(pipeline, job, given) for given in STREAMS},
             "versions": versions(),
             "rows": [dataclasses.asdict(row) for row in rows],
         }
-        job.out.parent.mkdir(parents=True, exist_ok=True)
-        for suffix, said in ((".md", text), (".json", json.dumps(content, indent=1))):
-            with whole_file(_beside(job.out, suffix)) as part:
-                part.write_text(said + "\n")
+        write_texts(files, {".md": text, ".json": json.dumps(content, indent=1)})
     return text
 
 
@@ -216,8 +209,3 @@ def _scale(pipeline: MMDiffusionPipeline, job: MeasureSynchrony, given: str) -> 
 
 def _clipped(audio: Tensor) -> float:
     return float((audio.abs() >= 1).float().mean())
-
-
-def _beside(out: pathlib.Path | None, suffix: str) -> pathlib.Path:
-    assert out is not None
-    return out.with_name(out.name + suffix)

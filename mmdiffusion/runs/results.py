@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: MIT
+"""Files that a job leaves beside what it prints: OUT.md, OUT.json and so on."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+
+from mmdiffusion._files import whole_file
+
+
+def refuse_to_overwrite(target: pathlib.Path, is_forced: bool) -> None:
+    """Raises FileExistsError if there is something, unless that is what was asked for."""
+    if target.exists() and not is_forced:
+        raise FileExistsError(f"{target} exists; --force overwrites it")
+
+
+def files_of(out: pathlib.Path | None, suffixes: Sequence[str], is_forced: bool) -> dict[str, pathlib.Path]:
+    """OUT with each suffix, by suffix; none without OUT.
+
+    Raises:
+        FileExistsError: if there is one of them, unless that is what was asked for.
+    """
+    files = {} if out is None else {suffix: out.with_name(out.name + suffix) for suffix in suffixes}
+    for file in files.values():
+        refuse_to_overwrite(file, is_forced)
+    return files
+
+
+def write_texts(files: Mapping[str, pathlib.Path], texts: Mapping[str, str]) -> None:
+    """A text into each of `files_of`, by suffix, and their folder if it is not there."""
+    for suffix, text in texts.items():
+        files[suffix].parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(files[suffix]) as part:
+            part.write_text(text + "\n")
