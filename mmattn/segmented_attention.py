@@ -66,6 +66,7 @@ def segmented_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     chosen = dispatch.choose("segmented_attention", impl, q)
     if chosen == "reference":
+        _checks.all_stored(_Arguments._fields[:6], (q, k, v, *windows.tables))
         if q.device.type == "cpu" or return_lse:
             out, lse = reference(q, k, v, windows, scale=scale)
         else:

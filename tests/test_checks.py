@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import needs_extension
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import flop_counter
+from torch.utils._pytree import tree_map
 
 import mmattn
 from mmattn import _checks, dispatch
@@ -56,6 +57,13 @@ def _self_attention(q, k, v, impl):
     return mmattn.self_attention(q, k, v, segments=2, impl=impl)
 
 
+def _segmented_attention(q, k, v, impl):
+    windows = mmattn.Windows.prefix([0, 3, 8], [5, 13], keys=13)
+    if isinstance(q, FakeTensor):
+        windows = tree_map(q.fake_mode.from_tensor, windows)
+    return mmattn.segmented_attention(q, k, v, windows, impl=impl)
+
+
 def _group_norm(x, weight, bias, scale, shift, impl):
     return mmattn.group_norm(x, weight, bias, 8, scale=scale, shift=shift, activation="silu", impl=impl)
 
@@ -71,10 +79,12 @@ def _spatial_conv2d(x, weight, bias, norm_weight, norm_bias, impl):
 
 VIDEO, AUDIO, TOKENS = (2, 8, 2, 16), (2, 13, 2, 16), (2, 12, 32)
 ATTENTION_FLOPS = 2 * 2 * 2 * 2 * 16 * (8 * 2 * 3 + 13 * 2 * 2)  # 2 a product, 2 products, B, H, D, queries of keys
+MASKED_FLOPS = 2 * 2 * 2 * 16 * 8 * 13  # of a product; all keys are counted, as of attention with a mask
 CONV_FLOPS = 2 * 2 * 12 * 32 * 32
 OPS = {
     "random_shift_attention": Op(_attention, (VIDEO,) * 3 + (AUDIO,) * 3, ATTENTION_FLOPS, ATTENTION_FLOPS * 5 // 2),
     "self_attention": Op(_self_attention, (VIDEO,) * 3, 2 * 2 * 2 * 2 * 16 * 8 * 4, 5 * 2 * 2 * 2 * 16 * 8 * 4),
+    "segmented_attention": Op(_segmented_attention, (VIDEO, AUDIO, AUDIO), 2 * MASKED_FLOPS, 5 * MASKED_FLOPS),
     "group_norm": Op(_group_norm, (TOKENS, (32,), (32,), (2, 32), (2, 32))),
     "dilated_conv1d": Op(_dilated_conv1d, (TOKENS, (32, 32, 3), *((32,),) * 3), 3 * CONV_FLOPS, 6 * CONV_FLOPS),
     "spatial_conv2d": Op(_spatial_conv2d, (TOKENS, (32, 32, 3, 3), *((32,),) * 3), 9 * CONV_FLOPS, 18 * CONV_FLOPS),
@@ -520,6 +530,16 @@ def test_a_shift_without_its_storage_is_refused_by_name(size):
             mmattn.random_shift_attention(*tensors, frames=3, window=1, shift=shift, impl=impl)
         with pytest.raises(ValueError, match=UNSTORED.format("shift(_tensor)?")):
             torch.ops.mmattn.random_shift_attention(*tensors, 3, 1, 0, shift, 0.25, impl)
+
+
+def test_tables_without_their_storage_are_refused_by_name():
+    tensors = [_random(*shape) for shape in OPS["segmented_attention"].shapes]
+    for impl in ("cpu", "reference"):
+        for name in ("query_bounds", "key_begin", "key_length"):
+            windows = mmattn.Windows.prefix([0, 3, 8], [5, 13], keys=13)
+            getattr(windows, name).untyped_storage().resize_(4)
+            with pytest.raises(ValueError, match=UNSTORED.format(name)):
+                mmattn.segmented_attention(*tensors, windows, impl=impl)
 
 
 def test_what_is_cut_short_before_backward_is_refused_by_name(op):
