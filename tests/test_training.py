@@ -426,6 +426,10 @@ def test_init(capsys):
     begun = read(sorted(pathlib.Path("again/states").iterdir())[0])
     name = "first.audio.weight"
     assert torch.equal(begun[f"model.{name}"], averaged[f"ema.0.9999.{name}"])
+    run("--init", "run/model", "--preset", "small", *small, steps=1, out="by-recipe")
+    begun = read(sorted(pathlib.Path("by-recipe/states").iterdir())[0])
+    assert torch.equal(begun[f"model.{name}"], averaged[f"ema.0.9999.{name}"])
+    assert f"ema.0.5.{name}" in begun  # the preset is that of the recipe
 
 
 def test_a_published_run_goes_on(capsys):

@@ -132,9 +132,11 @@ def run(job: Train) -> str:
 def _network(job: Train) -> CoupledUNet:
     """To begin with."""
     torch.manual_seed(job.seed)
-    if job.model_preset:
-        return CoupledUNet(**{**checkpoints.PRESETS[job.model_preset], **read_config(job.config)})
-    unet = load(job.init or published.newest(job.resume)[0], job)  # type: ignore[arg-type]
+    weights = published.newest(job.resume)[0] if job.resume else job.init
+    if weights is None:
+        return CoupledUNet(**{**checkpoints.PRESETS[str(job.model_preset)], **read_config(job.config)})
+    # A directory has its own configuration, so that a preset is that of the recipe alone.
+    unet = load(weights, dataclasses.replace(job, preset=None) if weights.is_dir() else job)
     unet.register_to_config(random_weights=False)  # no longer, once they are trained
     return unet
 
