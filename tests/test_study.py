@@ -12,9 +12,11 @@ import pathlib
 import re
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 
 import numpy
@@ -30,6 +32,7 @@ from mmdiffusion import cli
 from mmdiffusion.clips import ClipFormat
 from mmdiffusion.data import SyntheticClips, to_clip
 from mmdiffusion.media import open_film, write_audio, write_video
+from mmdiffusion.runs import study as job
 from mmdiffusion.study import QUESTIONS, Study, make_app, make_study, tally
 from mmdiffusion.study.tally import alpha, figure
 from mmdiffusion.study.votes import Vote, balanced_order
@@ -487,9 +490,60 @@ def served(path, port=0, end=signal.SIGINT):
         yield line.split("/ ")[0]
     finally:
         server.send_signal(end)
-        out, err = server.communicate(timeout=30)
+        try:
+            out, err = server.communicate(timeout=30)
+        finally:
+            server.kill()
     assert server.returncode == (0 if end == signal.SIGINT else -end), err
     assert end != signal.SIGINT or "answers of" in out
+
+
+def test_the_end_waits_for_nobody(study, monkeypatch, caplog, capsys):
+    """Neither for an idle connection, nor the rest of a request, nor for who reads nothing; also where SIGINT was
+    ignored, as a shell has it in what it starts in the background.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = listening.getsockname()
+    reading, ended = threading.Event(), threading.Event()
+
+    def endless(environ, start_response):
+        start_response("200 OK", [])
+        reading.set()
+        return itertools.repeat(bytes(1 << 16))
+
+    def connect_and_end():
+        with contextlib.ExitStack() as connections:
+            for sent in (b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\n", b""):
+                connections.enter_context(connected(address)).sendall(sent)
+            reading.wait(30)
+            os.kill(os.getpid(), signal.SIGINT)
+            if not ended.wait(30):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(job, "make_app", lambda study: endless)
+    before = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.default_int_handler}
+    before = {x: signal.signal(x, handler) for x, handler in before.items()}
+    try:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            client = pool.submit(connect_and_end)
+            said = job.serve(job.Serve(study=study.path, port=address[1]))
+            ended.set()
+            client.result()
+    finally:
+        for x, handler in before.items():
+            signal.signal(x, handler)
+    assert said.endswith("0 answers of 0 raters, of whom 0 came to the end")
+    assert not [x.message for x in caplog.records if "still running" in x.message]
+
+
+def connected(address, seconds=30):
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection(address)
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
 
 @pytest.fixture

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""The processes that share a job, and their devices."""
+"""The processes that share a job, their devices, and the signals that end it."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -83,3 +86,26 @@ def _checked(device: str | None) -> torch.device | None:
     if found.type == "cuda" and not (found.index or 0) < torch.cuda.device_count():
         raise ValueError(f"{expected}, of which torch finds {torch.cuda.device_count()}")
     return found
+
+
+@contextlib.contextmanager
+def told_to_stop(wake: Callable[[], object] = lambda: None) -> Iterator[list[int]]:
+    """The first SIGINT or SIGTERM is put on a list, and `wake` called; a second one acts as ever.
+
+    That is so even where SIGINT was ignored, as it is by what a script starts in the background.
+    """
+    signals: list[int] = []
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _: Any) -> None:
+        signals.append(number)
+        signal.signal(number, before[number])
+        wake()
+
+    try:
+        for number in before:
+            signal.signal(number, note)
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -9,9 +9,10 @@ import json
 import pathlib
 import socket
 import sys
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mmdiffusion.runs.options import SEEDS, check, option
+from mmdiffusion.runs.processes import told_to_stop
 from mmdiffusion.runs.results import files_of, write_texts
 from mmdiffusion.study import Study, make_app, make_study, tally
 from mmdiffusion.study.votes import extra
@@ -100,26 +101,27 @@ def make(job: Make) -> str:
 
 
 def serve(job: Serve) -> str:
-    """Serve until interrupted, and say what there is then."""
+    """Serve until SIGINT or SIGTERM, and say what there is then."""
     study = Study(job.study)
-    app = make_app(study)
+    sockets: dict[int, Any] = {}
     server = extra("waitress").create_server(
-        app,
+        make_app(study),
+        map=sockets,
         sockets=[_listening(job.host, job.port)],
         threads=_THREADS,
         ident=None,  # what serves is nobody's business
         max_request_header_size=_REQUEST_BYTES,
         max_request_body_size=_REQUEST_BYTES,
     )
-    host, port = server.effective_host, server.effective_port
-    sys.stdout.write(f"http://{f'[{host}]' if ':' in host else host}:{port}/ serves {job.study}; Ctrl-C ends it\n")
-    if not ipaddress.ip_address(host).is_loopback:
-        sys.stdout.write("whoever reaches this address can take part, over a connection that is not encrypted\n")
-    sys.stdout.flush()
-    try:
-        server.run()
-    finally:
+    with told_to_stop(server.pull_trigger) as signals:
+        _announce(job.study, server.effective_host, server.effective_port)
+        while not signals:
+            extra("waitress.wasyncore").loop(map=sockets, count=1)
+        # Its own end waits for whoever reads a film slowly. A vote that is cut off is counted, or not, as a whole.
+        for connection in list(server.active_channels.values()):
+            connection.handle_close()
         server.close()
+        server.task_dispatcher.shutdown()
     begun, finished = study.raters()
     return f"{job.study} has {len(study.votes())} answers of {begun} raters, of whom {finished} came to the end"
 
@@ -132,6 +134,13 @@ def count(job: Count) -> str:
         write_texts(files, {".md": found.markdown(), ".json": json.dumps(found.content(), indent=1)})
         found.plot(files[".png"])
     return found.markdown()
+
+
+def _announce(study: pathlib.Path, host: str, port: int) -> None:
+    sys.stdout.write(f"http://{f'[{host}]' if ':' in host else host}:{port}/ serves {study}; Ctrl-C ends it\n")
+    if not ipaddress.ip_address(host).is_loopback:
+        sys.stdout.write("whoever reaches this address can take part, over a connection that is not encrypted\n")
+    sys.stdout.flush()
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -30,7 +30,7 @@ from mmdiffusion.runs import published
 from mmdiffusion.runs.convert import save_pipeline
 from mmdiffusion.runs.models import ModelJob, load, pipeline_of, read_config, settings_of
 from mmdiffusion.runs.options import SEEDS, option
-from mmdiffusion.runs.processes import Processes
+from mmdiffusion.runs.processes import Processes, told_to_stop
 from mmdiffusion.runs.sample import clip_seed, versions
 from mmdiffusion.training import Recipe, State, States, train
 from mmdiffusion.training.log import Log, plot, row_of, summary
@@ -41,7 +41,6 @@ try:
 except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _OF_PRESET = "; by default that of the preset"
 
 
@@ -125,7 +124,7 @@ def run(job: Train) -> str:
         unet.enable_gradient_checkpointing()
     data = open_dataset(job.data, ClipFormat.of(unet.config), job.seed, flip=job.flip)
     alone = _alone(job.out) if processes.rank == 0 else contextlib.nullcontext()
-    with alone, _told_to_stop() as signals:
+    with alone, told_to_stop() as signals:
         return _Run(job, recipe, unet, data, processes).go(signals)
 
 
@@ -304,22 +303,3 @@ def _alone(folder: pathlib.Path) -> Iterator[None]:
     finally:
         if descriptor is not None:
             os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _told_to_stop() -> Iterator[list[int]]:
-    """The first SIGINT or SIGTERM is put on a list, for the end of the step; a second one acts as ever."""
-    signals: list[int] = []
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in _SIGNALS}
-
-    def note(number: int, _: Any) -> None:
-        signals.append(number)
-        signal.signal(number, before[number])
-
-    try:
-        for number in before:
-            signal.signal(number, note)
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
