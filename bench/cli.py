@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +21,9 @@ from tqdm import tqdm
 MODES = ("forward", "backward", "both")
 DTYPES = ("float32", "bfloat16", "float16")
 COMPILE = "torch.compile"
+
+ProvidersOf = Callable[[argparse.Namespace, Any, str, str], list[harness.Provider]]
+"""Of the command line, a shape, a dtype and a mode."""
 
 
 def make_parser(
@@ -125,7 +128,7 @@ def run(
     args: argparse.Namespace,
     header: dict[str, Any],
     shapes: list[Any],
-    providers_of: Callable[[argparse.Namespace, Any, str, str], list[harness.Provider]],
+    providers_of: ProvidersOf,
     minimum: Mapping[str, int] = MappingProxyType({}),
 ) -> int:
     """Measure providers_of(args, shape, dtype, mode) for all cases; print the table, write the JSON and the picture.
@@ -144,23 +147,43 @@ def run(
     header = header | harness.describe_machine(args.device)
     sample = harness.sampler(args.device)
     header["ceilings"] = harness.measure_ceilings(args.device, args.dtype, sample)
-    rows: list[dict[str, Any]] = []
-    op, device = header["op"], args.device
 
     def settings_of(mode: str) -> harness.Settings:
         return dataclasses.replace(settings, minimum=minimum.get(mode, settings.minimum))
 
-    cases = [
-        (
-            {"op": op, "shape": str(s), "dims": dataclasses.asdict(s), "dtype": dtype, "mode": mode, "device": device},
-            s,
-        )
-        for dtype in args.dtype
-        for s in shapes
-        for mode in args.modes
-    ]
+    cases = list(_cases(args, header["op"], shapes))
     if args.base is not None:
         return base.run(args, args.program, header, cases, settings_of)
+    rows = _measure(args, header, cases, providers_of, settings_of, sample)
+    after = harness.measure_ceilings(args.device, args.dtype, sample)
+    header["ceilings"] = harness.higher(header["ceilings"], after)
+    harness.add_shares(rows, header["ceilings"])
+    report.write_json(args.json, header, rows)
+    print(report.table(header, rows))
+    print(f"\nresults: {args.json}")
+    _draw(args)
+    return 0
+
+
+def _cases(args: argparse.Namespace, op: str, shapes: list[Any]) -> Iterator[tuple[dict[str, Any], Any]]:
+    """What a row of the results says of each case, and its shape."""
+    for dtype in args.dtype:
+        for shape in shapes:
+            for mode in args.modes:
+                case = {"op": op, "shape": str(shape), "dims": dataclasses.asdict(shape), "dtype": dtype}
+                yield {**case, "mode": mode, "device": args.device}, shape
+
+
+def _measure(
+    args: argparse.Namespace,
+    header: dict[str, Any],
+    cases: list[tuple[dict[str, Any], Any]],
+    providers_of: ProvidersOf,
+    settings_of: Callable[[str], harness.Settings],
+    sample: Callable[[harness.Call], float],
+) -> list[dict[str, Any]]:
+    """The rows of all cases, written after each of them, so that a run cut short leaves what it has."""
+    rows: list[dict[str, Any]] = []
     with tqdm(cases, file=sys.stderr, unit="case") as progress:
         for case, shape in progress:
             progress.set_description(f"{shape} {case['dtype']} {case['mode']}")
@@ -174,15 +197,8 @@ def run(
                 memory=not args.no_memory,
             )
             harness.add_shares(rows, header["ceilings"])
-            report.write_json(args.json, header, rows)  # after each case, so that a run cut short leaves what it has
-    after = harness.measure_ceilings(args.device, args.dtype, sample)
-    header["ceilings"] = harness.higher(header["ceilings"], after)
-    harness.add_shares(rows, header["ceilings"])
-    report.write_json(args.json, header, rows)
-    print(report.table(header, rows))
-    print(f"\nresults: {args.json}")
-    _draw(args)
-    return 0
+            report.write_json(args.json, header, rows)
+    return rows
 
 
 def _settings(args: argparse.Namespace, header: Mapping[str, Any]) -> harness.Settings:
