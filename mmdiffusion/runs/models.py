@@ -77,7 +77,7 @@ def load_any(source: pathlib.Path, job: ModelJob) -> CoupledUNet | SuperResoluti
     """The model of `load`, or a super-resolution network, whichever is there."""
     if source.is_dir():
         kind = read_config(_folder_of_network(source) / "config.json").get("_class_name")
-        return _load_superres(source, job.config) if kind == SuperResolutionUNet.__name__ else load(source, job)
+        return load_superres_unet(source, job.config) if kind == SuperResolutionUNet.__name__ else load(source, job)
     tensors = checkpoints.read(source)
     if not checkpoints.is_superres(tensors):
         return CoupledUNet.from_published(tensors, preset=job.preset, **read_config(job.config))
@@ -100,7 +100,7 @@ def load_superres(
     config: pathlib.Path | None = None,
 ) -> SuperResolutionPipeline:
     """The pipeline of a published super-resolution checkpoint, or of a directory of save_pretrained."""
-    unet = _load_superres(source, config)
+    unet = load_superres_unet(source, config)
     channels = unet.config["in_channels"]
     if channels != 3:
         raise ValueError(f"{source} has in_channels {channels}; expected 3, of colour")
@@ -115,7 +115,8 @@ def superres_pipeline_of(unet: SuperResolutionUNet, scheduler: str = "ddim") -> 
     return SuperResolutionPipeline(unet, make_scheduler(scheduler, has_learned_variance=has_variance))
 
 
-def _load_superres(source: pathlib.Path, config: pathlib.Path | None) -> SuperResolutionUNet:
+def load_superres_unet(source: pathlib.Path, config: pathlib.Path | None) -> SuperResolutionUNet:
+    """The network of a published super-resolution checkpoint, or of a directory of save_pretrained."""
     if not source.is_dir():
         return SuperResolutionUNet.from_published(source, **read_config(config))
     if config:
