@@ -32,4 +32,4 @@ def write_texts(files: Mapping[str, pathlib.Path], texts: Mapping[str, str]) -> 
     for suffix, text in texts.items():
         files[suffix].parent.mkdir(parents=True, exist_ok=True)
         with whole_file(files[suffix]) as part:
-            part.write_text(text + "\n")
+            part.write_text(text + "\n", encoding="utf-8")

@@ -124,6 +124,7 @@ def run(job: Train) -> str:
     if processes.device.type == "cpu":
         mmattn.keep_freed_memory()
     processes.refuse_if_different("code", code_digest()[:12])
+    recipe = job.recipe
     trained = TrainedFrames(job) if job.superres else TrainedClips(job)
     torch.nn.Module.to(trained.network, processes.device, torch.float32)
     if job.gradient_checkpointing:
@@ -131,7 +132,7 @@ def run(job: Train) -> str:
     data = trained.data()
     alone = _alone(job.out) if processes.rank == 0 else contextlib.nullcontext()
     with alone, _told_to_stop() as signals:
-        return _Run(job, trained, data, processes).go(signals)
+        return _Run(job, recipe, trained, data, processes).go(signals)
 
 
 @functools.cache
@@ -147,9 +148,10 @@ def code_digest() -> str:
 class _Run:
     """One sitting of a run."""
 
-    def __init__(self, job: Train, trained: TrainedClips | TrainedFrames, data: Any, processes: Processes) -> None:
-        self.job, self.trained, self.data, self.processes = job, trained, data, processes
-        self.recipe = recipe = job.recipe
+    def __init__(
+        self, job: Train, recipe: Recipe, trained: TrainedClips | TrainedFrames, data: Any, processes: Processes
+    ) -> None:
+        self.job, self.recipe, self.trained, self.data, self.processes = job, recipe, trained, data, processes
         self.is_first = processes.rank == 0
         begun_from = job.init or job.resume
         settings = {
