@@ -157,8 +157,8 @@ def _of_folder(cls: type[Network], source: pathlib.Path) -> Network:
     made, info = loaded
     with torch.no_grad():
         for x in (*made.parameters(), *made.buffers()):
-            # Read now, at an address of its own: what is mapped changes with the file, ends the process where that is cut
-            # short, and lies at addresses for which BLAS may round otherwise.
+            # What is mapped changes with the file, ends the process where that is cut short, and lies at addresses for
+            # which BLAS rounds otherwise.
             x.data = x.data.clone()
     for what in ("missing", "unexpected"):
         if keys := info[f"{what}_keys"]:
