@@ -16,7 +16,7 @@ from mmdiffusion.runs import memorisation
 from mmdiffusion.runs.measure import Found, Measure
 from mmdiffusion.runs.options import check, option
 from mmdiffusion.runs.processes import Processes
-from mmdiffusion.runs.results import files_of, write_texts
+from mmdiffusion.runs.results import files_of, said_if_not_written, write_texts
 
 _LABEL = 40  # letters of a folder's name in the picture, its last ones
 _FAD_SCALE = 10_000
@@ -134,12 +134,13 @@ def run(job: Evaluate) -> str:
             "features": measure.names,
             "nearest": {name: {x.name: x.content() for x in compared} for name, compared in nearest.items()},
         }
-        write_texts(outputs, {".md": text, ".json": json.dumps(content, indent=1)})
-        _plot(rows, outputs[".png"])
-        if nearest and job.training:
-            memorisation.plot(nearest, outputs[".nearest.png"])
-            for folder, compared, suffix in zip(job.fake, nearest.values(), pairs, strict=True):
-                memorisation.sheet(measure, folder, job.training, compared, outputs[suffix])
+        with said_if_not_written(text):
+            write_texts(outputs, {".md": text, ".json": json.dumps(content, indent=1)}, job.force)
+            _plot(rows, outputs[".png"])
+            if nearest and job.training:
+                memorisation.plot(nearest, outputs[".nearest.png"])
+                for folder, compared, suffix in zip(job.fake, nearest.values(), pairs, strict=True):
+                    memorisation.sheet(measure, folder, job.training, compared, outputs[suffix])
     return text
 
 

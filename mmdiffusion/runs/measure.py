@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import pathlib
 from collections.abc import Iterable, Iterator
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from mmdiffusion._files import digest, files_below, printable, save_torch, whole_file
+from mmdiffusion._files import digest, files_below, keep, kept, printable
 from mmdiffusion.clips import STREAMS, Clip, ClipFormat
 from mmdiffusion.data.index import cache_folder, index_folder
 from mmdiffusion.evaluation import I3D, AudioCLIPAudio, LowLevelAudio, LowLevelVideo, alignment
@@ -99,7 +100,6 @@ class Measure:
         settings += [digest(path) for path in (job.i3d, job.audioclip) if path]
         self.settings = json.dumps(settings)
         self.cache = pathlib.Path(job.cache or cache_folder()) / "features"
-        self.cache.mkdir(parents=True, exist_ok=True)
         self._digest = functools.cache(digest)
 
     def folder(self, folder: pathlib.Path, *, step: int | None = None) -> Found:
@@ -112,7 +112,7 @@ class Measure:
         Raises:
             ValueError: if there are less than two clips, naming why.
         """
-        kept: dict[str, dict[str, Any]] = {}
+        films: dict[str, dict[str, Any]] = {}
         refused: dict[str, str] = {}
         count, most = 0, self.job.clips if step is None else None
         tasks = (
@@ -126,7 +126,7 @@ class Measure:
             if isinstance(measured, str):
                 refused[printable(name)] = measured
                 continue
-            kept[name] = measured
+            films[name] = measured
             count += max(len(x) for x in measured["starts"].values())
         if count < 2:
             why = "; ".join(list(refused.values())[:3]) or "it is empty"
@@ -135,17 +135,16 @@ class Measure:
             key: torch.cat(parts)[:most]
             for stream in STREAMS
             for key in (stream, RAW[stream])
-            if (parts := [x["tensors"][key] for x in kept.values() if key in x["tensors"]])
+            if (parts := [x["tensors"][key] for x in films.values() if key in x["tensors"]])
         }
+        starts = {stream: [(name, x["starts"].get(stream, [])) for name, x in films.items()] for stream in STREAMS}
         places = {
-            stream: [Place(name, Fraction(start)) for name, x in kept.items() for start in x["starts"].get(stream, ())][
-                :most
-            ]
-            for stream in STREAMS
+            stream: [Place(name, Fraction(start)) for name, found in of_films for start in found][:most]
+            for stream, of_films in starts.items()
         }
         none = torch.zeros(0, dtype=torch.float64)
-        scores = torch.cat([x["tensors"].get("scores", none) for x in kept.values()])[:most]
-        recoded = sum(tuple(x["codecs"]) != _IN_RELEASE for x in kept.values())
+        scores = torch.cat([x["tensors"].get("scores", none) for x in films.values()])[:most]
+        recoded = sum(tuple(x["codecs"]) != _IN_RELEASE for x in films.values())
         released = self._released(folder, places["audio"]) if self.released is not None else None
         return Found(features, released, places, scores, min(count, most or count), refused, recoded)
 
@@ -195,15 +194,12 @@ class Measure:
     def _kept(self, key: list[Any], make: Any) -> Any:
         """What was made before of the same, or is made now."""
         text = json.dumps([*key, self.settings])
-        file = self.cache / f"{hashlib.sha256(text.encode()).hexdigest()}.pt"
-        if file.exists():
-            try:
-                return torch.load(file, weights_only=True)
-            except Exception:  # of many kinds for a broken file; it is only a cache
-                file.unlink()
-        made = make()
-        with whole_file(file) as part:
-            save_torch(made, part)
+        file = self.cache / f"{hashlib.sha256(text.encode()).hexdigest()}.features"
+        if content := kept(file):
+            return torch.load(io.BytesIO(content), weights_only=True)
+        made, buffer = make(), io.BytesIO()
+        torch.save(made, buffer)
+        keep(file, buffer.getvalue(), "what was measured of a film")
         return made
 
     @torch.no_grad()
