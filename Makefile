@@ -59,6 +59,7 @@ lint: install ## style and types: ruff, mypy, clang-format, and tables and API p
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(RUN) -m mypy examples
 	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES)
 	$(RUN) bench/tables.py --check
 	$(RUN) docs/make_api.py --check

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +18,20 @@ from mmattn._directions import AttentionOp
 from mmattn._library import all_to_autocast, call
 from mmattn.windows import Windows
 from mmattn_kernels import Direction, TableWindows
+
+
+@overload
+def segmented_attention(
+    q: Tensor, k: Tensor, v: Tensor, windows: Windows, *,
+    scale: float | None = None, return_lse: Literal[False] = False, impl: str = "auto",
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def segmented_attention(
+    q: Tensor, k: Tensor, v: Tensor, windows: Windows, *,
+    scale: float | None = None, return_lse: Literal[True], impl: str = "auto",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def segmented_attention(
