@@ -86,6 +86,20 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+SUPERRES_PRESETS: dict[str, dict[str, Any]] = {
+    "landscape": {},  # the published network, which is the default of SuperResolutionUNet
+    # What is trained on frames of the synthetic world on a CPU: 16 x 16 to 64 x 64.
+    "small": {
+        "image_size": 64,
+        "model_channels": 32,
+        "out_channels": 3,
+        "num_res_blocks": 1,
+        "attention_resolutions": (-1,),
+        "channel_mult": (1, 1, 2),
+    },
+}
+"""Of super-resolution networks, under the names of the coupled networks whose clips they make larger."""
+
 _RANDOM = "random_weights"  # a checkpoint's note, beside the tensors, that they were never trained
 _MAX_LEVELS = 16  # of which each halves height and width
 
@@ -311,14 +325,20 @@ def _marked(tensors: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
     return marked
 
 
-def write(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, is_random: bool = False) -> None:
+def write(
+    tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, is_random: bool = False, may_replace: bool = True
+) -> None:
     """A state dict as .safetensors, or as a file of torch.save, which is there whole or not at all.
 
     Args:
         is_random: the file says that its parameters were never trained, which `read` and `load` see.
+        may_replace: whether a file that is there goes.
+
+    Raises:
+        OSError: if it cannot be written; FileExistsError, if there is one that may not.
     """
     path = pathlib.Path(path)
-    with whole_file(path) as part:
+    with whole_file(path, may_replace=may_replace) as part:
         if path.suffix == ".safetensors":
             metadata = {_RANDOM: "true"} if is_random else None
             save_safetensors({name: x.contiguous() for name, x in tensors.items()}, part, metadata)

@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 from mmattn.testing import relative_error  # noqa: E402
-from mmdiffusion import CoupledUNet, SuperResolutionPipeline, SuperResolutionUNet, checkpoints, cli, media  # noqa: E402
+from mmdiffusion import CoupledUNet, SuperResolutionPipeline, SuperResolutionUNet, _files, checkpoints, cli, media  # noqa: E402
 from mmdiffusion.clips import ClipFormat  # noqa: E402
 from mmdiffusion.data import SyntheticClips, degrade  # noqa: E402
 from mmdiffusion.data.items import joined  # noqa: E402
@@ -599,6 +599,28 @@ def test_superres_goes_on_where_it_was(here, monkeypatch, capsys, noise):
     assert (pictures("large/clip.mp4") - pictures("whole/clip.mp4")).abs().max() <= 2 / 127.5
 
 
+def test_what_other_processes_did_meanwhile(here, monkeypatch, capsys):
+    """One that makes the same film, one that emptied files, and one that left a frame of another network."""
+    frames = pathlib.Path("large/clip.frames")
+    with _files.alone_in(frames, "made"), pytest.raises(SystemExit):
+        enlarge()
+    assert "clip.frames is being made by another process; expected to be alone" in capsys.readouterr().err
+    enlarge()
+    pathlib.Path("large/clip.mp4").write_bytes(b"")
+    frames.mkdir()
+    (frames / "000002.png").write_bytes(b"")
+    (frames / f".{16 * 'a'}.part").write_bytes(b"of a killed process")
+    enlarge()
+    assert "frames made now" in capsys.readouterr().out and len(pictures("large/clip.mp4")) == 5
+    assert sorted(x.name for x in pathlib.Path("large").iterdir()) == ["clip.json", "clip.mp4"]
+    pathlib.Path("large/clip.mp4").unlink()
+    frames.mkdir()
+    media.write_image(frames / "000001.png", torch.zeros(3, 8, 8))
+    with pytest.raises(SystemExit):
+        enlarge()
+    assert "000001.png is of 8 x 8 pixels; expected 16 x 16, or no file" in capsys.readouterr().err
+
+
 def test_sounds_that_are_copied(here):
     """Of other codecs, of a film that begins late, and none."""
     video = pictures("clip.mp4")
@@ -848,3 +870,26 @@ def test_training_in_the_loop():
     for (name, a), b in zip(whole.unet.named_parameters(), halves.unet.parameters(), strict=True):
         moved = whole.optimizer.state[a]["exp_avg"]
         assert relative_error(halves.optimizer.state[b]["exp_avg"], moved) < 1e-3 or moved.norm() < 1e-6, name
+
+
+def test_train_command(tmp_path, monkeypatch, capsys):
+    """Frames of the world; the run goes on where it was, previews are drawn, and what comes out makes films larger."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.mmattn, "keep_freed_memory", lambda: True)
+    pathlib.Path("small.json").write_text(json.dumps({**SMALL, "scale": 2}))
+    command = "train synthetic --superres --batch-size 2 --device cpu --config small.json --preview-clips 2 --out run"
+    cli.main([*command.split(), "--steps", "1", "--preview-every", "1"])
+    cli.main([*command.split(), "--steps", "2"])
+    assert "goes on from run/states/step-00000001.safetensors" in capsys.readouterr().err
+    assert media.read_clip("run/previews/step-00000001.png", size=None, need=["video"]).video.shape == (1, 3, 256, 512)
+    loaded = SuperResolutionPipeline.from_pretrained("run/model", low_cpu_mem_usage=False)
+    assert loaded.unet.config["scale"] == 2 and loaded.unet.config["image_size"] == SMALL["image_size"]
+    begun = command.replace("--config small.json", "--init run/model").replace("--out run", "--out begun")
+    cli.main([*begun.split(), "--steps", "1"])
+    for options, message in {
+        "--preset tiny": "preset is 'tiny'; expected one of 'landscape', 'small' with superres",
+        "--resume run": "resume is run and superres is given; expected init",
+    }.items():
+        with pytest.raises(SystemExit):
+            cli.main(["train", "synthetic", "--superres", "--out", "other", *options.split()])
+        assert message in capsys.readouterr().err

@@ -27,6 +27,9 @@ Network = TypeVar("Network", CoupledUNet, SuperResolutionUNet)
 PACKAGED = pathlib.Path(__file__).resolve().parent.parent / "weights" / "small"
 """The model that comes with the package: of the synthetic world, a directory of its pipeline."""
 
+_PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+"""What of a scheduler's configuration a network is trained for."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -77,7 +80,7 @@ def load_any(source: pathlib.Path, job: ModelJob) -> CoupledUNet | SuperResoluti
     """The model of `load`, or a super-resolution network, whichever is there."""
     if source.is_dir():
         kind = read_config(_folder_of_network(source) / "config.json").get("_class_name")
-        return _load_superres(source, job.config) if kind == SuperResolutionUNet.__name__ else load(source, job)
+        return load_superres_unet(source, job.config) if kind == SuperResolutionUNet.__name__ else load(source, job)
     tensors = checkpoints.read(source)
     if not checkpoints.is_superres(tensors):
         return CoupledUNet.from_published(tensors, preset=job.preset, **read_config(job.config))
@@ -100,7 +103,7 @@ def load_superres(
     config: pathlib.Path | None = None,
 ) -> SuperResolutionPipeline:
     """The pipeline of a published super-resolution checkpoint, or of a directory of save_pretrained."""
-    unet = _load_superres(source, config)
+    unet = load_superres_unet(source, config)
     channels = unet.config["in_channels"]
     if channels != 3:
         raise ValueError(f"{source} has in_channels {channels}; expected 3, of colour")
@@ -115,7 +118,8 @@ def superres_pipeline_of(unet: SuperResolutionUNet, scheduler: str = "ddim") -> 
     return SuperResolutionPipeline(unet, make_scheduler(scheduler, has_learned_variance=has_variance))
 
 
-def _load_superres(source: pathlib.Path, config: pathlib.Path | None) -> SuperResolutionUNet:
+def load_superres_unet(source: pathlib.Path, config: pathlib.Path | None) -> SuperResolutionUNet:
+    """The network of a published super-resolution checkpoint, or of a directory of save_pretrained."""
     if not source.is_dir():
         return SuperResolutionUNet.from_published(source, **read_config(config))
     if config:
@@ -151,7 +155,13 @@ def _of_folder(cls: type[Network], source: pathlib.Path) -> Network:
         loaded: Any = cls.from_pretrained(folder, low_cpu_mem_usage=False, output_loading_info=True)
     except (OSError, RuntimeError) as error:  # whose words are of git, of networks, and of options that would hide it
         raise ValueError(f"{folder} has weights that cannot be read; expected those of save_pretrained") from error
+    made: Any
     made, info = loaded
+    with torch.no_grad():
+        for x in (*made.parameters(), *made.buffers()):
+            # What is mapped changes with the file, ends the process where that is cut short, and lies at addresses for
+            # which BLAS rounds otherwise.
+            x.data = x.data.clone()
     for what in ("missing", "unexpected"):
         if keys := info[f"{what}_keys"]:
             raise ValueError(f"{folder} has weights with {len(keys)} {what} keys: {', '.join(sorted(keys)[:10])}")
@@ -159,10 +169,32 @@ def _of_folder(cls: type[Network], source: pathlib.Path) -> Network:
 
 
 def _folder_of_network(source: pathlib.Path) -> pathlib.Path:
-    folder = source / "unet" if (source / "model_index.json").exists() else source
+    index = source / "model_index.json"
+    folder = source / "unet" if index.exists() else source
     if not (folder / "config.json").is_file():
         raise ValueError(f"{source} is a directory without config.json; expected one of save_pretrained")
+    if index.exists():
+        config = read_config(folder / "config.json")
+        entry = read_config(index).get("unet")
+        if not isinstance(entry, list) or entry[1:] != [config.get("_class_name")]:
+            found = f"{index} has unet {entry!r}, and {folder / 'config.json'} is of a {config.get('_class_name')}"
+            raise ValueError(f"{found}; expected one class in both")
+        _refuse_other_process(source / "scheduler" / "scheduler_config.json", config)
     return folder
+
+
+def _refuse_other_process(file: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Refuse the directory of a network of another diffusion than that of `make_scheduler`, which jobs take."""
+    if not file.exists():
+        return
+    found, ours = read_config(file), make_scheduler("ddpm").config
+    expected = {name: ours[name] for name in _PROCESS} | {"prediction_type": config.get("prediction_type", "epsilon")}
+    for name, value in expected.items():
+        if (other := found.get(name, value)) != value:
+            raise ValueError(
+                f"{file} has {name} {other!r}; expected {value!r}, of the diffusion that this command knows; "
+                "from_pretrained of the pipeline has its own"
+            )
 
 
 def _refuse_other_weights(expected: Mapping[str, tuple[int, ...]], file: pathlib.Path) -> None:

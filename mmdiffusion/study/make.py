@@ -15,7 +15,7 @@ from typing import Any
 import numpy
 from tqdm import tqdm
 
-from mmdiffusion._files import digest, files_below
+from mmdiffusion._files import digest, files_below, printable, whole_folder
 from mmdiffusion.media import open_film, write_video
 from mmdiffusion.media.read import Film
 from mmdiffusion.study.votes import Study
@@ -60,7 +60,7 @@ def make_study(
     """Copy films under names that tell nothing, in random order and with equal times, and make the study's database.
 
     Args:
-        out: its folder, which is made; there may be nothing of that name, or an empty folder.
+        out: its folder, which is there whole or not at all; there may be nothing of that name, or an empty folder.
         sources: folders by the name of what made their films, the real ones first; two or more.
         ratings: films of each source that a rater scores.
         guesses: films of each model that a rater judges to be real or generated, among as many real ones as there are
@@ -93,10 +93,13 @@ def make_study(
             )
     _refuse_twins(found)
     seed = secrets.randbits(62) if seed is None else seed
-    (out / "films").mkdir(parents=True)
-    copies, transcoded = _copied(out, found, seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with whole_folder(out) as made:
+        (made / "films").mkdir()
+        copies, transcoded = _copied(made, found, seed)
+        Study.create(made, copies, ratings=ratings, guesses=guesses, seed=seed)
     return Made(
-        Study.create(out, copies, ratings=ratings, guesses=guesses, seed=seed),
+        Study(out),
         {name: len(x) for name, x in copies.items()},
         refused,
         transcoded,
@@ -113,10 +116,10 @@ def _usable(folder: pathlib.Path, refused: dict[str, str], progress: bool) -> _S
             with open_film(path) as film:
                 forms, seconds = film.forms, film.durations
         except (OSError, ValueError) as error:
-            refused[str(path)] = " ".join(str(error).removeprefix(f"{path} ").split())
+            refused[printable(str(path))] = " ".join(printable(str(error).removeprefix(f"{path} ")).split())
             continue
         if len(seconds) < 2:
-            refused[str(path)] = f"it has no {'sound' if 'video' in seconds else 'picture'}"
+            refused[printable(str(path))] = f"it has no {'sound' if 'video' in seconds else 'picture'}"
             continue
         found.paths.append(path)
         # Codecs are not seen; sizes, rates and lengths are.
@@ -151,9 +154,9 @@ def _copied(
                 shutil.copyfile(path, copy)
             else:
                 _transcode(film, copy)
-                transcoded.append(str(path))
+                transcoded.append(printable(str(path)))
         os.utime(copy, (0, 0))
-        copies[name].append((copy.name, str(path)))
+        copies[name].append((copy.name, printable(str(path))))
     return {name: sorted(x) for name, x in copies.items()}, sorted(transcoded)
 
 
