@@ -154,6 +154,7 @@ def _of_folder(cls: type[Network], source: pathlib.Path) -> Network:
         loaded: Any = cls.from_pretrained(folder, low_cpu_mem_usage=False, output_loading_info=True)
     except (OSError, RuntimeError) as error:  # whose words are of git, of networks, and of options that would hide it
         raise ValueError(f"{folder} has weights that cannot be read; expected those of save_pretrained") from error
+    made: Network
     made, info = loaded
     with torch.no_grad():
         for x in (*made.parameters(), *made.buffers()):
