@@ -30,7 +30,7 @@ from mmdiffusion.evaluation import (
 from mmdiffusion.evaluation.audioclip import SAMPLE_RATE as AUDIOCLIP_RATE
 from mmdiffusion.evaluation.statistics import mean_and_error
 from mmdiffusion.media import Film, open_film
-from mmdiffusion.runs.options import check, option
+from mmdiffusion.runs.options import check, option, refuse_unused
 from mmdiffusion.runs.processes import Processes
 from mmdiffusion.runs.results import files_of, said_if_not_written, write_texts
 
@@ -73,6 +73,7 @@ class Evaluate:
 
     def __post_init__(self) -> None:
         check(self)
+        refuse_unused(self, self.out, "out", "force")
 
 
 def run(job: Evaluate) -> str:

@@ -28,7 +28,7 @@ from mmdiffusion.model.unet import CoupledUNet
 from mmdiffusion.runs import published
 from mmdiffusion.runs.convert import save_pipeline
 from mmdiffusion.runs.models import ModelJob, load, pipeline_of, read_config, settings_of
-from mmdiffusion.runs.options import SEEDS, option
+from mmdiffusion.runs.options import SEEDS, option, refuse_unused
 from mmdiffusion.runs.processes import Processes
 from mmdiffusion.runs.sample import clip_seed, versions
 from mmdiffusion.training import Recipe, State, States, train
@@ -104,6 +104,9 @@ class Train(ModelJob):
         super().__post_init__()
         if self.init and self.resume:
             raise ValueError(f"init is {self.init} and resume {self.resume}; expected one of them")
+        refuse_unused(self, self.data != "synthetic", "films as data", "flip")
+        refuse_unused(self, self.recipe.weighting == "min-snr", "weighting min-snr", "min_snr_gamma")
+        refuse_unused(self, self.preview_every, "preview_every", "preview_clips")
 
 
 def run(job: Train) -> str:
