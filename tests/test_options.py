@@ -35,6 +35,7 @@ UNUSED = {
     "train synthetic --out o --init sr --config c.json": "sr has its own configuration; expected neither --preset",
     "train synthetic --out o --init a --resume b": "init is a and resume b; expected one of them",
     "eval --real films --fake films --force": "force is True, which has no effect here; expected out with it",
+    "eval --real films --fake films --training-step 2": "training_step is 2, which has no effect here",
     "synchrony --ways joint --guidance gradient": "guidance is ('gradient',), which has no effect here; expected ways",
     "synchrony --ways joint --guidance-scale 1": "guidance_scale is 1.0, which has no effect here; expected ways",
     "synchrony --guidance replacement --guidance-scale 1": "guidance_scale is 1.0, which has no effect here",
@@ -58,8 +59,8 @@ HAVE_AN_EFFECT = {
     "formats force",
     "superres": "films model out fit steps scheduler noise seed frames_per_call dtype device force",
     "train": "data out steps batch_size micro_batch lr warmup weight_decay clip_norm ema_rates weighting timesteps "
-    "precision seed device gradient_checkpointing workers log_every checkpoint_every keep preview_every preset",
-    "eval": "real fake i3d audioclip out clips frames size fps sample_rate cache device",
+    "precision seed device gradient_checkpointing workers log_every checkpoint_every keep preview_every preset superres",
+    "eval": "real fake i3d audioclip published training out clips frames size fps sample_rate cache device",
     "synchrony": "model clips steps ways scheduler seed world batch_size dtype device out",
     "convert": "source target dtype force",
     "random": "config target seed force",
