@@ -59,7 +59,8 @@ HAVE_AN_EFFECT = {
     "formats force",
     "superres": "films model out fit steps scheduler noise seed frames_per_call dtype device force",
     "train": "data out steps batch_size micro_batch lr warmup weight_decay clip_norm ema_rates weighting timesteps "
-    "precision seed device gradient_checkpointing workers log_every checkpoint_every keep preview_every preset superres",
+    "superres precision seed device gradient_checkpointing workers log_every checkpoint_every keep "
+    "preview_every preset",
     "eval": "real fake i3d audioclip published training out clips frames size fps sample_rate cache device",
     "synchrony": "model clips steps ways scheduler seed world batch_size dtype device out",
     "convert": "source target dtype force",
