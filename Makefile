@@ -59,6 +59,7 @@ lint: install ## style and types: ruff, mypy, clang-format, and tables and API p
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(RUN) -m mypy examples
 	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES)
 	$(RUN) bench/tables.py --check
 	$(RUN) docs/make_api.py --check
@@ -70,6 +71,7 @@ fix: install ## what lint can repair by itself
 
 bench: install ## the full benchmarks of this machine into bench/results and the documents (an hour, nothing else running)
 	$(RUN) bench/attn.py --modes forward both --json bench/results/attn-cpu.json
+	$(RUN) bench/segments.py --modes forward both --json bench/results/segments-cpu.json
 	$(RUN) bench/norm.py --json bench/results/norm-cpu.json
 	$(RUN) bench/conv.py --json bench/results/conv-cpu.json
 	$(RUN) bench/unet.py --breakdown --json bench/results/unet-cpu.json

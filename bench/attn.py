@@ -17,6 +17,7 @@ from typing import Any
 
 import cli
 import harness
+import published
 import report
 import torch
 import torch.nn.functional as F
@@ -122,31 +123,10 @@ def sdpa_over_views(shape: Shape) -> Attend:
 
 
 def sdpa_over_unfold(shape: Shape) -> Attend:
-    """The best that torch's SDPA was brought to here: views [F, B*H, S*n, D] of K and V, rolled and padded in one copy.
-
-    The batch is merged into the heads, which costs nothing for B = 1; for B > 1 no view has one stride over (B, F). A
-    window of all frames needs neither roll nor view, and is plain SDPA. `unfold` makes the same views as as_strided,
-    with a faster backward.
-    """
+    """The best that torch's SDPA was brought to here, see published.sdpa_over_unfold."""
     _whole_segments(shape)
-    if shape.window == shape.frames:
-        return full_sdpa(shape)
-    frames, window, shift = shape.frames, shape.window, shape.shift
-
-    def windows(x: Tensor) -> Tensor:
-        segment = x.shape[1] // frames
-        start = shift * segment
-        x = x.transpose(0, 1)  # [L, B, H, D]
-        x = torch.cat([x[start:], x[: start + (window - 1) * segment]]).flatten(1, 2)  # [(F+S-1)*n, B*H, D]
-        return x.unfold(0, window * segment, segment).transpose(2, 3)  # [F, B*H, S*n, D], no copy
-
-    def direction(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        batch, length, heads, dim = q.shape
-        q = q.unflatten(1, (frames, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)  # [F, B*H, n, D]
-        out = F.scaled_dot_product_attention(q, windows(k), windows(v))
-        return out.unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4).reshape(batch, length, heads, dim)
-
-    return _both_directions(direction)
+    at = shape.frames, shape.window, shape.shift
+    return _both_directions(lambda q, k, v: published.sdpa_over_unfold(q, k, v, *at))
 
 
 def sdpa_over_copies(shape: Shape) -> Attend:

@@ -21,6 +21,9 @@ from tqdm import tqdm
 MODES = ("forward", "backward", "both")
 DTYPES = ("float32", "bfloat16", "float16")
 COMPILE = "torch.compile"
+# A network as well as plain torch can do it.
+TUNED = "torch, tuned"
+COMPILED = "torch, tuned, compiled"
 
 
 def make_parser(
@@ -104,7 +107,7 @@ def parse(
     args.batch = args.batch or (args.cuda_batches if on_cuda else [1])
     args.modes = args.modes or [m for m in args.all_modes if not (args.quick and m == "backward")]
     # Compiling takes longer than all the rest of a quick run.
-    left_out = {*([COMPILE] if args.quick else []), *([] if on_cuda else on_request)}
+    left_out = {*([COMPILE, COMPILED] if args.quick else []), *([] if on_cuda else on_request)}
     args.providers = args.providers or [p for p in args.all_providers if p not in left_out]
     args.plot = args.plot or args.json.with_suffix(".png")
     if args.max_gflop is None and args.quick and not on_cuda:

@@ -7,6 +7,8 @@ the order that its torch module wants; norm, SiLU, FiLM and convolution are call
 softmax in fp32, product, of whole matrices; cross-attention gathers keys and values by index, one segment after
 another. Two things are left out, in its favour: the checkpointing that computes each block again in backward, and index
 maps that are kept for every length. Nothing is drawn: shifts are arguments, or `fixed_shift` of a block.
+
+`tuned` is the same network as well as plain torch can do it: what an expert would write today.
 """
 
 from __future__ import annotations
@@ -212,6 +214,13 @@ class Resample(nn.Module):
         return images.unflatten(0, x.shape[:2])
 
 
+class Join(nn.Module):
+    """Two tensors of a stream, side by side in the channels."""
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return torch.cat([x, skip], x.dim() // 2)
+
+
 class FiLM(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         scale, shift = emb.chunk(2, 1 if x.dim() == 3 else 2)
@@ -387,13 +396,14 @@ class PublishedUNet(nn.Module):
         self.output_blocks = nn.ModuleList(nn.ModuleList(layers) for layers in decoder)
         self.video_out = nn.Sequential(Norm(ch), nn.SiLU(), VideoConv(ch, video_out_channels, 3))
         self.audio_out = nn.Sequential(Norm(ch), nn.SiLU(), AudioConv(ch, audio_out_channels, 3))
+        self.join = Join()
 
     def forward(self, video: Tensor, audio: Tensor, timesteps: Tensor, shifts: Sequence[int] = ()) -> Pair:
         """video [B, F, C, H, W], audio [B, C, T], timesteps [B], one shift for each block that shifts, in order."""
         half = self.channels // 2
         frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=video.device) / half)
         angles = timesteps[:, None].float() * frequencies
-        emb = self.time_embed(torch.cat([angles.cos(), angles.sin()], 1))
+        emb = self.time_embed(torch.cat([angles.cos(), angles.sin()], 1).type(self.time_embed[0].weight.dtype))
         left = iter(shifts)
 
         def run(layers: nn.ModuleList, video: Tensor, audio: Tensor) -> Pair:
@@ -413,7 +423,7 @@ class PublishedUNet(nn.Module):
         video, audio = run(self.middle_blocks, video, audio)
         for layers in self.output_blocks:
             video_skip, audio_skip = skips.pop()
-            video, audio = run(layers, torch.cat([video, video_skip], 2), torch.cat([audio, audio_skip], 1))
+            video, audio = run(layers, self.join(video, video_skip), self.join(audio, audio_skip))
         return self.video_out(video), self.audio_out(audio)
 
 
@@ -422,4 +432,166 @@ def to_half(network: PublishedUNet, dtype: torch.dtype) -> PublishedUNet:
     for module in network.modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             module.to(dtype)
+    return network
+
+
+def sdpa_over_unfold(q: Tensor, k: Tensor, v: Tensor, frames: int, window: int, shift: int) -> Tensor:
+    """One direction of the cross-attention by torch's SDPA: q [B, Lq, H, D], k and v [B, Lk, H, D] -> [B, Lq, H, D].
+
+    On views [F, B*H, S*n, D] of K and V, rolled and padded in one copy. The batch is merged into the heads, which costs
+    nothing for B = 1; for B > 1 no view has one stride over (B, F). A window of all frames needs neither roll nor view.
+    `unfold` makes the same views as as_strided, with a faster backward.
+    """
+    if window == frames:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
+
+    def windows(x: Tensor) -> Tensor:
+        segment = x.shape[1] // frames
+        start = shift * segment
+        x = x.transpose(0, 1)  # [L, B, H, D]
+        x = torch.cat([x[start:], x[: start + (window - 1) * segment]]).flatten(1, 2)  # [(F+S-1)*n, B*H, D]
+        return x.unfold(0, window * segment, segment).transpose(2, 3)  # [F, B*H, S*n, D], no copy
+
+    batch, length, heads, dim = q.shape
+    q = q.unflatten(1, (frames, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)  # [F, B*H, n, D]
+    out = F.scaled_dot_product_attention(q, windows(k), windows(v))
+    return out.unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4).reshape(batch, length, heads, dim)
+
+
+def tokens(x: Tensor) -> Tensor:
+    """[B, F, C, H, W] or [B, C, T] with the channels last, as the tuned modules have it in memory; a view."""
+    return x.movedim(x.dim() // 2, -1)
+
+
+def stream(x: Tensor) -> Tensor:
+    """The inverse of `tokens`."""
+    return x.movedim(-1, x.dim() // 2)
+
+
+def project(x: Tensor, conv: nn.Module) -> Tensor:
+    """A convolution of one tap on tokens."""
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
+
+
+class TunedNorm(Norm):
+    """Torch's own for channels last, in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return stream(self.of_tokens(tokens(x)))
+
+    def of_tokens(self, x: Tensor) -> Tensor:
+        return self.GroupNorm(x.flatten(1, -2).movedim(-1, 1).unsqueeze(2)).squeeze(2).movedim(1, -1).view(x.shape)
+
+
+class TunedSpatialConv(SpatialConv):
+    def forward(self, x: Tensor) -> Tensor:
+        images = tokens(x).flatten(0, 1).movedim(-1, 1)
+        return stream(self._conv_forward(images, self.weight, self.bias).movedim(1, -1).unflatten(0, x.shape[:2]))
+
+
+class TunedTemporalConv(TemporalConv):
+    """As a 3 x 1 convolution of images of frames by pixels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        images = tokens(x).flatten(2, 3).movedim(-1, 1)
+        y = F.conv2d(images, self.weight.unsqueeze(-1), self.bias, padding=(self.padding[0], 0))
+        return stream(y.movedim(1, -1).unflatten(2, x.shape[3:]))
+
+
+class TunedVideoConv(VideoConv):
+    def forward(self, video: Tensor) -> Tensor:
+        is_projection = self.video_conv.kernel_size == (1, 1, 1)
+        return stream(project(tokens(video), self.video_conv)) if is_projection else super().forward(video)
+
+
+class TunedAudioConv(AudioConv):
+    """As a 1 x 3 convolution of an image of one line, or a projection."""
+
+    def forward(self, audio: Tensor) -> Tensor:
+        conv = self.audio_conv
+        if conv.kernel_size == (1,):
+            return stream(project(tokens(audio), conv))
+        options = {"padding": (0, conv.padding[0]), "dilation": (1, conv.dilation[0])}
+        return F.conv2d(audio.unsqueeze(2), conv.weight.unsqueeze(2), conv.bias, **options).squeeze(2)
+
+
+class TunedSelfAttention(SelfAttention):
+    def forward(self, audio: Tensor) -> Tensor:
+        return stream(self.of_tokens(tokens(audio)))
+
+    def of_tokens(self, x: Tensor) -> Tensor:
+        qkv = project(self.norm.of_tokens(x), self.qkv).unflatten(-1, (3, self.heads, -1))
+        out = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).flatten(2)
+        return x + project(out, self.proj_out)
+
+
+class TunedSpatialAttention(TunedSelfAttention):
+    def forward(self, video: Tensor) -> Tensor:
+        x = tokens(video)
+        return stream(self.of_tokens(x.flatten(0, 1).flatten(1, 2)).view(x.shape))
+
+
+class TunedTemporalAttention(TunedSelfAttention):
+    def forward(self, video: Tensor) -> Tensor:
+        b, f, c, h, w = video.shape
+        rows = self.of_tokens(tokens(video).flatten(2, 3).transpose(1, 2).reshape(b * h * w, f, c))
+        return stream(rows.view(b, h, w, f, c).permute(0, 3, 1, 2, 4).contiguous())
+
+
+class TunedCrossAttention(CrossAttention):
+    """T in whole segments."""
+
+    def forward(self, video: Tensor, audio: Tensor, shift: int | None = None) -> Pair:
+        x, y = tokens(video), tokens(audio)
+        at = video.shape[1], self.local_window, self.fixed_shift if shift is None else shift
+        heads = (3, self.num_heads, -1)
+        video_q, video_k, video_v = (
+            project(self.v_norm.of_tokens(x.flatten(1, 3)), self.v_qkv).unflatten(-1, heads).unbind(2)
+        )
+        audio_q, audio_k, audio_v = project(self.a_norm.of_tokens(y), self.a_qkv).unflatten(-1, heads).unbind(2)
+        to_video = sdpa_over_unfold(video_q, audio_k, audio_v, *at).view(x.shape)
+        to_audio = sdpa_over_unfold(audio_q, video_k, video_v, *at).view(y.shape)
+        return video + self.video_proj_out(stream(to_video)), audio + self.audio_proj_out(stream(to_audio))
+
+
+class TunedResample(Resample):
+    """Of images, where audio is an image of one line."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_audio = x.dim() == 3
+        images = x.unsqueeze(2) if is_audio else tokens(x).flatten(0, 1).movedim(-1, 1)
+        factor = (1, 4) if is_audio else (2, 2)
+        y = F.interpolate(images, scale_factor=factor) if self.up else F.avg_pool2d(images, factor)
+        return y.squeeze(2) if is_audio else stream(y.movedim(1, -1).unflatten(0, x.shape[:2]))
+
+
+class TunedJoin(Join):
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return stream(torch.cat([tokens(x), tokens(skip)], -1))
+
+
+TUNED: dict[type[nn.Module], type[nn.Module]] = {
+    Norm: TunedNorm,
+    SpatialConv: TunedSpatialConv,
+    TemporalConv: TunedTemporalConv,
+    VideoConv: TunedVideoConv,
+    AudioConv: TunedAudioConv,
+    SelfAttention: TunedSelfAttention,
+    SpatialAttention: TunedSpatialAttention,
+    TemporalAttention: TunedTemporalAttention,
+    CrossAttention: TunedCrossAttention,
+    Resample: TunedResample,
+    Join: TunedJoin,
+}
+
+
+def tuned(network: PublishedUNet) -> PublishedUNet:
+    """In place: the same parameters and keys; channels last, projections, SDPA over the best views, no casts."""
+    for module in network.modules():
+        module.__class__ = TUNED.get(type(module), type(module))
+        if isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
+        elif isinstance(module, nn.Conv3d):
+            module.to(memory_format=torch.channels_last_3d)
     return network

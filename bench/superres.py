@@ -28,14 +28,13 @@ import report
 import torch
 import torch._inductor.config
 import unet as coupled
+from cli import COMPILED, TUNED
 from harness import NotApplicable, Provider
 from published import filled as reference_parameters
 from torch import Tensor, nn
 
 BASELINE = "published"
 AUTOCAST = "published, autocast"
-TUNED = "torch, tuned"
-COMPILED = "torch, tuned, compiled"
 OWN = "mmdiffusion"
 PROVIDERS = (BASELINE, OWN, AUTOCAST, TUNED, COMPILED)
 HEADER = {
@@ -255,8 +254,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--breakdown", action="store_true", help="print how the time of a call is divided")
     args = cli.parse(parser, argv)
-    if args.quick and "--providers" not in (argv or sys.argv):
-        args.providers = [name for name in args.providers if name != COMPILED]  # it takes longer than all the rest
     if args.modes != ["forward"]:
         parser.error("--modes: forward")
     return args

@@ -54,7 +54,7 @@ class Noise:
 def ours(shape: unet.Shape, name: str) -> Iterator[Any]:
     from mmdiffusion.training import Recipe, train
 
-    network = unet.network(True, shape.short(), torch.float32, "cpu")
+    network = unet.network(unet.OWN, shape.short(), torch.float32, "cpu")
     if "checkpointing" in name:
         network.enable_gradient_checkpointing()
     precision = "bfloat16" if "bf16" in name else "float32"
@@ -65,7 +65,7 @@ def ours(shape: unet.Shape, name: str) -> Iterator[Any]:
 def published(shape: unet.Shape, name: str) -> Iterator[None]:
     from mmdiffusion.diffusion.process import GaussianDiffusion
 
-    network, diffusion = unet.network(False, shape.short(), torch.float32, "cpu").train(), GaussianDiffusion()
+    network, diffusion = unet.network(unet.BASELINE, shape.short(), torch.float32, "cpu").train(), GaussianDiffusion()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.0)
     averages = [x.detach().clone() for x in network.parameters()]
     clips = shape.inputs(torch.float32, "cpu")[:2]

@@ -4,9 +4,14 @@
 forward   both predicted noises, without a graph
 both      a training step without the optimizer: loss = MSE(video) + MSE(audio), and the gradients of all parameters
 
-Rows of float32 compute in it. Rows of bfloat16 and float16 are mmdiffusion with parameters and inputs in that dtype,
-against the published network in fp32 (the baseline) and under autocast to it. Work is that of the published network's
-matrix products and convolutions, forward, and three times that with gradients, whatever an implementation saves of it.
+Rows of float32 compute in it. Rows of bfloat16 and float16 are mmdiffusion and the tuned peers with parameters and
+inputs in that dtype, against the published network in fp32 (the baseline) and under autocast to it. Tuned is what an
+expert would make of the same network in plain torch (bench/published.py), and torch.compile of that. Work is that of
+the published network's matrix products and convolutions, forward, and three times that with gradients, whatever an
+implementation saves of it.
+
+On a CPU the process keeps freed memory (mmattn.keep_freed_memory), for all providers: every time is of the steady
+state. How long the first calls of a fresh process take depends on its malloc above all.
 
 Parts: the forward pass is run once more with a clock around the functions of each part; what is called inside a part
 belongs to it, and what no part has is the rest. Attention includes its norm and its projections. "audio" is all of that
@@ -35,7 +40,9 @@ import peers
 import published
 import report
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
+from cli import COMPILED, TUNED
 from harness import NotApplicable, Provider
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -47,13 +54,13 @@ AUTOCAST = "published, autocast"
 HALF = "published, half"
 OWN = "mmdiffusion"
 GRAPH = "mmdiffusion, CUDA graph"
-PROVIDERS = (BASELINE, OWN, AUTOCAST, HALF, GRAPH, cli.COMPILE)
+PROVIDERS = (BASELINE, OWN, AUTOCAST, TUNED, COMPILED, HALF, GRAPH, cli.COMPILE)
 HEADER = {
     "op": "unet",
     "own": OWN,
     "baseline": BASELINE,
     "bound": "matmul",
-    "versus": [BASELINE, AUTOCAST, HALF],
+    "versus": [BASELINE, AUTOCAST, HALF, TUNED, COMPILED],
     "other_result": {},
     # The peer under autocast is off by 1 to 2% in bfloat16, its gradients by 3%; rounding adds up over sixty layers.
     "disagreement": {"float32": 2e-3, "bfloat16": 8e-2, "float16": 2e-2},
@@ -132,30 +139,37 @@ def skeleton(shape: Shape) -> published.PublishedUNet:
 
 
 @functools.lru_cache(maxsize=3)
-def network(own: bool, shape: Shape, dtype: torch.dtype, device: str) -> nn.Module:
-    """Ours or the published one, with the filled parameters; `shape` is a short one, as longer clips have the same."""
-    stored = dtype if own else torch.float32
+def network(kind: str, shape: Shape, dtype: torch.dtype, device: str) -> nn.Module:
+    """OWN, BASELINE, HALF or TUNED, with the filled parameters; `shape` is a short one: longer clips have the same."""
+    stored = torch.float32 if kind == HALF else dtype
     shapes = {key: value.shape for key, value in skeleton(shape).state_dict().items()}
     parameters = {key: value.to(device, stored) for key, value in published.filled(shapes).items()}
-    if own:
+    if kind == OWN:
         try:
             from mmdiffusion import CoupledUNet
         except ImportError as error:
             raise NotApplicable(f"mmdiffusion cannot be imported: {error}") from error
         return CoupledUNet.from_published(parameters, **shape.config(), dropout=0.0)
-    unet = published.PublishedUNet(**shape.config())
+    unet = published.PublishedUNet(**shape.config()).to(device, stored)
     unet.load_state_dict(parameters)
-    return published.to_half(unet.to(device), dtype)
+    if kind == TUNED:
+        return published.tuned(unet)
+    return published.to_half(unet, dtype) if kind == HALF else unet
 
 
 def is_own(name: str) -> bool:
     return report.is_own(HEADER, name)
 
 
+def is_low(name: str) -> bool:
+    """Whether a provider's parameters and inputs have the dtype of the row: those of the others are in fp32."""
+    return is_own(name) or name in (HALF, TUNED, COMPILED)
+
+
 def network_of(name: str, shape: Shape, dtype: str, device: str) -> nn.Module:
-    """A provider's network: the published one is in fp32, whatever the row, unless it is to be in half precision."""
-    is_low = is_own(name) or name == HALF
-    return network(is_own(name), shape.short(), getattr(torch, dtype) if is_low else torch.float32, device)
+    """A provider's network."""
+    kind = OWN if is_own(name) else {COMPILED: TUNED, AUTOCAST: BASELINE, cli.COMPILE: BASELINE}.get(name, name)
+    return network(kind, shape.short(), getattr(torch, dtype) if is_low(name) else torch.float32, device)
 
 
 def make_call(name: str, shape: Shape, dtype: str, mode: str, device: str) -> harness.Call:
@@ -166,10 +180,9 @@ def make_call(name: str, shape: Shape, dtype: str, mode: str, device: str) -> ha
     if name in (AUTOCAST, HALF) and low == torch.float32:
         raise NotApplicable("fp32 needs no autocast" if name == AUTOCAST else "fp32 is no half precision")
     unet = network_of(name, shape, dtype, device).train(mode == "both")
-    is_low = is_own(name) or name == HALF
-    inputs, shifts = shape.inputs(low if is_low else torch.float32, device), shape.shifts()
+    inputs, shifts = shape.inputs(low if is_low(name) else torch.float32, device), shape.shifts()
     function: Any = unet
-    if name == cli.COMPILE:
+    if name in (COMPILED, cli.COMPILE):
         function = peers.compiled(unet, mode)
     if name == GRAPH and mode == "forward":
         function = unet.capture(*inputs)
@@ -207,6 +220,7 @@ def comparable(unet: nn.Module, result: list[Tensor]) -> list[Tensor]:
 
 def own_call(shape: Shape, dtype: str, mode: str, device: str) -> tuple[harness.Call, harness.Compare]:
     """The call of mmdiffusion alone, for --base, and the tensors of its result that are compared."""
+    mmattn.keep_freed_memory()
     compare = functools.partial(comparable, network_of(OWN, shape, dtype, device))
     return make_call(OWN, shape, dtype, mode, device), harness.detached if mode == "forward" else compare
 
@@ -217,8 +231,10 @@ def memory_probe(name: str, shape: Shape, dtype: str, mode: str, threads: int) -
     What mmattn keeps between calls, a packed copy of each weight, is there before the whole call.
     """
     torch.set_num_threads(threads)
-    short, full = (make_call(name, clip, dtype, mode, "cpu") for clip in (shape.short(), shape))
-    return short, full
+    torch._inductor.config.compile_threads = 1  # workers would outlive this process
+    full = make_call(name, shape, dtype, mode, "cpu")
+    # The compiler is no part of the call's memory, and compiles for one size.
+    return (full if name in (COMPILED, cli.COMPILE) else make_call(name, shape.short(), dtype, mode, "cpu")), full
 
 
 # Parts: where a part's functions are, as (owner, name, part); a part that is a function is given the call's arguments.
@@ -229,8 +245,8 @@ RESAMPLE, AUDIO = "resampling, concatenation", "audio"
 PARTS = (SPATIAL, TEMPORAL, ONE, WITHIN_FRAMES, OVER_FRAMES, CROSS, AUDIO, NORM, RESAMPLE, REST)
 
 
-def places_of_published() -> list[Place]:
-    forwards = {
+def places_of_published(is_tuned: bool = False) -> list[Place]:
+    forwards: dict[type[nn.Module], str | Callable[..., str]] = {
         published.SpatialConv: SPATIAL,
         published.TemporalConv: TEMPORAL,
         published.VideoConv: lambda conv, *_: ONE if conv.video_conv.kernel_size == (1, 1, 1) else SPATIAL,
@@ -244,7 +260,8 @@ def places_of_published() -> list[Place]:
         nn.SiLU: NORM,
         published.Resample: RESAMPLE,
     }
-    return [(cls, "forward", part) for cls, part in forwards.items()] + [(torch, "cat", RESAMPLE)]
+    classes = published.TUNED if is_tuned else {}
+    return [(classes.get(cls, cls), "forward", part) for cls, part in forwards.items()] + [(torch, "cat", RESAMPLE)]
 
 
 def places_of_own() -> list[Place]:
@@ -332,17 +349,16 @@ def parts_of_work(shape: Shape) -> dict[str, float]:
 
 def divide(name: str, shape: Shape, device: str, call: harness.Call) -> dict[str, dict[str, float]]:
     """Milliseconds and GFLOP of a forward call by part."""
-    places, gflop = places_of_own() if is_own(name) else places_of_published(), parts_of_work(shape)
+    places, gflop = places_of_own() if is_own(name) else places_of_published(name == TUNED), parts_of_work(shape)
     return {part: {"ms": ms, "gflop": gflop[part]} for part, ms in times_of(places, PARTS, device, call).items()}
 
 
 def providers_of(args: argparse.Namespace, shape: Shape, dtype: str, mode: str) -> list[Provider]:
     def provider(name: str) -> Provider:
         # In the rows of another dtype the published network in fp32 is the same once more.
-        has_parts = (
-            mode == "forward" and name in (BASELINE, AUTOCAST, HALF, OWN) and (name != BASELINE or dtype == "float32")
-        )
-        stored = dtype if name in (OWN, GRAPH, AUTOCAST, HALF) else "float32"
+        is_new = name in (AUTOCAST, TUNED, HALF, OWN) or (name == BASELINE and dtype == "float32")
+        has_parts = mode == "forward" and is_new
+        stored = dtype if is_low(name) or name == AUTOCAST else "float32"
         computes = "" if stored == dtype else "in float32"
         return Provider(
             name,
@@ -428,6 +444,8 @@ def shapes_of(args: argparse.Namespace) -> list[Shape]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    if args.device == "cpu":
+        mmattn.keep_freed_memory()
     # A step of the published network takes a minute on a few cores, and warming up is one more.
     header = HEADER | {"versus": [peer for peer in HEADER["versus"] if peer in args.providers]}
     status = cli.run(args, header, shapes_of(args), providers_of, minimum={"both": 2})

@@ -32,7 +32,6 @@ _PARTS = {
     ): "up to 32 tokens a segment; torch's scaled_dot_product_attention for more",
     ("spatial_conv2d", "triton"): "for the normalisation, before torch's conv2d, which is cuDNN's",
 }
-_LACKING = {("segmented_attention", "triton"): "its kernels take equal windows alone, not tables of ranges"}
 # os.environ raises and catches two KeyErrors for a variable that is not set, a microsecond of each call.
 _VARIABLES: dict[Any, Any] | None = getattr(os.environ, "_data", None)
 _IMPL_VARIABLE: Any = os.environ.encodekey("MMATTN_IMPL") if _VARIABLES is not None else None
@@ -53,8 +52,6 @@ def support(op: str, impl: str, device: str, dtype: torch.dtype, channels: int |
     """
     if impl == "reference":
         return Support()
-    if reason := _LACKING.get((op, impl)):
-        return Support(reason)
     # Triton's kernels run on the CPU where the environment says so; no other answer depends on it.
     interpreted = os.environ.get("TRITON_INTERPRET") if impl == "triton" else None
     return _ask(impl, OPS[op], Question(device, dtype, channels), interpreted)

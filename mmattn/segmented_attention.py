@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Attention of segments of queries to ranges of keys, ragged and overlapping as they may be: masks that are `Windows`.
 
-`segmented_attention` is the public function, `reference` its definition in plain torch. The CPU kernels are those of
+`segmented_attention` is the public function, `reference` its definition in plain torch. The kernels are those of
 `random_shift_attention`, one direction of them, with tables in the place of equal segments.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +18,20 @@ from mmattn._directions import AttentionOp
 from mmattn._library import all_to_autocast, call
 from mmattn.windows import Windows
 from mmattn_kernels import Direction, TableWindows
+
+
+@overload
+def segmented_attention(
+    q: Tensor, k: Tensor, v: Tensor, windows: Windows, *,
+    scale: float | None = None, return_lse: Literal[False] = False, impl: str = "auto",
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def segmented_attention(
+    q: Tensor, k: Tensor, v: Tensor, windows: Windows, *,
+    scale: float | None = None, return_lse: Literal[True], impl: str = "auto",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def segmented_attention(
@@ -42,8 +56,9 @@ def segmented_attention(
         scale: factor on the scores; 1/sqrt(D) if None.
         return_lse: whether to return the log-sum-exp of each query's scores too, for `merge_attention`.
         impl: "auto", "reference", "triton" or "cpu". A named one runs or raises; MMATTN_IMPL in the environment sets
-            what "auto" means. There is no Triton kernel of it yet: on a GPU "auto" is "reference", which is torch's
-            scaled_dot_product_attention with a dense mask where no log-sum-exp is asked for.
+            what "auto" means. Where a GPU has no kernel (other dtypes, D under 16 or over 128), "auto" is "reference",
+            there torch's scaled_dot_product_attention with a dense mask if no log-sum-exp is asked for. On a GPU
+            nobody checks the values of the tables; what is no range reads some keys of these, and nothing else.
 
     Returns:
         out [B, Lq, H, D], contiguous, in the dtype of the inputs, or in autocast's dtype under autocast; with

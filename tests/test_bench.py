@@ -546,6 +546,23 @@ def test_published_network_meets_the_stored_outputs(number):
     assert harness.relative_difference(got, [tensors["video_out"], tensors["audio_out"]]) < 3e-5
 
 
+@pytest.mark.parametrize("mode", ["forward", "both"])
+def test_the_tuned_network_is_the_published_one(mode, threads):
+    """At B = 2, whose windows are views of another kind."""
+    threads(1)
+    shape = unet.Shape(2, 8, 8, 512, 32)
+    results = []
+    for name in (unet.BASELINE, unet.TUNED):
+        network = unet.network_of(name, shape, "float32", "cpu")
+        result = unet.make_call(name, shape, "float32", mode, "cpu")()
+        results.append(result if mode == "forward" else unet.comparable(network, result))
+    assert harness.relative_difference(*results) < 1e-5
+    inside = []
+    network.middle_blocks[0].register_forward_hook(lambda *call: inside.extend(call[-1]))
+    network(*shape.inputs(torch.float32, "cpu"), shifts=shape.shifts())
+    assert all(published.tokens(x).is_contiguous() for x in inside)
+
+
 def test_published_network_has_the_stored_keys_and_work():
     keys = json.loads((ROOT / "tests/data/unet_full_keys.json").read_text())
     shape = unet.Shape(1, *unet.PUBLISHED)
@@ -570,9 +587,9 @@ def test_unet_end_to_end(quick_run, capsys, monkeypatch, threads):
     rows, table = quick_run(unet, "--shape", "1,8,8,512,32", "--breakdown", "--max-gflop", "1e9")
     by = {(row["mode"], row["provider"]): row for row in rows}
     assert set(by) == {
-        (mode, name) for mode in ("forward", "both") for name in (unet.BASELINE, unet.OWN, unet.AUTOCAST)
+        (mode, name) for mode in ("forward", "both") for name in (unet.BASELINE, unet.OWN, unet.AUTOCAST, unet.TUNED)
     }
-    measured = [unet.BASELINE]
+    measured = [unet.BASELINE, unet.TUNED]
     if importlib.util.find_spec("mmdiffusion") and importlib.util.find_spec("diffusers"):
         measured.append(unet.OWN)
     else:
@@ -587,7 +604,7 @@ def test_unet_end_to_end(quick_run, capsys, monkeypatch, threads):
         assert "parts" not in by["both", name]
     assert sum(part["gflop"] for part in parts.values()) == pytest.approx(by["forward", unet.BASELINE]["gflop"])
     assert by["forward", unet.AUTOCAST]["reason"] == "fp32 needs no autocast"
-    titles = "mmdiffusion ms | GFLOP/s | of matmul | vs published | vs published, autocast"
+    titles = "mmdiffusion ms | GFLOP/s | of matmul | vs published | vs published, autocast | vs torch, tuned"
     titles += " | extra MB: mmdiffusion, published"
     assert table[0] == f"| shape | dtype | mode | {titles} |"
 
@@ -675,7 +692,7 @@ def test_published_shapes_of_the_benchmarks():
     assert asked.providers == [cli.COMPILE]
     whole = unet.parse(["--device", "cpu"])
     assert unet.shapes_of(whole) == [unet.Shape(1, 16, 64, 25600, 128)]
-    assert whole.providers == [unet.BASELINE, unet.OWN, unet.AUTOCAST]
+    assert whole.providers == [unet.BASELINE, unet.OWN, unet.AUTOCAST, unet.TUNED, unet.COMPILED]
     assert unet.shapes_of(unet.parse(["--device", "cpu", "--quick"])) == [unet.Shape(1, *unet.SMALL)]
     assert unet.parse(["--device", "cpu", "--providers", cli.COMPILE]).providers == [cli.COMPILE]
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Compiles the Triton kernels for GPUs that are not there, and prints what came out as JSON lines.
 
-    PYTHONPATH=kernels python tests/triton_aot.py [--op attention|norm|conv|unet] [sm_80 sm_90 sm_100 gfx942]
+    PYTHONPATH=kernels python tests/triton_aot.py [--op attention|segments|norm|conv|unet] [sm_80 sm_90 sm_100 gfx942]
         [--recompiles | --relaunches]
 
 The launchers run as they would on the GPU, on CPU tensors, with a driver that only names the target: so the signature,
@@ -20,7 +20,7 @@ import torch
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from mmattn_kernels import CircularWindows, Direction
+from mmattn_kernels import CircularWindows, Direction, TableWindows
 from mmattn_kernels.triton import _host, attention, conv, norm
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "bench"))
@@ -34,6 +34,8 @@ SHAPES = {op: {target: [(size, "bfloat16")] for target in TARGETS} for op, size 
 SHAPES["attention"] = {target: [(64, "bfloat16"), (64, "float16")] for target in TARGETS}
 SHAPES["attention"]["sm_90"] += [(d, "bfloat16") for d in (16, 32, 48, 128)]
 SHAPES["attention"]["sm_90"] += [(64, "float32"), (128, "float32"), (64, "tf32")]
+SHAPES["segments"] = {target: [(64, "bfloat16")] for target in TARGETS}
+SHAPES["segments"]["sm_90"] += [(128, "bfloat16"), (64, "float32")]
 SHAPES["norm"]["sm_90"] += [(256, "float32"), (384, "bfloat16")]
 SHAPES["conv"]["sm_90"] += [(256, "float32"), (256, "tf32")]
 SHAPES["unet"] = {"sm_90": [(128, "bfloat16")]}
@@ -99,6 +101,16 @@ def launch_attention(size, dtype, *, frames=4, pixels=6, audio_len=27, heads=2, 
         attention.backward(directions, out, out, lse, windows, size**-0.5, places)
 
 
+def launch_segments(size, dtype, *, queries=70, keys=27, segments=3, begin=5, heads=2, batch=2):
+    """Forward and backward by tables, with a gradient of the log-sum-exp."""
+    q, k, v = (torch.zeros(batch, length, heads, size, dtype=dtype) for length in (queries, keys, keys))
+    bounds = torch.arange(segments + 1, dtype=torch.int32) * queries // segments
+    windows = TableWindows(bounds, *(torch.full((segments,), begin, dtype=torch.int32) for _ in range(2)))
+    directions, scale = [Direction(q, k, v)], size**-0.5
+    out, lse = attention.forward(directions, windows, scale)
+    attention.backward(directions, out, out, lse, windows, scale, directions, [torch.zeros_like(lse[0])])
+
+
 def launch_norm(size, dtype, *, length=2000, short=50, batch=2):
     """A forward and a backward call as the audio block makes them: scale and shift are halves of one tensor.
 
@@ -139,13 +151,23 @@ def launch_unet(size, dtype):
             (video.sum() + audio.sum()).backward()
 
 
-LAUNCH = {"attention": launch_attention, "norm": launch_norm, "conv": launch_conv, "unet": launch_unet}
+LAUNCH = {
+    "attention": launch_attention,
+    "segments": launch_segments,
+    "norm": launch_norm,
+    "conv": launch_conv,
+    "unet": launch_unet,
+}
 # What may change without a kernel compiling anew.
 CHANGES = {
     "attention": (
         {"shift": 0}, {"shift": 2}, {"shift": 16}, {"window": 1}, {"window": 4}, {"frames": 16}, {"frames": 1},
         {"pixels": 1}, {"pixels": 16}, {"audio_len": 16}, {"audio_len": 25}, {"heads": 1}, {"heads": 16},
         {"batch": 1}, {"batch": 16},
+    ),
+    "segments": (
+        {"queries": 16}, {"queries": 1025}, {"keys": 16}, {"keys": 6144}, {"segments": 1}, {"segments": 16},
+        {"begin": 0}, {"begin": 1}, {"begin": 16}, {"heads": 1}, {"heads": 16}, {"batch": 1}, {"batch": 16},
     ),
     "norm": (
         {"length": 1025}, {"length": 1040}, {"length": 70000}, {"short": 1}, {"short": 16}, {"short": 33},

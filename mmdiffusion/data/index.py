@@ -11,7 +11,6 @@ import math
 import os
 import pathlib
 import tarfile
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from mmdiffusion._files import files_below, whole_file
+from mmdiffusion._files import files_below, keep, kept
 from mmdiffusion.clips import STREAMS, ClipFormat
 from mmdiffusion.data.workers import read_by
 from mmdiffusion.media import Film, Part, open_film
@@ -164,8 +163,8 @@ def index_folder(
         ValueError, ImportError: of a pattern of shards that are no files, or without webdataset.
     """
     root, names = files_of(folder)
-    kept = pathlib.Path(cache or cache_folder()) / f"index-{_digest(root, names if is_shards(folder) else ())}.json"
-    known, found = _read(kept), [_stat(root, name) for name in names]
+    index = pathlib.Path(cache or cache_folder()) / f"{_digest(root, names if is_shards(folder) else ())}.index"
+    known, found = _read(index), [_stat(root, name) for name in names]
     changed = [entry for entry in found if not _is_same(known.get(entry.name, ()), entry)]
     entries = {x.name: x for name in set(names) - {entry.name for entry in changed} for x in known[name]}
     workers = processes or min(os.cpu_count() or 1, 16)
@@ -176,7 +175,7 @@ def index_folder(
     for entry in tqdm(looked_at, "films", len(films), unit="", disable=not progress or not films):
         entries[entry.name] = entry
     if entries != {entry.name: entry for of_file in known.values() for entry in of_file}:
-        _write(kept, entries)
+        _write(index, entries)
     return [entries[name] for name in sorted(entries)]
 
 
@@ -264,25 +263,16 @@ def _digest(root: pathlib.Path, names: Sequence[str]) -> str:
     return hashlib.sha256(os.fsencode("\0".join((str(root.resolve()), *names)))).hexdigest()[:16]
 
 
-def _read(kept: pathlib.Path) -> dict[str, list[FilmEntry]]:
-    """What was known of each file; nothing without an index, or if that is broken or of another version."""
-    try:
-        content = json.loads(kept.read_text())
-        if content["version"] != _VERSION:
-            return {}
-        found: dict[str, list[FilmEntry]] = defaultdict(list)
-        for entry in (FilmEntry(**x) for x in content["films"]):
-            found[entry.shard or entry.name].append(entry)
-        return dict(found)
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+def _read(index: pathlib.Path) -> dict[str, list[FilmEntry]]:
+    """What was known of each file; nothing if there is no index, or it is broken or of another version."""
+    text = kept(index)
+    content = {} if text is None else json.loads(text)
+    found: dict[str, list[FilmEntry]] = defaultdict(list)
+    for entry in (FilmEntry(**x) for x in content["films"]) if content.get("version") == _VERSION else ():
+        found[entry.shard or entry.name].append(entry)
+    return dict(found)
 
 
-def _write(kept: pathlib.Path, entries: Mapping[str, FilmEntry]) -> None:
+def _write(index: pathlib.Path, entries: Mapping[str, FilmEntry]) -> None:
     content = {"version": _VERSION, "films": [dataclasses.asdict(entries[name]) for name in sorted(entries)]}
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(kept) as part:
-            part.write_text(json.dumps(content, indent=1) + "\n")
-    except OSError as error:
-        warnings.warn(f"the index of films is not kept, and is made anew next time: {error}", stacklevel=3)
+    keep(index, json.dumps(content, indent=1).encode(), "the index of films")
