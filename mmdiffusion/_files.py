@@ -77,6 +77,12 @@ def files_below(folder: str | os.PathLike[str]) -> list[str]:
     return sorted(found)
 
 
+def printable(text: str) -> str:
+    """A name of a file as it can be printed and written: bytes that are no UTF-8, and line ends, as escapes."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
+
+
 def has_content(path: pathlib.Path) -> bool:
     """Whether there is a file that is not empty."""
     try:

@@ -86,6 +86,20 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+SUPERRES_PRESETS: dict[str, dict[str, Any]] = {
+    "landscape": {},  # the published network, which is the default of SuperResolutionUNet
+    # What is trained on frames of the synthetic world on a CPU: 16 x 16 to 64 x 64.
+    "small": {
+        "image_size": 64,
+        "model_channels": 32,
+        "out_channels": 3,
+        "num_res_blocks": 1,
+        "attention_resolutions": (-1,),
+        "channel_mult": (1, 1, 2),
+    },
+}
+"""Of super-resolution networks, under the names of the coupled networks whose clips they make larger."""
+
 _RANDOM = "random_weights"  # a checkpoint's note, beside the tensors, that they were never trained
 _MAX_LEVELS = 16  # of which each halves height and width
 

@@ -6,6 +6,8 @@ import io
 import json
 import math
 import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -26,8 +28,8 @@ from mmdiffusion.evaluation import (
     kernel_distance,
     nearest,
 )
-from mmdiffusion.media import write_video
-from mmdiffusion.runs import evaluate
+from mmdiffusion.media import read_clip, write_audio, write_video
+from mmdiffusion.runs import evaluate, measure, memorisation
 from mmdiffusion.runs.evaluate import Evaluate, run
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -387,7 +389,7 @@ def test_folders_in_one_table(folders, tmp_path):
 
 def test_what_was_measured_is_kept_by_content(folders, tmp_path, monkeypatch):
     first = run(command(folders, tmp_path, "others"))
-    monkeypatch.setattr(evaluate._Measure, "_measured", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(measure.Measure, "_clip", lambda *_: pytest.fail("measured again"))
     assert run(command(folders, tmp_path, "others")) == first
 
 
@@ -423,6 +425,149 @@ def test_folders_that_are_refused(folders, tmp_path):
         run(command(folders, tmp_path, tmp_path / "nothing"))
     with pytest.raises(ValueError, match="frames is 8; expected 9 to 1000"):
         command(folders, tmp_path, "others", frames=8)
+
+
+def test_files_that_are_refused_among_others(folders, tmp_path):
+    """Named and counted, whatever their names are; links are followed."""
+    (tmp_path / "odd").mkdir()
+    for number in range(12, 15):
+        (tmp_path / "odd" / f"{number}.mp4").symlink_to(folders / "others" / f"{number}.mp4")
+    (tmp_path / "odd" / "gone.mp4").symlink_to(tmp_path / "nothing.mp4")
+    (tmp_path / "odd" / "$a|b$ \u00e4\n.mp4").write_bytes(b"no film")
+    bytes_alone = pathlib.Path(str(tmp_path / "odd" / "x") + "\udcff.mp4")
+    bytes_alone.write_bytes(b"no film")
+    (tmp_path / "$o|d$").symlink_to(tmp_path / "odd", target_is_directory=True)
+    said = run(command(folders, tmp_path, tmp_path / "$o|d$", out=tmp_path / "table"))
+    assert "3 clips, 3 files of no use" in said and "gone.mp4: [Errno 2]" in said
+    assert "  x\\udcff.mp4: " in said and "  $a|b$ \u00e4\\n.mp4: " in said and "$o\\|d$ | 3 |" in said
+    assert set(json.loads((tmp_path / "table.json").read_text())["refused"][str(tmp_path / "$o|d$")]) == {
+        "gone.mp4",
+        "x\\udcff.mp4",
+        "$a|b$ \u00e4\\n.mp4",
+    }
+
+
+def test_features_that_are_not_finite_refuse_their_film(folders, tmp_path, monkeypatch):
+    forward = LowLevelVideo.forward
+    calls = []
+
+    def broken(self, video):
+        calls.append(1)
+        return forward(self, video) * (math.nan if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(LowLevelVideo, "forward", broken)
+    said = run(command(folders, tmp_path, "others"))
+    assert (
+        "real: 11 clips, 1 files of no use\n  1.mp4: gives features of low-level video statistics that are NaN" in said
+    )
+
+
+def test_films_begin_where_both_streams_have_begun(tmp_path):
+    """A coder's delay in front of a stream moves nothing: a flash with a click has a lag of 0, in a film too."""
+    found = []
+    for at in (5, 8):
+        video, audio = -torch.ones(16, 3, 32, 32), torch.zeros(1, 25600)
+        video[at] = 1
+        audio[0, 1600 * at : 1600 * at + 800] = torch.sin(torch.arange(800) * 0.35) * torch.linspace(1, 0, 800) ** 2
+        assert alignment(video[None], audio[None]).lag == 0
+        path = tmp_path / f"{at}.mp4"
+        write_video(path, video, audio)
+        with measure.open_film(path) as film:
+            (start,) = measure.Measure._starts(measure_of(tmp_path), film, 16)
+            clip = film.read_clip(num_frames=16, start=start)
+        found.append(alignment(clip.video[None], clip.audio[None]).lag)
+    assert found == [0, 0]
+
+
+def measure_of(tmp_path):
+    job = Evaluate(real=tmp_path, fake=(tmp_path,), cache=tmp_path / "cache", device="cpu")
+    return measure.Measure(job, measure.Processes("cpu"))
+
+
+def test_training_clips_that_are_repeated(folders, tmp_path, monkeypatch):
+    """A copy is found, with its training clip beside it, and held-out clips are what its distance is measured by."""
+    (tmp_path / "copies").mkdir()
+    for name in ("13", "17"):
+        (tmp_path / "copies" / f"{name}.mp4").write_bytes((folders / "others" / f"{name}.mp4").read_bytes())
+    monkeypatch.setattr(memorisation, "_SHOWN", 1)
+    out = tmp_path / "table"
+    job = command(folders, tmp_path, tmp_path / "copies", "noisy", training=folders / "others", out=out)
+    said = run(job)
+    found = json.loads((tmp_path / "table.json").read_text())["nearest"]
+    copies, noisy = found[str(tmp_path / "copies")], found[str(folders / "noisy")]
+    assert set(copies) == {
+        "video, low-level video statistics",
+        "video, pixels",
+        "audio, low-level audio statistics",
+        "audio, samples",
+    }
+    for compared in copies.values():
+        assert [pair[1] for pair in compared["pairs"]] == ["13.mp4 from 0.00 s", "17.mp4 from 0.00 s"]
+        assert compared["nearer"] == 1 and compared["median"] == 0
+    assert noisy["video, pixels"]["median"] > 0 and noisy["audio, samples"]["nearer"] == 1  # the sound is as it was
+    assert "| video, pixels | 0.00 | 100.0% |" in said
+    for suffix in (".nearest.png", ".pairs-1.png", ".pairs-2.png"):
+        assert pathlib.Path(f"{out}{suffix}").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="expected films in real that no model has seen"):
+        command(folders, tmp_path, "others", training=folders / "real")
+
+
+def test_two_processes_are_one(folders, tmp_path):
+    """They share the films and have the same table."""
+    arguments = ["--real", folders / "real", "--fake", folders / "others", "--size", "32", "--sample-rate", "4000"]
+    one = run(command(folders, tmp_path, "others"))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_cpu_threads_per_process", "1", "--main_process_port", "0", "-m", "mmdiffusion", "eval"]
+    launch += [*arguments, "--cache", tmp_path / "own", "--device", "cpu", "--out", tmp_path / "two"]
+    done = subprocess.run(list(map(str, launch)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = (tmp_path / "two.md").read_text().splitlines()
+    assert one.splitlines()[:3] == lines[:3]
+    assert len(list((tmp_path / "own" / "features").iterdir())) == 24  # nothing was measured twice
+
+
+def test_published_conventions(folders, tmp_path, monkeypatch, i3d_weights):
+    """What the networks, of random weights, are given, and what the figures are; the networks themselves are cheap."""
+    torch.save(i3d_weights, tmp_path / "i3d.pt")
+    of_audioclip = filled("audioclip_audio_keys.json", 7, "audio.conv1.weight")
+    torch.save({**of_audioclip, "audio.window": torch.zeros(1654)}, tmp_path / "audioclip.pt")
+    seen = []
+
+    def of_video(_, video):
+        seen.append(("video", tuple(video.shape), video.dtype))
+        return video.float().mean((1, 3, 4)) / 255
+
+    def of_audio(self, wave):
+        seen.append(("released" if self.as_released else "meant", tuple(wave.shape[1:]), len(wave)))
+        return torch.stack([wave[:, 0].square().mean(1), wave[:, 0].abs().mean(1)], 1)
+
+    monkeypatch.setattr(I3D, "forward", of_video)
+    monkeypatch.setattr(AudioCLIPAudio, "forward", of_audio)
+    films = tmp_path / "films"
+    for name, first in (("real", 0), ("ours", 12)):
+        (films / name).mkdir(parents=True)
+        for number in range(3):
+            clip = read_clip(folders / ("real" if not first else "others") / f"{first + number}.mp4", size=None)
+            longer = torch.cat([clip.video, clip.video[:4]])
+            write_video(films / name / f"{number}.mp4", longer, torch.cat([clip.audio, clip.audio[:, :6400]], 1))
+    write_audio(films / "ours" / "sound.wav", torch.zeros(1, 40000))
+    weights = {"i3d": tmp_path / "i3d.pt", "audioclip": tmp_path / "audioclip.pt", "cache": tmp_path / "cache"}
+    job = Evaluate(real=films / "real", fake=(films / "ours",), published=True, device="cpu", **weights)
+    said = run(job)
+    header = "| films | clips | FVD | KVD | FAD x10,000, as released | FAD x10,000, as meant | motion and sound agree |"
+    assert said.splitlines()[0] == header
+    assert "ours: 15 clips, 1 files of no use\n  sound.wav: no picture" in said  # five beginnings of each film
+    assert "real has 15 clips; published figures are of 2048" in said and "Where the published script errs" in said
+    assert ("video", (1, 16, 3, 64, 64), torch.uint8) in seen and ("meant", (1, 70560), 1) in seen
+    assert [n for what, _, n in seen if what == "released"] == [8, 7, 8, 7]
+    cells = said.splitlines()[2].split(" | ")
+    assert cells[4] == cells[5]  # of these networks, which know no neighbours
+    plain = run(Evaluate(real=films / "real", fake=(films / "ours",), device="cpu", **weights))
+    assert "| FVD | KVD | FAD | kernel, AudioCLIP |" in plain
+    with pytest.raises(ValueError, match="size is 32; expected 64, as published fixes it"):
+        Evaluate(real=films, fake=(films,), published=True, size=32, **weights)
+    with pytest.raises(ValueError, match="published is given without weights"):
+        Evaluate(real=films, fake=(films,), published=True)
 
 
 def test_public_names():

@@ -723,3 +723,23 @@ def test_mutated_films_are_read_or_refused_by_name(tmp_path):
     sound(tmp_path / "film.flac", tone(0.8, 48000).expand(6, -1), "flac")
     read, refused = map(int, in_a_process(FUZZ, *sorted(tmp_path.iterdir())).split())
     assert read > 20 and refused > 100 and read + refused == 480
+
+
+def test_the_first_channel_of_sound(tmp_path):
+    """Instead of the mix, also of more channels than PyAV makes arrays of."""
+    for layout, channels in (("stereo", 2), ("7.1", 8)):
+        samples = torch.zeros(channels, 8000, dtype=torch.int16).numpy()
+        samples[0], samples[1] = 8192, -8192
+        with av.open(tmp_path / f"{channels}.wav", "w") as container:
+            stream = container.add_stream("pcm_s16le", rate=8000, layout=layout)
+            frame = av.AudioFrame.from_ndarray(samples.T.reshape(1, -1).copy(), "s16", layout)
+            frame.sample_rate = 8000
+            container.mux([*stream.encode(frame), *stream.encode(None)])
+        with open_film(tmp_path / f"{channels}.wav") as film:
+            first = film.read_clip(need=["audio"], sample_rate=8000, channel="first").audio
+            mixed = film.read_clip(need=["audio"], sample_rate=8000).audio
+            with pytest.raises(ValueError, match="channel is 'left'; expected one of mix, first"):
+                film.read_clip(need=["audio"], channel="left")
+        assert first.shape == mixed.shape == (1, 8000)
+        torch.testing.assert_close(first, torch.full((1, 8000), 0.25))
+        assert mixed.abs().max() < 0.01

@@ -315,6 +315,16 @@ def test_a_second_vote_does_not_count(client, study):
     assert [x.value for x in study.votes()] == [4, 3, 5]
 
 
+def test_votes_are_neither_changed_nor_removed(study):
+    token = study.begin()
+    study.vote(token, study.next_item(token).id, OPINION)
+    with database(study) as found:
+        for statement in ("UPDATE votes SET value = 5", "DELETE FROM votes"):
+            with pytest.raises(sqlite3.IntegrityError, match="votes are not"):
+                found.execute(statement)
+    assert [x.value for x in study.votes()] == [4, 3, 5]
+
+
 def test_votes_at_once_count_once(study):
     """Of different votes that arrive together one counts, whole."""
     token = study.begin()

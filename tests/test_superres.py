@@ -870,3 +870,26 @@ def test_training_in_the_loop():
     for (name, a), b in zip(whole.unet.named_parameters(), halves.unet.parameters(), strict=True):
         moved = whole.optimizer.state[a]["exp_avg"]
         assert relative_error(halves.optimizer.state[b]["exp_avg"], moved) < 1e-3 or moved.norm() < 1e-6, name
+
+
+def test_train_command(tmp_path, monkeypatch, capsys):
+    """Frames of the world; the run goes on where it was, previews are drawn, and what comes out makes films larger."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.mmattn, "keep_freed_memory", lambda: True)
+    pathlib.Path("small.json").write_text(json.dumps({**SMALL, "scale": 2}))
+    command = "train synthetic --superres --batch-size 2 --device cpu --config small.json --preview-clips 2 --out run"
+    cli.main([*command.split(), "--steps", "1", "--preview-every", "1"])
+    cli.main([*command.split(), "--steps", "2"])
+    assert "goes on from run/states/step-00000001.safetensors" in capsys.readouterr().err
+    assert media.read_clip("run/previews/step-00000001.png", size=None, need=["video"]).video.shape == (1, 3, 256, 512)
+    loaded = SuperResolutionPipeline.from_pretrained("run/model", low_cpu_mem_usage=False)
+    assert loaded.unet.config["scale"] == 2 and loaded.unet.config["image_size"] == SMALL["image_size"]
+    begun = command.replace("--config small.json", "--init run/model").replace("--out run", "--out begun")
+    cli.main([*begun.split(), "--steps", "1"])
+    for options, message in {
+        "--preset tiny": "preset is 'tiny'; expected one of 'landscape', 'small' with superres",
+        "--resume run": "resume is run and superres is given; expected init",
+    }.items():
+        with pytest.raises(SystemExit):
+            cli.main(["train", "synthetic", "--superres", "--out", "other", *options.split()])
+        assert message in capsys.readouterr().err

@@ -27,6 +27,7 @@ from mmdiffusion.clips import FRAME_RATE, SAMPLE_RATE, STREAMS, Clip
 from mmdiffusion.media._checks import Path, Rate, frame_rate, seconds, whole_number
 
 Fit = Literal["crop", "letterbox"]
+Channel = Literal["mix", "first"]
 
 # Formats that hold their streams themselves; FFmpeg's others include playlists, devices and scripts.
 _CONTAINERS = (
@@ -223,6 +224,7 @@ class Film:
         fit: Fit = "crop",
         start: Rate = 0.0,
         need: Sequence[str] = STREAMS,
+        channel: Channel = "mix",
     ) -> Clip:
         """Read a piece at one frame rate and one sample rate.
 
@@ -240,6 +242,7 @@ class Film:
                 bicubically without antialiasing and in 8 bits, and what is left is black.
             start: seconds to leave out.
             need: the streams to read; the other one is None, and may be missing.
+            channel: "mix" of several channels of sound, or the "first" of them alone, as the published reader takes it.
 
         Returns:
             Clip of video [F, 3, H, W] and audio [1, T], float32 in [-1, 1]. Several channels of sound are mixed by the
@@ -260,9 +263,11 @@ class Film:
             raise ValueError(f"fps is {fps!r} and sample_rate {sample_rate}; expected a sample a frame, or more")
         if fit not in get_args(Fit):
             raise ValueError(f"fit is {fit!r}; expected one of {', '.join(get_args(Fit))}")
+        if channel not in get_args(Channel):
+            raise ValueError(f"channel is {channel!r}; expected one of {', '.join(get_args(Channel))}")
         with self._named():
             video = self._read_video(begin, count, rate, size, fit) if "video" in need else None
-            audio = self._read_audio(begin, count, rate, sample_rate) if "audio" in need else None
+            audio = self._read_audio(begin, count, rate, sample_rate, channel) if "audio" in need else None
         if video is not None and audio is not None:
             frames = min(len(video), math.ceil(audio.shape[1] * rate / sample_rate))
             video = video[:frames]
@@ -441,7 +446,9 @@ class Film:
             return pixels / 127.5 - 1
         return _letterboxed(pixels, size, pixel_ratio) if fit == "letterbox" else _cropped(pixels, size, pixel_ratio)
 
-    def _read_audio(self, begin: Fraction, count: int | None, fps: Fraction, sample_rate: int) -> Tensor:
+    def _read_audio(
+        self, begin: Fraction, count: int | None, fps: Fraction, sample_rate: int, channel: Channel
+    ) -> Tensor:
         until = None if count is None else begin + count / fps
         runs: list[_Run] = []  # without a gap
         is_silent = True
@@ -457,7 +464,7 @@ class Film:
             if piece.end <= begin - _PREROLL:
                 continue
             if not runs or not runs[-1].continues_in(piece):
-                runs.append(_Run(piece, sample_rate))
+                runs.append(_Run(piece, sample_rate, channel))
             try:
                 runs[-1].append(piece)
             except av.error.ArgumentError as error:
@@ -545,14 +552,15 @@ def _period(stream: Any) -> Fraction:
 class _Run:
     """Sound without a gap, at one sample rate and in one channel; it begins at `time`."""
 
-    def __init__(self, piece: _Decoded, sample_rate: int) -> None:
+    def __init__(self, piece: _Decoded, sample_rate: int, channel: Channel) -> None:
         self.time = self._expected = piece.time
         self._form = _form(piece.frame)
         self._pieces: list[Tensor] = []
-        # PyAV reads past the planes of 8 channels and more, so none but the mix ever becomes an array. Without the
+        # PyAV reads past the planes of 8 channels and more, so none but the first ever becomes an array. Without the
         # limit swresample divides by no sum where its output is floating point.
+        layout = "mono" if channel == "mix" else piece.frame.layout
         self._resampler = av.AudioResampler(
-            format="fltp", layout="mono", rate=sample_rate, options={"rematrix_maxval": "1"}
+            format="fltp", layout=layout, rate=sample_rate, options={"rematrix_maxval": "1"}
         )
 
     def continues_in(self, piece: _Decoded) -> bool:
@@ -568,7 +576,9 @@ class _Run:
         return torch.cat([torch.zeros(1, 0), *self._pieces], dim=1)
 
     def _resample(self, frame: Any) -> None:
-        self._pieces += [torch.from_numpy(x.to_ndarray()) for x in self._resampler.resample(frame)]
+        for x in self._resampler.resample(frame):
+            plane = torch.frombuffer(bytearray(x.planes[0]), dtype=torch.float32)
+            self._pieces.append(plane[None, : x.samples])
 
 
 def _form(frame: Any) -> tuple[Any, ...]:

@@ -4,38 +4,35 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import io
 import json
 import pathlib
-from fractions import Fraction
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from mmdiffusion._files import digest, files_below, keep, kept, whole_file
+from mmdiffusion._files import printable, whole_file
 from mmdiffusion.clips import STREAMS
-from mmdiffusion.data.index import cache_folder
-from mmdiffusion.evaluation import (
-    I3D,
-    AudioCLIPAudio,
-    LowLevelAudio,
-    LowLevelVideo,
-    alignment,
-    frechet_distance,
-    kernel_distance,
-)
-from mmdiffusion.evaluation.audioclip import SAMPLE_RATE as AUDIOCLIP_RATE
+from mmdiffusion.evaluation import frechet_distance, kernel_distance
 from mmdiffusion.evaluation.statistics import mean_and_error
-from mmdiffusion.media import Film, open_film
+from mmdiffusion.runs import memorisation
+from mmdiffusion.runs.measure import Found, Measure
 from mmdiffusion.runs.options import check, option
 from mmdiffusion.runs.processes import Processes
 from mmdiffusion.runs.results import files_of, said_if_not_written, write_texts
 
-_VERSION = 1  # of what is kept of a film
 _LABEL = 40  # letters of a folder's name in the picture, its last ones
+_FAD_SCALE = 10_000
+_FIXED = {"clips": 2048, "frames": 16, "size": 64, "fps": 10.0, "sample_rate": 16000}  # by `published`
+
+_FAULTS = """Where the published script errs, and what is done here:
+- AudioCLIP is given sound in [-1, 1] where it expects 16-bit units, and normalises by the statistics of the 8 clips
+  that it sees at once. "As released" repeats both, with clips in an order that is drawn once; "as meant" is the network
+  as it was trained. An earlier commit multiplied FAD by 1,000.
+- It draws clips without a seed, so that two runs differ. Here the same clips are drawn each time.
+- Real clips begin at every frame of the training films, so that most of the 2048 overlap, and a model that repeats its
+  training films comes out best. --training beside held-out films in --real tells.
+- For 256 x 256 fakes it measures the 64 x 64 folder again. Here the folder that is named is measured, at 64 x 64.
+- Pictures are cut to whole levels after rounding errors, by which some are a level too dark. Here they are rounded.
+- Distances are computed in float32, which is off by up to 0.5%. Here in float64.
+- Films that cannot be read are passed over in silence, and another clip is taken. Here they are named below."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,20 +41,39 @@ class Evaluate:
     and the agreement of motion and sound, each with its standard error. Silent films and sounds alone are measured by
     what they have. With published weights of I3D and AudioCLIP the distances are FVD, KVD and FAD; without them they
     are of low-level statistics, which docs/evaluation.md describes. What is measured of a film is kept by its content,
-    so that the same command again goes on where it was stopped.
+    so that the same command again goes on where it was stopped; processes of `accelerate launch` share the films.
     """
 
-    summary: ClassVar = "films of models against real ones: distances and synchrony"
+    summary: ClassVar = "films of models against real ones: distances, synchrony and memorisation"
     examples: ClassVar = (
         "eval --real films --fake ours theirs",
         "eval --real films --fake ours --i3d i3d.pt --audioclip AudioCLIP-Full-Training.pt --out table",
+        "eval --real train --fake ours --i3d i3d.pt --audioclip AudioCLIP-Full-Training.pt --published",
+        "eval --real held-out --fake ours --training train --out table    # does it repeat training films?",
     )
 
     real: pathlib.Path = option("folder of real films", metavar="DIR")
     fake: tuple[pathlib.Path, ...] = option("folders to compare with it", metavar="DIR")
     i3d: pathlib.Path | None = option("published weights of I3D", default=None)
     audioclip: pathlib.Path | None = option("published weights of AudioCLIP", default=None)
-    out: pathlib.Path | None = option("writes OUT.md, OUT.json and OUT.png", default=None)
+    published: bool = option(
+        "all as the published script has it: 2048 clips, drawn of those that begin at every frame, the first channel "
+        "of sound, FAD times 10,000; says where that script errs",
+        default=False,
+    )
+    training: pathlib.Path | None = option(
+        "folder of what the models were trained on: finds the nearest clip of it for each clip of --fake, beside those "
+        "for the clips of --real, which no model may have seen then",
+        default=None,
+        metavar="DIR",
+    )
+    training_step: int = option(
+        "frames between the beginnings of training clips that are compared", default=4, minimum=1, maximum=1000
+    )
+    out: pathlib.Path | None = option(
+        "writes OUT.md, OUT.json and OUT.png; with --training OUT.nearest.png and OUT.pairs-N.png too, N of --fake",
+        default=None,
+    )
     clips: int = option("of a folder at most, the first of its films", default=2048, minimum=2, maximum=1_000_000)
     frames: int = option("of a clip", default=16, minimum=9, maximum=1000)
     size: int = option("height and width, to which pictures are letterboxed", default=64, minimum=8, maximum=1024)
@@ -73,159 +89,104 @@ class Evaluate:
 
     def __post_init__(self) -> None:
         check(self)
+        for name, value in _FIXED.items() if self.published else ():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected {value:g}, as published fixes it")
+        if self.published and not (self.i3d or self.audioclip):
+            raise ValueError("published is given without weights; expected i3d, audioclip or both")
+        if self.training and self.training.resolve() == self.real.resolve():
+            raise ValueError(f"training is {self.training}, as real is; expected films in real that no model has seen")
 
 
 def run(job: Evaluate) -> str:
     """Measure, write the tables, and return the one to print."""
-    outputs = files_of(job.out, (".md", ".json", ".png"), job.force)
+    pairs = [f".pairs-{number}.png" for number in range(1, len(job.fake) + 1)]
+    of_training = (".nearest.png", *pairs) if job.training else ()
+    outputs = files_of(job.out, (".md", ".json", ".png", *of_training), job.force)
+    processes = Processes(job.device)
+    measure = Measure(job, processes)
     folders = (job.real, *job.fake)
-    files = [_files(folder) for folder in folders]
-    measure = _Measure(job)
-    found = [measure.folder(folder, names) for folder, names in zip(folders, files, strict=True)]
-    rows = [_row(str(folder), x, found[0], measure.names) for folder, x in zip(job.fake, found[1:], strict=True)]
+    found = [measure.folder(folder) for folder in folders]
+    training = measure.folder(job.training, step=job.training_step) if job.training else None
+    if processes.rank:
+        return ""
+    names = [printable(str(folder)) for folder in folders]
+    rows = [_row(name, x, found[0], measure) for name, x in zip(names[1:], found[1:], strict=True)]
+    nearest = {}
+    if training is not None:
+        nearest = {
+            name: memorisation.compare(x, training, found[0], measure.names)
+            for name, x in zip(names[1:], found[1:], strict=True)
+        }
     lines = [_table(rows), ""]
-    for folder, x in zip(folders, found, strict=True):
-        lines += [f"{folder}: {x.count} clips, {len(x.refused)} files of no use", *x.said()]
+    lines += [memorisation.table(nearest), ""] if nearest else []
+    for name, x in zip(names, found, strict=True):
+        lines += [f"{name}: {x.count} clips, {len(x.refused)} files of no use", *x.said()]
+    if training is not None:
+        lines += [f"{job.training}: {training.count} clips, {len(training.refused)} files of no use", *training.said()]
     lines += sorted({caution for row in rows for caution in row["cautions"]})
+    lines += _said_of_published(names, found) if job.published else []
     text = "\n".join(lines)
     if outputs:
-        refused = {str(folder): x.refused for folder, x in zip(folders, found, strict=True)}
-        content = json.dumps({"rows": rows, "refused": refused, "features": measure.names}, indent=1)
+        content = {
+            "rows": rows,
+            "refused": {name: x.refused for name, x in zip(names, found, strict=True)},
+            "features": measure.names,
+            "nearest": {name: {x.name: x.content() for x in compared} for name, compared in nearest.items()},
+        }
         with said_if_not_written(text):
-            write_texts(outputs, {".md": text, ".json": content}, job.force)
+            write_texts(outputs, {".md": text, ".json": json.dumps(content, indent=1)}, job.force)
             _plot(rows, outputs[".png"])
+            if nearest and job.training:
+                memorisation.plot(nearest, outputs[".nearest.png"])
+                for folder, compared, suffix in zip(job.fake, nearest.values(), pairs, strict=True):
+                    memorisation.sheet(measure, folder, job.training, compared, outputs[suffix])
     return text
 
 
-@dataclasses.dataclass
-class _Found:
-    """What was measured of a folder: [clips, D] by stream, and the scores of clips with both."""
-
-    features: dict[str, Tensor]
-    scores: Tensor
-    count: int
-    refused: dict[str, str]
-
-    def said(self) -> list[str]:
-        return [f"  {name}: {why}" for name, why in self.refused.items()]
-
-
-class _Measure:
-    """Features of films, each film's kept by its content, the networks and the format."""
-
-    def __init__(self, job: Evaluate) -> None:
-        self.job, self.device = job, Processes(job.device).device
-        self.networks: dict[str, Any] = {
-            "video": I3D.from_published(job.i3d) if job.i3d else LowLevelVideo(),
-            "audio": AudioCLIPAudio.from_published(job.audioclip) if job.audioclip else LowLevelAudio(job.sample_rate),
-        }
-        self.names = {stream: network.name for stream, network in self.networks.items()}
-        for network in self.networks.values():
-            network.to(self.device)
-        settings = [_VERSION, job.frames, job.size, job.fps, job.sample_rate, self.names]
-        settings += [digest(path) for path in (job.i3d, job.audioclip) if path]
-        self.settings = json.dumps(settings)
-        self.cache = pathlib.Path(job.cache or cache_folder()) / "features"
-
-    def folder(self, folder: pathlib.Path, names: list[pathlib.Path]) -> _Found:
-        """Measure the films of a folder until there are clips enough.
-
-        Raises:
-            ValueError: if there are less than two clips, naming why.
-        """
-        kept: list[dict[str, Tensor]] = []
-        refused: dict[str, str] = {}
-        count = 0
-        for path in tqdm(names, str(folder), unit="film"):
-            if count >= self.job.clips:
-                break
-            try:
-                measured = self._film(path)
-            except (OSError, ValueError) as error:
-                refused[str(path.relative_to(folder))] = " ".join(str(error).split())
-                continue
-            kept.append(measured)
-            count += max(len(x) for x in measured.values())
-        if count < 2:
-            why = "; ".join(list(refused.values())[:3])
-            raise ValueError(f"{folder} has {count} clips of {self.job.frames} frames; expected 2 or more ({why})")
-        features = {
-            stream: torch.cat(parts)[: self.job.clips]
-            for stream in STREAMS
-            if (parts := [x[stream] for x in kept if stream in x])
-        }
-        scores = torch.cat([x.get("scores", torch.zeros(0, dtype=torch.float64)) for x in kept])[: self.job.clips]
-        return _Found(features, scores, min(count, self.job.clips), refused)
-
-    def _film(self, path: pathlib.Path) -> dict[str, Tensor]:
-        key = hashlib.sha256(f"{digest(path)} {self.settings}".encode()).hexdigest()
-        file = self.cache / f"{key}.features"
-        if content := kept(file):
-            return torch.load(io.BytesIO(content), weights_only=True)
-        with open_film(path) as film:
-            measured = self._measured(film)
-        buffer = io.BytesIO()
-        torch.save(measured, buffer)
-        keep(file, buffer.getvalue(), f"what was measured of {path}")
-        return measured
-
-    @torch.no_grad()
-    def _measured(self, film: Film) -> dict[str, Tensor]:
-        job = self.job
-        durations = film.durations
-        if not durations:
-            raise ValueError(f"{film.path} has neither pictures nor sound")
-        count = int((float(min(durations.values())) * job.fps + 0.5) // job.frames)
-        if not count:
-            raise ValueError(
-                f"{film.path} lasts {float(min(durations.values())):.2f} s; expected {job.frames / job.fps:g} or more"
+def _said_of_published(names: list[str], found: list[Found]) -> list[str]:
+    lines = []
+    for number, (name, x) in enumerate(zip(names, found, strict=True)):
+        if x.count < _FIXED["clips"]:
+            lines.append(
+                f"{name} has {x.count} clips; published figures are of {_FIXED['clips']}, and are not to be compared"
             )
-        parts: dict[str, list[Tensor]] = {}
-        for number in range(min(count, job.clips)):
-            start = number * job.frames / Fraction(job.fps).limit_denominator(100_000)
-            for name, x in self._clip(film, start, tuple(durations)).items():
-                parts.setdefault(name, []).append(x.cpu())
-        return {name: torch.cat(x) for name, x in parts.items()}
-
-    def _clip(self, film: Film, start: Fraction, streams: tuple[str, ...]) -> dict[str, Tensor]:
-        job = self.job
-        form: dict[str, Any] = {
-            "num_frames": job.frames,
-            "fps": job.fps,
-            "size": (job.size, job.size),
-            "fit": "letterbox",
-            "start": start,
-        }
-        video, audio = film.read_clip(**form, sample_rate=job.sample_rate, need=streams)
-        made: dict[str, Tensor] = {}
-        if video is not None:
-            pixels = ((video + 1) * 127.5).round().byte()[None]
-            made["video"] = self.networks["video"](pixels.to(self.device))
-        if audio is not None:
-            wave = audio
-            if job.audioclip:
-                wave = film.read_clip(**form, sample_rate=AUDIOCLIP_RATE, need=("audio",)).audio  # type: ignore[assignment]
-            made["audio"] = self.networks["audio"](wave[None].to(self.device))
-        if video is not None and audio is not None:
-            made["scores"] = alignment(video[None], audio[None], job.fps, job.sample_rate, max_lag=0).score
-        return made
+        if number and x.recoded:
+            lines.append(
+                f"{name} has {x.recoded} films that are no H.264 with AAC, by which the published samples were coded "
+                f"before they were measured"
+            )
+    return [*lines, "", _FAULTS]
 
 
-def _row(name: str, fake: _Found, real: _Found, names: dict[str, str]) -> dict[str, Any]:
+def _figures(fake: Found, real: Found, measure: Measure) -> list[tuple[str, Any, float]]:
+    """Titles, the features of both, and what distances are multiplied by."""
+    figures: list[tuple[str, Any, float]] = []
+    for stream in STREAMS:
+        if not all(stream in x.features for x in (fake, real)):
+            continue
+        both, name = (fake.features[stream], real.features[stream]), measure.names.get(stream)
+        if name == "I3D":
+            figures += [("FVD", frechet_distance(*both), 1), ("KVD", kernel_distance(*both), 1)]
+        elif name == "AudioCLIP" and fake.released is not None and real.released is not None:
+            released = frechet_distance(fake.released, real.released)
+            figures.append((f"FAD x{_FAD_SCALE:,}, as released", released, _FAD_SCALE))
+            figures.append((f"FAD x{_FAD_SCALE:,}, as meant", frechet_distance(*both), _FAD_SCALE))
+        elif name == "AudioCLIP":
+            figures += [("FAD", frechet_distance(*both), 1), ("kernel, AudioCLIP", kernel_distance(*both), 1)]
+        else:
+            figures.append((f"Frechet, {stream} statistics", frechet_distance(*both), 1))
+            figures.append((f"kernel, {stream} statistics", kernel_distance(*both), 1))
+    return figures
+
+
+def _row(name: str, fake: Found, real: Found, measure: Measure) -> dict[str, Any]:
     """Of one folder: each figure with its standard error."""
     row: dict[str, Any] = {"name": name, "clips": fake.count, "figures": {}, "cautions": []}
-    for stream in STREAMS:
-        if stream not in fake.features or stream not in real.features:
-            continue
-        both = fake.features[stream], real.features[stream]
-        frechet, kernel = frechet_distance(*both), kernel_distance(*both)
-        titles = {"I3D": ("FVD", "KVD"), "AudioCLIP": ("FAD", "kernel, AudioCLIP")}.get(
-            names[stream], (f"Frechet, {stream} statistics", f"kernel, {stream} statistics")
-        )
-        for title, distance in zip(titles, (frechet, kernel), strict=True):
-            row["figures"][title] = [distance.value, distance.standard_error]
-        if frechet.caution:
-            row["cautions"].append(f"{stream}: {frechet.caution}")
+    for title, distance, scale in _figures(fake, real, measure):
+        row["figures"][title] = [scale * distance.value, scale * distance.standard_error]
+        if distance.caution and "ernel" not in title and title != "KVD":
+            row["cautions"].append(f"{title}: {distance.caution}")
     known = fake.scores[~fake.scores.isnan()]
     if len(known):
         row["figures"]["motion and sound agree"] = list(mean_and_error(known))
@@ -238,7 +199,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         figures = [row["figures"].get(title) for title in titles]
         cells = ["" if x is None else f"{x[0]:.4g} ± {x[1]:.2g}" for x in figures]
-        lines.append(f"| {' | '.join([row['name'], str(row['clips']), *cells])} |")
+        name = row["name"].replace("|", r"\|")
+        lines.append(f"| {' | '.join([name, str(row['clips']), *cells])} |")
     return "\n".join(lines)
 
 
@@ -247,7 +209,10 @@ def _plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     from matplotlib.figure import Figure
 
     titles = list(dict.fromkeys(title for row in rows for title in row["figures"]))
-    names = [name if len(name) <= _LABEL else f"...{name[-_LABEL:]}" for name in (row["name"] for row in rows)]
+    names = [
+        name if len(name) <= _LABEL else f"...{name[-_LABEL:]}"
+        for name in (row["name"].replace("$", r"\$") for row in rows)
+    ]
     columns = max(1, len(titles))
     figure = Figure(figsize=(4 + 3.2 * columns, 2 + 0.4 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -262,10 +227,3 @@ def _plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
         axes.grid(alpha=0.3, axis="x")
     with whole_file(path) as part:
         figure.savefig(part, format="png", dpi=110)
-
-
-def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-    found = [folder / name for name in files_below(folder)]
-    if not found:
-        raise ValueError(f"{folder} has no files; expected films or sounds")
-    return found

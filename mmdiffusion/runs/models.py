@@ -80,7 +80,7 @@ def load_any(source: pathlib.Path, job: ModelJob) -> CoupledUNet | SuperResoluti
     """The model of `load`, or a super-resolution network, whichever is there."""
     if source.is_dir():
         kind = read_config(_folder_of_network(source) / "config.json").get("_class_name")
-        return _load_superres(source, job.config) if kind == SuperResolutionUNet.__name__ else load(source, job)
+        return load_superres_unet(source, job.config) if kind == SuperResolutionUNet.__name__ else load(source, job)
     tensors = checkpoints.read(source)
     if not checkpoints.is_superres(tensors):
         return CoupledUNet.from_published(tensors, preset=job.preset, **read_config(job.config))
@@ -103,7 +103,7 @@ def load_superres(
     config: pathlib.Path | None = None,
 ) -> SuperResolutionPipeline:
     """The pipeline of a published super-resolution checkpoint, or of a directory of save_pretrained."""
-    unet = _load_superres(source, config)
+    unet = load_superres_unet(source, config)
     channels = unet.config["in_channels"]
     if channels != 3:
         raise ValueError(f"{source} has in_channels {channels}; expected 3, of colour")
@@ -118,7 +118,8 @@ def superres_pipeline_of(unet: SuperResolutionUNet, scheduler: str = "ddim") -> 
     return SuperResolutionPipeline(unet, make_scheduler(scheduler, has_learned_variance=has_variance))
 
 
-def _load_superres(source: pathlib.Path, config: pathlib.Path | None) -> SuperResolutionUNet:
+def load_superres_unet(source: pathlib.Path, config: pathlib.Path | None) -> SuperResolutionUNet:
+    """The network of a published super-resolution checkpoint, or of a directory of save_pretrained."""
     if not source.is_dir():
         return SuperResolutionUNet.from_published(source, **read_config(config))
     if config:
@@ -154,6 +155,7 @@ def _of_folder(cls: type[Network], source: pathlib.Path) -> Network:
         loaded: Any = cls.from_pretrained(folder, low_cpu_mem_usage=False, output_loading_info=True)
     except (OSError, RuntimeError) as error:  # whose words are of git, of networks, and of options that would hide it
         raise ValueError(f"{folder} has weights that cannot be read; expected those of save_pretrained") from error
+    made: Any
     made, info = loaded
     with torch.no_grad():
         for x in (*made.parameters(), *made.buffers()):

@@ -51,16 +51,20 @@ class Processes:
 
         return bool(reduce(torch.tensor(float(flag), device=self.device)))
 
+    def gathered(self, values: list[Any]) -> list[Any]:
+        """The lists of all of them, one after the other, in each; each has to ask."""
+        if not self._state:
+            return values
+        from accelerate.utils import gather_object
+
+        return list(gather_object(values))
+
     def refuse_if_different(self, what: str, value: str) -> None:
         """
         Raises:
             RuntimeError: if a value is not the same in all of them.
         """
-        if not self._state:
-            return
-        from accelerate.utils import gather_object
-
-        values = gather_object([value])
+        values = self.gathered([value])
         if len(set(values)) > 1:
             raise RuntimeError(f"the processes have different {what}: {', '.join(values)}; expected the same in all")
 

@@ -48,4 +48,4 @@ def write_texts(files: Mapping[str, pathlib.Path], texts: Mapping[str, str], is_
     for suffix, text in texts.items():
         files[suffix].parent.mkdir(parents=True, exist_ok=True)
         with whole_file(files[suffix], may_replace=is_forced) as part:
-            part.write_text(text + "\n")
+            part.write_text(text + "\n", encoding="utf-8")

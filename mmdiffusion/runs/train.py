@@ -21,19 +21,17 @@ import mmattn
 import mmdiffusion
 from mmdiffusion import checkpoints
 from mmdiffusion._files import alone_in, digest, remove_parts
-from mmdiffusion.clips import Clip, ClipFormat
-from mmdiffusion.data import FilmError, open_dataset
-from mmdiffusion.media import contact_sheet, write_image, write_video
-from mmdiffusion.model.unet import CoupledUNet
+from mmdiffusion.data import FilmError
 from mmdiffusion.runs import published
 from mmdiffusion.runs.convert import save_pipeline
-from mmdiffusion.runs.models import ModelJob, load, pipeline_of, read_config, settings_of
+from mmdiffusion.runs.models import ModelJob, settings_of
 from mmdiffusion.runs.options import SEEDS, option
 from mmdiffusion.runs.processes import Processes
-from mmdiffusion.runs.sample import clip_seed, versions
+from mmdiffusion.runs.sample import versions
+from mmdiffusion.runs.trained import TrainedClips, TrainedFrames
 from mmdiffusion.training import Recipe, State, States, train
 from mmdiffusion.training.log import Log, plot, row_of, summary
-from mmdiffusion.training.recipe import PRECISIONS, RECIPES, TIMESTEPS, WEIGHTINGS
+from mmdiffusion.training.recipe import PRECISIONS, RECIPES, SUPERRES_RECIPES, TIMESTEPS, WEIGHTINGS
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _OF_PRESET = "; by default that of the preset"
@@ -44,18 +42,21 @@ class Train(ModelJob):
     """Train a network on clips, in a folder: states/ to go on from, model/ to sample from, log.jsonl, loss.png and
     previews/. The same command again goes on where the run was stopped, to the bit; a state of other settings is
     refused. --preset small, the default, is a network for the synthetic clips that a CPU can train; landscape is the
-    published one, trained as in the paper.
+    published one, trained as in the paper. With --superres it is a network that makes frames four times as large, of 16
+    x 16 by default, with landscape the published one.
     """
 
     summary: ClassVar = "a network on clips of a folder, or on synthetic ones"
     examples: ClassVar = (
         "train synthetic --out run",
         "train films --preset landscape --micro-batch 2 --precision bfloat16 --out run",
-        "sample --model run/model --out clips",
+        "train synthetic --superres --steps 2000 --out run-sr",
+        "sample --model run/model --superres run-sr/model --out clips",
     )
 
     data: str = option("a folder of films, packed clips, or `synthetic`", is_positional=True)
     out: pathlib.Path = option("the folder of the run; made if it is not there")
+    superres: bool = option("a super-resolution network instead, on single frames", default=False)
     steps: int = option("at which the run ends", default=100_000, minimum=1)
     batch_size: int | None = option("clips of a step" + _OF_PRESET, default=None, minimum=1)
     micro_batch: int | None = option("clips of one call of the network" + _OF_PRESET, default=None, minimum=1)
@@ -90,7 +91,7 @@ class Train(ModelJob):
     @property
     def recipe(self) -> Recipe:
         """That of the preset, with what is given here in its place."""
-        preset = RECIPES.get(self.model_preset or "", Recipe())
+        preset = (SUPERRES_RECIPES if self.superres else RECIPES).get(self.model_preset or "landscape", Recipe())
         names = [field.name for field in dataclasses.fields(Recipe)]
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return dataclasses.replace(preset, **given)
@@ -102,37 +103,30 @@ class Train(ModelJob):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.superres and self.resume:
+            raise ValueError(f"resume is {self.resume} and superres is given; expected init, of its weights alone")
+        if self.superres and self.preset not in (None, *checkpoints.SUPERRES_PRESETS):
+            expected = ", ".join(map(repr, checkpoints.SUPERRES_PRESETS))
+            raise ValueError(f"preset is {self.preset!r}; expected one of {expected} with superres")
         if self.init and self.resume:
             raise ValueError(f"init is {self.init} and resume {self.resume}; expected one of them")
 
 
 def run(job: Train) -> str:
     """Train until `steps`, or until the process is told to stop; what was trained is kept."""
-    recipe = job.recipe
     processes = Processes(job.device)
     if processes.device.type == "cpu":
         mmattn.keep_freed_memory()
     processes.refuse_if_different("code", code_digest()[:12])
-    unet = _network(job)
-    torch.nn.Module.to(unet, processes.device, torch.float32)
+    recipe = job.recipe
+    trained = TrainedFrames(job) if job.superres else TrainedClips(job)
+    torch.nn.Module.to(trained.network, processes.device, torch.float32)
     if job.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    data = open_dataset(job.data, ClipFormat.of(unet.config), job.seed, flip=job.flip)
+        trained.enable_gradient_checkpointing()
+    data = trained.data()
     alone = alone_in(job.out, "trained in") if processes.rank == 0 else contextlib.nullcontext()
     with alone, _told_to_stop() as signals:
-        return _Run(job, recipe, unet, data, processes).go(signals)
-
-
-def _network(job: Train) -> CoupledUNet:
-    """To begin with."""
-    torch.manual_seed(job.seed)
-    weights = published.newest(job.resume)[0] if job.resume else job.init
-    if weights is None:
-        return CoupledUNet(**{**checkpoints.PRESETS[str(job.model_preset)], **read_config(job.config)})
-    # A directory has its own configuration, so that a preset is that of the recipe alone.
-    unet = load(weights, dataclasses.replace(job, preset=None) if weights.is_dir() else job)
-    unet.register_to_config(random_weights=False)  # no longer, once they are trained
-    return unet
+        return _Run(job, recipe, trained, data, processes).go(signals)
 
 
 @functools.cache
@@ -148,25 +142,27 @@ def code_digest() -> str:
 class _Run:
     """One sitting of a run."""
 
-    def __init__(self, job: Train, recipe: Recipe, unet: CoupledUNet, data: Any, processes: Processes) -> None:
-        self.job, self.data, self.recipe, self.processes = job, data, recipe, processes
+    def __init__(
+        self, job: Train, recipe: Recipe, trained: TrainedClips | TrainedFrames, data: Any, processes: Processes
+    ) -> None:
+        self.job, self.recipe, self.trained, self.data, self.processes = job, recipe, trained, data, processes
         self.is_first = processes.rank == 0
         begun_from = job.init or job.resume
         settings = {
             "data": job.data,
             "begun_from": digest(begun_from) if job.init and begun_from else str(begun_from) if begun_from else None,
             "clips": len(data),
-            "config": settings_of(unet.config),
+            "config": settings_of(trained.config),
             **recipe.settings(),
             **({"flip": True} if job.flip else {}),
         }
         self.states = States(job.out / "states", settings, keep=job.keep)
         self.log = Log(job.out / "log.jsonl")
-        self.previewed = CoupledUNet.from_config(unet.config).to(unet.device).eval().requires_grad_(False)
-        self.state = State(unet, recipe, 1000)
+        self.previewed = trained.copy().to(processes.device).eval().requires_grad_(False)
+        self.state = State(trained.network, recipe, 1000)
         self.notes = {
             "versions": versions(),
-            "machine": f"{platform.machine()}, {unet.device}, {torch.get_num_threads()} threads",
+            "machine": f"{platform.machine()}, {processes.device}, {torch.get_num_threads()} threads",
             "processes": processes.count,
             "code": code_digest(),
         }
@@ -175,7 +171,7 @@ class _Run:
     def go(self, signals: list[int]) -> str:
         job, state, processes = self.job, self.state, self.processes
         self._begin()
-        options = {"workers": job.workers, "accelerator": processes.accelerator()}
+        options = {"workers": job.workers, "accelerator": processes.accelerator(), "given": self.trained.given}
         try:
             if state.step < job.steps:
                 for _ in train(state.unet, self.data, self.recipe, state=state, **options):
@@ -242,34 +238,20 @@ class _Run:
         self.states.save(state, self.notes)
         self.saved = state.step
         state.ema.copy_to(self.previewed, self.recipe.ema_rates[0])
-        if len(self.previewed.config["streams"]) == 2:
-            save_pipeline(pipeline_of(self.previewed), self.job.out / "model")
+        pipeline = self.trained.pipeline(self.previewed)
+        if pipeline is not None:
+            save_pipeline(pipeline, self.job.out / "model")
         plot(self.log.read(), self.job.out / "loss.png")
 
     def _preview(self) -> None:
-        """Clips of the averaged parameters, with seeds of their own, the same at each step."""
+        """What the averaged parameters make."""
         state, folder = self.state, self.job.out / "previews"
-        if len(self.previewed.config["streams"]) < 2:
-            return
-        folder.mkdir(exist_ok=True)
         state.ema.copy_to(self.previewed, self.recipe.ema_rates[0])
-        pipeline = pipeline_of(self.previewed)
-        pipeline.set_progress_bar_config(disable=True)
-        seeds = [clip_seed(self.job.seed, number) for number in range(self.job.preview_clips)]
-        made: Any = pipeline(
-            len(seeds), 20, generator=[torch.Generator().manual_seed(x) for x in seeds], shift_seed=self.job.seed
-        )
-        clips = [Clip(video.cpu(), audio.cpu()) for video, audio in zip(made.video, made.audio, strict=True)]
-        rates: dict[str, Any] = {
-            "fps": pipeline.clip_format.frame_rate,
-            "sample_rate": pipeline.clip_format.sample_rate,
-        }
-        name = f"step-{state.step:08d}"
-        titles = [f"step {state.step}, clip {number}" for number in range(len(clips))]
-        write_image(folder / f"{name}.png", contact_sheet(clips, titles, **rates))
-        for number, (video, audio) in enumerate(clips):
-            assert video is not None
-            write_video(folder / f"{name}-{number}.mp4", video, audio, **rates)
+        pipeline = self.trained.pipeline(self.previewed)
+        if pipeline is not None:
+            folder.mkdir(exist_ok=True)
+            pipeline.set_progress_bar_config(disable=True)
+            self.trained.preview(pipeline, self.data, folder, state.step)
 
 
 def _say(sentence: str) -> None:

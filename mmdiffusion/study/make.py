@@ -15,7 +15,7 @@ from typing import Any
 import numpy
 from tqdm import tqdm
 
-from mmdiffusion._files import digest, files_below, whole_folder
+from mmdiffusion._files import digest, files_below, printable, whole_folder
 from mmdiffusion.media import open_film, write_video
 from mmdiffusion.media.read import Film
 from mmdiffusion.study.votes import Study
@@ -116,10 +116,10 @@ def _usable(folder: pathlib.Path, refused: dict[str, str], progress: bool) -> _S
             with open_film(path) as film:
                 forms, seconds = film.forms, film.durations
         except (OSError, ValueError) as error:
-            refused[str(path)] = " ".join(str(error).removeprefix(f"{path} ").split())
+            refused[printable(str(path))] = " ".join(printable(str(error).removeprefix(f"{path} ")).split())
             continue
         if len(seconds) < 2:
-            refused[str(path)] = f"it has no {'sound' if 'video' in seconds else 'picture'}"
+            refused[printable(str(path))] = f"it has no {'sound' if 'video' in seconds else 'picture'}"
             continue
         found.paths.append(path)
         # Codecs are not seen; sizes, rates and lengths are.
@@ -154,9 +154,9 @@ def _copied(
                 shutil.copyfile(path, copy)
             else:
                 _transcode(film, copy)
-                transcoded.append(str(path))
+                transcoded.append(printable(str(path)))
         os.utime(copy, (0, 0))
-        copies[name].append((copy.name, str(path)))
+        copies[name].append((copy.name, printable(str(path))))
     return {name: sorted(x) for name, x in copies.items()}, sorted(transcoded)
 
 

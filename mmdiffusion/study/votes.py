@@ -49,6 +49,7 @@ CREATE TABLE votes (
   PRIMARY KEY (item, question)
 ) STRICT;
 CREATE TRIGGER votes_stay BEFORE UPDATE ON votes BEGIN SELECT RAISE(ABORT, 'votes are not changed'); END;
+CREATE TRIGGER votes_remain BEFORE DELETE ON votes BEGIN SELECT RAISE(ABORT, 'votes are not removed'); END;
 """
 
 

@@ -86,3 +86,9 @@ RECIPES = {
     )
 }
 """Of the presets that are not trained as the paper says."""
+
+SUPERRES_RECIPES = {
+    "landscape": Recipe(batch_size=6, micro_batch=None),  # of one GPU, as published
+    "small": Recipe(batch_size=8, micro_batch=None, lr=1e-3, warmup=100, clip_norm=1.0, ema_rates=(0.995,)),
+}
+"""Of super-resolution networks, by preset."""
