@@ -2,11 +2,14 @@
 """What the choices of MM-Diffusion do to a small network on the synthetic world: each is trained alike, and compared.
 
     python bench/ablation.py --steps 5000 --seeds 0 1 2 --out ablation    # again with more steps or seeds: it goes on
+    python bench/ablation.py --steps 5000 --seconds 600 --out ablation    # ends in time, at the end of somebody's turn
+    python bench/ablation.py --from bench/results/ablation-cpu.json --page docs/ablations.md    # trains nothing
 
 Each variant is a run of `mmdiffusion train synthetic`, in a folder of its own below --out, of the preset `small` with
 one thing changed. Runs of a seed see the same clips, noise and t in the same order, and no clip twice, so that the mean
-loss of the last quarter of their steps is that of unseen clips and differs by the variant alone. Of networks with both
-streams `mmdiffusion synchrony` samples clips. --page writes the table and the picture into a document.
+loss of the last quarter of their steps is that of unseen clips and differs by the variant alone. All take turns of
+--turn steps, so that they are equally far wherever it ends. Of networks with both streams `mmdiffusion synchrony`
+samples clips. --page writes the table and the picture into a document, between its markers.
 """
 
 from __future__ import annotations
@@ -16,10 +19,14 @@ import json
 import pathlib
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import harness
+import report
+import tables
 
 from mmdiffusion import checkpoints
 from mmdiffusion._files import whole_file
@@ -31,19 +38,20 @@ from mmdiffusion.training.log import Log
 Change = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
-def windows(frames: int | None) -> Change:
-    """The same window at every level; None is all frames, which is full attention."""
+def windows(share: Fraction) -> Change:
+    """The same window at every level: a share of the frames, one frame at least; 1 is full attention."""
     return lambda config: {
-        "cross_attention_windows": [frames or config["video_size"][0]] * len(config["cross_attention_resolutions"])
+        "cross_attention_windows": [max(1, int(share * config["video_size"][0]))]
+        * len(config["cross_attention_resolutions"])
     }
 
 
 BASE = "as the preset"
 VARIANTS: dict[str, Change] = {
     BASE: lambda _: {},
-    "windows of 1 frame": windows(1),
-    "windows of 8 frames": windows(8),
-    "full attention": windows(None),
+    "windows of 1 frame": windows(Fraction(0)),
+    "windows of half the frames": windows(Fraction(1, 2)),
+    "full attention": windows(Fraction(1)),
     "shifted windows": lambda config: {"cross_attention_shift": not config["cross_attention_shift"]},
     "video alone": lambda _: {"streams": ["video"]},
     "audio alone": lambda _: {"streams": ["audio"]},
@@ -63,31 +71,62 @@ GIVEN = tuple(
 )
 
 
-def measure(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Train a variant to --steps, or go on with it, and what came of it."""
-    folder = args.out / f"{name.replace(' ', '-')}-{seed}"
+def folder_of(name: str, seed: int, args: argparse.Namespace) -> pathlib.Path:
+    return args.out / f"{name.replace(' ', '-')}-{seed}"
+
+
+def go_on(name: str, seed: int, steps: int, args: argparse.Namespace) -> None:
+    """Train a variant from where it is to a step."""
+    folder = folder_of(name, seed, args)
     folder.parent.mkdir(parents=True, exist_ok=True)
     changes = {**read_config(args.config), **VARIANTS[name](args.base)}
     config = folder.with_suffix(".json")
     with whole_file(config) as part:
         part.write_text(json.dumps(changes))
-    options: dict[str, Any] = {"log_every": max(1, args.steps // 40), "checkpoint_every": min(1000, args.steps)}
     job = train.Train(
         data="synthetic",
         out=folder / "run",
         config=config,
-        steps=args.steps,
+        steps=steps,
         batch_size=args.batch_size,
         seed=seed,
         keep=1,
+        log_every=args.turn,
+        checkpoint_every=args.turn,
         preview_every=0,
-        **options,
     )
     print(f"{name}, seed {seed}: {train.run(job)}", flush=True)
-    rows = Log(folder / "run" / "log.jsonl").read()
+
+
+def logged(name: str, seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The lines of a run up to --steps, one a turn."""
+    rows = Log(folder_of(name, seed, args) / "run" / "log.jsonl").read()
+    return [row for row in rows if row["step"] <= args.steps]
+
+
+def take_turns(args: argparse.Namespace) -> bool:
+    """Bring all runs to --steps, those behind first; whether all are there, which --seconds may end before."""
+    begun = time.monotonic()
+    for step in range(args.turn, args.steps + 1, args.turn):
+        for seed in args.seeds:
+            for name in args.variants:
+                rows = logged(name, seed, args)
+                if rows and rows[-1]["step"] >= step:
+                    continue
+                if args.seconds and time.monotonic() - begun > args.seconds:
+                    print(f"--seconds is over, with all runs at step {step - args.turn} or beyond; again goes on")
+                    return False
+                go_on(name, seed, step, args)
+    return True
+
+
+def measure(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """What came of a run."""
+    rows = logged(name, seed, args)
     last = [row for row in rows if row["step"] > 0.75 * args.steps]
     losses = {stream: statistics.fmean(row[stream] for row in last) for stream in STREAMS if stream in last[0]}
-    return {"variant": name, "seed": seed, "hours": rows[-1]["seconds"] / 3600, **losses, **sampled(folder, name, args)}
+    shares = sampled(folder_of(name, seed, args), name, args)
+    return {"variant": name, "seed": seed, "hours": rows[-1]["seconds"] / 3600, **losses, **shares}
 
 
 def sampled(folder: pathlib.Path, name: str, args: argparse.Namespace) -> dict[str, float]:
@@ -168,66 +207,78 @@ def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
         figure.savefig(part, format="png", dpi=110)
 
 
-def page(content: dict[str, Any], picture: str) -> str:
-    """The document."""
-    header, rows = content["header"], content["rows"]
+def block(header: dict[str, Any], rows: list[dict[str, Any]], picture: str) -> str:
+    """What a document says of the results."""
     seeds = ", ".join(map(str, sorted({row["seed"] for row in rows})))
     hours = sum(row["hours"] for row in rows)
     said = [
-        "# Ablations",
-        "",
-        f"Written by `{header['command']}`.",
-        "",
-        f"- {header['steps']} steps of {header['batch_size']} clips for each variant and seed ({seeds}), {hours:.2f} "
-        f"hours of training in all, on {header['cpu']}, {header['threads']} threads, at commit {header['commit']}.",
-        "- Losses are means of the last quarter of the steps, of clips not seen before, the same for all variants of a "
-        "seed.",
-        f"- Shares of bounces and onsets are of {header['clips']} clips of {header['sampling_steps']} steps, from the "
-        "averaged parameters.",
-        "- After ± is the standard deviation over the seeds, where there are several.",
-        "",
         *table(rows),
         "",
         f"![mean and deviation of each variant]({picture})",
+        "",
+        f"- {header['steps']} steps of {header['batch_size']} clips for each variant and seed ({seeds}), {hours:.2f} "
+        "hours of training in all.",
+        f"- Preset small with {json.dumps(header['config'])} in place of its own.",
+        "- Losses are means of the last quarter of the steps, of clips not seen before, the same for all variants of a "
+        "seed. After ± is the standard deviation over the seeds, where there are several.",
+        f"- Shares of bounces and onsets are of {header['clips']} clips of {header['sampling_steps']} steps, from the "
+        "averaged parameters.",
+        f"- {report.describe(header)}. `{header['command']}`",
     ]
     return "\n".join(said) + "\n"
 
 
+def write_page(path: pathlib.Path, header: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Put the results between a document's markers and the picture beside it; a document that is not there is made."""
+    picture = path.with_suffix(".png")
+    plot(rows, picture)
+    old = path.read_text() if path.exists() else "# Ablations\n\n<!-- bench:ablation-cpu -->\n<!-- /bench -->\n"
+    found = block(header, rows, picture.name)
+    with whole_file(path) as part:
+        part.write_text(tables.BLOCK.sub(lambda markers: f"{markers[1]}{found}{markers[4]}", old))
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the runs and of results.json")
+    parser.add_argument("--out", type=pathlib.Path, help="folder of the runs and of results.json")
+    parser.add_argument("--from", dest="kept", type=pathlib.Path, help="results.json of a run, for --page alone")
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--steps", type=int, default=5000, help="of training, of each run (5000)")
+    parser.add_argument("--turn", type=int, default=25, help="steps that a run goes on before the next one does (25)")
+    parser.add_argument("--seconds", type=float, help="begin no turn after that; the same command goes on")
     parser.add_argument("--batch-size", type=int, default=8, help="clips of a step (8)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(0)")
     parser.add_argument("--clips", type=int, default=64, help="sampled of each run, 0 for none (64)")
     parser.add_argument("--sampling-steps", type=int, default=20, help="calls of the model for a clip (20)")
     parser.add_argument("--config", type=pathlib.Path, help="JSON with arguments of CoupledUNet over the preset's")
-    parser.add_argument("--page", type=pathlib.Path, help="Markdown to write, with a picture beside it")
+    parser.add_argument("--page", type=pathlib.Path, help="Markdown to write into, with a picture beside it")
     args = parser.parse_args(argv)
-    if args.steps < 4 or args.clips == 1 or args.clips < 0:
-        parser.error(f"--steps {args.steps}, --clips {args.clips}: expected 4 or more, and 0 or 2 or more")
+    if bool(args.kept) == bool(args.out):
+        parser.error("expected --out or --from, one of them")
+    if args.turn < 1 or args.steps < 4 * args.turn or args.steps % args.turn or args.clips == 1 or args.clips < 0:
+        parser.error(
+            f"--steps {args.steps}, --turn {args.turn}, --clips {args.clips}: expected steps of four turns or more, "
+            f"whole ones, and 0 clips or 2 or more"
+        )
     args.base = {**checkpoints.PRESETS["small"], **read_config(args.config)}
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    settings = {name: getattr(args, name) for name in ("steps", "batch_size", "clips", "sampling_steps")}
-    rows: list[dict[str, Any]] = []
-    content = {"header": {**harness.describe_machine("cpu"), **settings}, "rows": rows}
-    for seed in args.seeds:
-        for name in args.variants:
-            rows.append(measure(name, seed, args))
-            with whole_file(args.out / "results.json") as part:  # what is there is looked at in mid-run
-                part.write_text(json.dumps(content, indent=1) + "\n")
+    if args.kept:
+        header, rows = report.read_json(args.kept)
+    else:
+        if not take_turns(args):
+            return 3
+        settings = {name: getattr(args, name) for name in ("steps", "batch_size", "clips", "sampling_steps")}
+        header = {**harness.describe_machine("cpu"), **settings, "config": read_config(args.config)}
+        rows = [measure(name, seed, args) for seed in args.seeds for name in args.variants]
+        report.write_json(args.out / "results.json", header, rows)
+        plot(rows, args.out / "results.png")
     print("\n".join(table(rows)))
-    plot(rows, args.out / "results.png")
     if args.page:
-        picture = args.page.with_suffix(".png")
-        plot(rows, picture)
-        with whole_file(args.page) as part:
-            part.write_text(page(content, picture.name))
+        write_page(args.page, header, rows)
     return 0
 
 

@@ -91,6 +91,19 @@ def self_attention(draw: Draw, dtype: torch.dtype) -> tuple[str, list[Tensor], d
     return "self_attention", tensors, {"segments": segments, "scale": draw.choice((None, 0.0, 0.7))}
 
 
+def segmented_attention(draw: Draw, dtype: torch.dtype) -> tuple[str, list[Tensor], dict[str, Any]]:
+    segments, keys = draw.size(20), draw.size(70)
+    queries = draw.size(90)
+    bounds = [0, *sorted(draw.randint(0, queries) for _ in range(segments - 1)), queries]
+    begin = [draw.randrange(keys) for _ in range(segments)]
+    length = [draw.choice((0, 1, keys, draw.randint(0, keys))) for _ in range(segments)]
+    batch, heads, dim = draw.randint(1, 3), draw.randint(1, 3), draw.size(80)
+    is_fp32 = dtype == torch.float32
+    tensors = [draw.tensor(batch, n, heads, dim, dtype=dtype, expanded=is_fp32) for n in (queries, keys, keys)]
+    windows = mmattn.Windows.from_ranges(bounds, begin, length, keys=keys)
+    return "segmented_attention", tensors, {"windows": windows, "scale": draw.choice((None, 0.0, 0.7))}
+
+
 def norm(draw: Draw, dtype: torch.dtype) -> tuple[str, list[Tensor], dict[str, Any]]:
     groups = draw.size(33)
     channels, batch = groups * draw.randint(1, 4), draw.randint(1, 3)
@@ -128,7 +141,7 @@ def conv(draw: Draw, dtype: torch.dtype) -> tuple[str, list[Tensor], dict[str, A
     return "spatial_conv2d" if spatial else "dilated_conv1d", tensors, options
 
 
-OPS = (attention, self_attention, norm, conv)
+OPS = (attention, self_attention, segmented_attention, norm, conv)
 
 
 def tensors_of(value: Any) -> list[Tensor]:
@@ -203,6 +216,8 @@ def spoiled_tensor(draw: Draw, x: Tensor | None) -> Any:
         return draw.choice((torch.randn(draw.size(9)), torch.randn(2, draw.size(9), 3)))
     shape, dim = list(x.shape), draw.randrange(max(1, x.dim()))
     kind = draw.choice(("none", "meta", "dtype", "shape", "rank", "expanded", "stride", "empty", "negative", "zero"))
+    if not x.is_floating_point() and draw.random() < 0.5:  # a table, whose values kernels take for places
+        return torch.tensor([draw.choice(HUGE) for _ in range(x.numel())]).clamp(-(2**31), 2**31 - 1).to(x.dtype)
     if kind == "none":
         return None
     if kind == "meta":

@@ -3,6 +3,7 @@
 
 import json
 import pathlib
+import shlex
 import statistics
 
 import helpers  # noqa: F401
@@ -31,12 +32,13 @@ PAIR = ["--variants", "as the preset", "windows of 1 frame"]
 def here(monkeypatch, tmp_path, threads):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train.mmattn, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr(train, "plot", lambda rows, path: None)  # a second each, and nobody looks at it
     pathlib.Path("tiny.json").write_text(json.dumps(TINY))
     threads(1)
 
 
 def run(*options, steps=4):
-    command = ["--out", "out", "--config", "tiny.json", "--steps", str(steps), "--batch-size", "2"]
+    command = ["--out", "out", "--config", "tiny.json", "--steps", str(steps), "--turn", "1", "--batch-size", "2"]
     assert ablation.main([*command, "--sampling-steps", "1", *options]) == 0
     return json.loads(pathlib.Path("out/results.json").read_text())
 
@@ -46,7 +48,7 @@ def test_what_each_variant_changes():
     changes = {name: change({**config, "video_size": [16, 3, 8, 8]}) for name, change in ablation.VARIANTS.items()}
     windows = {name: found.get("cross_attention_windows") for name, found in changes.items()}
     assert changes["as the preset"] == {} and windows["windows of 1 frame"] == [1, 1]
-    assert windows["windows of 8 frames"] == [8, 8] and windows["full attention"] == [16, 16]
+    assert windows["windows of half the frames"] == [8, 8] and windows["full attention"] == [16, 16]
     assert changes["shifted windows"] == {"cross_attention_shift": True}
     assert changes["audio alone"] == {"streams": ["audio"]} and changes["video alone"] == {"streams": ["video"]}
 
@@ -62,8 +64,21 @@ def test_table_and_page():
     config = json.loads(pathlib.Path("out/windows-of-1-frame-1.json").read_text())
     assert config == {**TINY, "cross_attention_windows": [1]}
     page = pathlib.Path("docs.md").read_text()
+    pathlib.Path("docs.md").write_text(page.replace("| video alone", "| stale").replace("# Abl", "What it is.\n# Abl"))
+    assert ablation.main(["--from", "out/results.json", "--page", "docs.md"]) == 0
+    assert pathlib.Path("docs.md").read_text() == "What it is.\n" + page
     assert all(f"| {name} | 1 | " in page for name in names) and "(docs.png)" in page
     assert pathlib.Path("docs.png").stat().st_size > 5000
+
+
+def test_it_ends_in_time_and_goes_on():
+    """In turns: when its seconds are over no run is more than a turn behind another."""
+    command = shlex.split("--out out --config tiny.json --steps 4 --turn 1 --batch-size 2 --clips 0 --seconds 1e-9")
+    assert ablation.main([*command, "--variants", *PAIR[1:]]) == 3
+    assert not pathlib.Path("out").exists()
+    run("--clips", "0", *PAIR)
+    logs = [Log(x).read() for x in sorted(pathlib.Path("out").glob("*/run/log.jsonl"))]
+    assert [[row["step"] for row in rows] for rows in logs] == [[1, 2, 3, 4]] * 2
 
 
 def test_it_goes_on(monkeypatch):
@@ -89,8 +104,16 @@ def test_mean_and_spread():
     assert len(lines) == 4
 
 
-@pytest.mark.parametrize("options", ("--steps 3", "--clips 1", "--variants nonsense"))
+BAD = {
+    "--out out --steps 90": "--steps 90, --turn 25, --clips 64: expected steps of four turns or more",
+    "--out out --clips 1": "0 clips or 2 or more",
+    "--out out --variants nonsense": "nonsense",
+    "--steps 100": "expected --out or --from, one of them",
+}
+
+
+@pytest.mark.parametrize("options", BAD)
 def test_bad_input(options, capsys):
     with pytest.raises(SystemExit, match="2"):
-        ablation.main(["--out", "out", *options.split()])
-    assert "expected 4 or more" in capsys.readouterr().err or "nonsense" in options
+        ablation.main(options.split())
+    assert BAD[options] in capsys.readouterr().err

@@ -7,6 +7,7 @@ import os
 import pathlib
 import pickle
 import shutil
+import sys
 from fractions import Fraction
 
 import pytest
@@ -96,9 +97,9 @@ def test_index_looks_at_a_file_once_until_it_changes(folder, monkeypatch):
     first = index_folder(folder, processes=1)
     opened = []
 
-    def open_film(path):
+    def open_film(path, part=None):
         opened.append(pathlib.Path(path).name)
-        return media.open_film(path)
+        return media.open_film(path, part)
 
     monkeypatch.setattr(index, "open_film", open_film)
     monkeypatch.setattr(index, "read_by", lambda _, dataset: map(dataset.__getitem__, range(len(dataset))))
@@ -354,11 +355,99 @@ def test_a_pack_is_whole_or_absent(folder, tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.fixture
+def shards(folder, tmp_path):
+    """The films of the folder in two shards, as webdataset writes them, with text beside, and samples of no use."""
+    webdataset = pytest.importorskip("webdataset")
+    samples = [
+        {"__key__": "a/long", "mp4": (folder / "long.mp4").read_bytes(), "json": {"label": 1}},
+        {"__key__": "short", "film.mp4": (folder / "rain/deep/short.mp4").read_bytes(), "txt": "rain"},
+        {"__key__": "silent", "mp4": (folder / "rain/silent.mp4").read_bytes()},
+        {"__key__": "words", "txt": "no film", "json": []},
+    ]
+    root = tmp_path / "shards"
+    root.mkdir()
+    for k in range(2):
+        with webdataset.TarWriter(str(root / f"films-{k}.tar")) as writer:
+            for sample in samples[2 * k : 2 * k + 2]:
+                writer.write(sample)
+    pattern = str(root / "films-{0..1}.tar")
+    keys = [sample["__key__"] for sample in webdataset.WebDataset(pattern, shardshuffle=False)]
+    assert keys == ["a/long", "short", "silent", "words"]
+    return root, pattern
+
+
+def test_shards_have_the_clips_of_the_folder(folder, shards):
+    root, pattern = shards
+    plain, clips = ClipDataset(folder, FORM, processes=1), ClipDataset(pattern, FORM, processes=2)
+    assert clips.names == ["films-0.tar/a/long.mp4", "films-0.tar/short.film.mp4"]
+    assert clips.refused == {
+        "films-1.tar/silent.mp4": "no sound",
+        "films-1.tar/words": "no film among json, txt",
+    }
+    assert len(clips) == len(plain) == 32
+    for i in (0, 20, 21, 31, 3):
+        assert torch.equal(clips[i].video, plain[i].video) and torch.equal(clips[i].audio, plain[i].audio)
+    assert clips[20].name == "films-0.tar/a/long.mp4 from 2.00 s"
+    assert_same([open_dataset(root, FORM)[25]], [clips[25]])
+    assert len(open_dataset(root / "films-0.tar", FORM)) == 32
+
+
+def test_shards_go_on_and_are_packed(shards, tmp_path):
+    clips = open_dataset(shards[1], FORM, flip=True)
+    expected = take(Batches(clips, 6, seed=3), 8)
+    first = Batches(clips, 6, seed=3, workers=1)
+    assert_same(take(first, 3), expected[:3])
+    again = Batches(pickle.loads(pickle.dumps(clips)), 6, seed=3)
+    again.load_state_dict(first.state_dict())
+    assert_same(take(again, 5), expected[3:])
+    first.close()
+    pack(clips, tmp_path / "films.pack")
+    assert torch.equal(PackedClips(tmp_path / "films.pack", FORM)[31].video, clips[31].video)
+
+
+def test_index_looks_at_a_shard_once_until_it_changes(shards, monkeypatch):
+    root, pattern = shards
+    first = index_folder(pattern, processes=1)
+    assert [x.name for x in index_folder(root, processes=1)] == [x.name for x in first]
+    opened = []
+    monkeypatch.setattr(FilmEntry, "open", lambda entry, _: opened.append(entry.name))
+    assert index_folder(pattern) == first and not opened
+    content = (root / "films-0.tar").read_bytes()
+    (root / "films-0.tar").write_bytes(content[:6000])
+    monkeypatch.undo()
+    changed = {x.name: x.refusal(FORM) for x in index_folder(pattern, processes=1, cache=root / "cache")}
+    assert "cut off" in changed["films-0.tar/a/long.mp4"] and changed["films-1.tar/silent.mp4"] == "no sound"
+    assert changed["films-0.tar"].startswith("is no tar file, or it is cut off")
+
+
+def test_bad_shards(folder, shards, tmp_path, monkeypatch):
+    root, pattern = shards
+    with pytest.raises(FileNotFoundError, match=r"films-\{0\.\.2\}\.tar', whose shard .*films-2\.tar is not there"):
+        open_dataset(root / "films-{0..2}.tar", FORM)
+    with pytest.raises(ValueError, match="expected shards in files, in a folder that is mounted"):
+        open_dataset("https://example.com/films-{0..9}.tar", FORM)
+    clips = open_dataset(pattern, FORM)
+    (root / "films-0.tar").unlink()
+    batches = Batches(clips, 4)
+    with pytest.raises(FilmError, match=r"^.*No such file.*films-0\.tar.*$"):
+        next(batches)
+    (root / "films-0.tar").write_bytes(b"no archive")
+    (root / "films-1.tar.gz").write_bytes(b"")
+    reasons = {x.name: x.refusal(FORM) for x in index_folder(root, processes=1)}
+    assert reasons["films-0.tar"].startswith("is no tar file")
+    assert reasons["films-1.tar.gz"] == "is compressed; expected shards that are not, .tar"
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    monkeypatch.setitem(sys.modules, "webdataset.shardlists", None)
+    with pytest.raises(ImportError, match=r"a pattern of shards needs webdataset, .*pip install 'mmattn\[shards\]'"):
+        open_dataset(pattern, FORM)
+
+
 def test_open_dataset(folder, tmp_path, packed):
     clips, path = packed
     assert_same([open_dataset(folder, FORM, flip=True)[3]], [clips[3]])
     assert_same([open_dataset(str(path), FORM)[3]], [clips[3]])
-    with pytest.raises(FileNotFoundError, match="which is not there; expected a folder, a packed file or 'synthetic'"):
+    with pytest.raises(FileNotFoundError, match="which is not there; expected a folder, shards, a packed file or 'syn"):
         open_dataset("synthetik", FORM)
     with pytest.raises(ValueError, match=r"long\.mp4'; expected a folder of films"):
         open_dataset(folder / "long.mp4", FORM)

@@ -516,6 +516,9 @@ REFUSED = {
     "audio_size has length 66; expected multiples of 4": {"audio_size": (1, 66)},
     "model_channels is 32; expected a network of at most 4e.09 parameters.* channel_mult": {"channel_mult": (1, 10**6)},
     "model_channels is 1048576; expected a network of at most": {"model_channels": 2**20},
+    r"model_channels is 3072; expected a network of at most 4e\+09 parameters, where this has 8\.75e\+09$": {
+        "model_channels": 3072
+    },
     "channel_mult is .1e.300,.; expected widths": {"channel_mult": (1e300,)},
     "video_out_channels is 1000000000000; expected a network of at most": {"video_out_channels": 10**12},
     r"video_size is \(4, 1000000000, 8, 8\); expected a network of at most": {"video_size": (4, 10**9, 8, 8)},

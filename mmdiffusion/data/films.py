@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The clips of films: those of a folder, read where they are, and those of a packed file."""
+"""The clips of films: those of a folder or of shards, read where they are, and those of a packed file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import bisect
 import collections
 import itertools
 import os
-import pathlib
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, get_args
@@ -16,9 +15,9 @@ from typing import Any, get_args
 from torch.utils.data import Dataset
 
 from mmdiffusion.clips import ClipFormat
-from mmdiffusion.data.index import FilmEntry, index_folder
+from mmdiffusion.data.index import FilmEntry, files_of, index_folder
 from mmdiffusion.data.items import Item, to_item
-from mmdiffusion.media import Film, open_film
+from mmdiffusion.media import Film
 from mmdiffusion.media.read import Fit
 
 _OPEN_FILMS = 8  # in each process
@@ -74,12 +73,15 @@ class FilmClips(Dataset[Item], abc.ABC):
 
 
 class ClipDataset(FilmClips):
-    """The clips of all films below a folder.
+    """The clips of all films below a folder, or in shards of WebDataset.
 
-    Films are read where they are, and stay open: a clip costs a jump and the decoding from there.
+    Films are read where they are, and stay open: a clip costs a jump and the decoding from there. That holds for shards
+    too, which are uncompressed: any clip of any shard comes at any time, so that order, position and refusals are those
+    of films in a folder.
 
     Args:
-        folder: nested, with any files of any container that `mmdiffusion.media` reads.
+        folder: nested, with any files of any container that `mmdiffusion.media` reads, and with shards (.tar) of such;
+            or a pattern of shards, "films-{000..099}.tar".
         clip_format: sizes and rates of the clips; sound of one channel.
         fit: "letterbox" as the published models were trained, or "crop".
         flip: whether there are also all clips mirrored, so that there are twice as many.
@@ -91,7 +93,8 @@ class ClipDataset(FilmClips):
 
     Raises:
         ValueError: if there is not one clip in the folder, naming the first reasons, or on a format that no film has.
-        OSError: if there is no such folder.
+        OSError: if there is no such folder or shard.
+        ImportError: of a pattern, without webdataset.
     """
 
     def __init__(
@@ -108,15 +111,20 @@ class ClipDataset(FilmClips):
         check_format(clip_format)
         if fit not in get_args(Fit):
             raise ValueError(f"fit is {fit!r}; expected one of {', '.join(get_args(Fit))}")
-        self.folder, self.fit = pathlib.Path(folder), fit
+        self.folder, self.fit = files_of(folder)[0], fit
         entries = index_folder(folder, cache=cache, processes=processes, progress=progress)
         self.refused = {entry.name: why for entry in entries if (why := entry.refusal(clip_format))}
         good = [entry for entry in entries if entry.name not in self.refused]
         if not good:
             raise ValueError(f"folder is {str(folder)!r}, with {_without_a_film(entries, self.refused)}")
         super().__init__(clip_format, [x.name for x in good], [x.clips(clip_format) for x in good], flip)
+        self._entries = good
         self._open: collections.OrderedDict[int, Film] = collections.OrderedDict()
         self._inherited, self._owner = self._open, os.getpid()
+
+    def open_film(self, number: int) -> Film:
+        """Film `number` of `names`, for whoever closes it."""
+        return self._entries[number].open(self.folder)
 
     def close(self) -> None:
         """Close the films that this process has opened; what is read next opens its own."""
@@ -153,7 +161,7 @@ class ClipDataset(FilmClips):
         if self._owner != os.getpid():  # a fork shares the files' positions with its parent, and cannot close films
             self._inherited, self._open, self._owner = self._open, collections.OrderedDict(), os.getpid()
         if number not in self._open:
-            self._open[number] = open_film(self.folder / self.names[number])
+            self._open[number] = self.open_film(number)
         self._open.move_to_end(number)
         if len(self._open) > _OPEN_FILMS:
             self._open.popitem(last=False)[1].close()

@@ -27,7 +27,6 @@ from mmdiffusion._files import whole_file
 from mmdiffusion.clips import ClipFormat
 from mmdiffusion.data.films import ClipDataset, FilmClips
 from mmdiffusion.data.items import Item, to_item
-from mmdiffusion.media import open_film
 
 MAGIC = b"mmdiffusion pack 1\n"
 _FOOT = 8 + 32 + len(MAGIC)
@@ -180,7 +179,7 @@ def _pieces(clips: ClipDataset, name: str) -> Iterator[Item]:
     step *= math.ceil(_PIECE / step)
     number = clips.names.index(name)
     first, frames = clips.frames(number)
-    with open_film(clips.folder / name) as film:
+    with clips.open_film(number) as film:
         for begin in range(first, first + frames, step):
             clip = film.read_clip(
                 num_frames=min(step, first + frames - begin),

@@ -9,13 +9,14 @@ except ModuleNotFoundError:
     ) from None
 
 from mmdiffusion.clips import Clip
-from mmdiffusion.media.read import Film, open_film, read_clip
+from mmdiffusion.media.read import Film, Part, open_film, read_clip
 from mmdiffusion.media.sheet import contact_sheet
 from mmdiffusion.media.write import check_film, check_sound, write_audio, write_film, write_image, write_video
 
 __all__ = [
     "Clip",
     "Film",
+    "Part",
     "check_film",
     "check_sound",
     "contact_sheet",

@@ -47,14 +47,31 @@ _TICKS = (1 << 63) - 1  # of FFmpeg's clock, the last
 _SAMPLE_RATES = (1, 1_000_000)
 
 
-def open_film(path: Path) -> Film:
+class Part(NamedTuple):
+    """A film that is a piece of a file, as those of an uncompressed archive are.
+
+    Attributes:
+        name: of the film in the archive, for messages.
+        begin, length: of its bytes.
+    """
+
+    name: str
+    begin: int
+    length: int
+
+
+def open_film(path: Path, part: Part | None = None) -> Film:
     """Open a film or a sound to read clips from: `with open_film(path) as film: film.read_clip(start=3.2)`.
+
+    Args:
+        path: the file.
+        part: of the file, which is all that is read of it.
 
     Raises:
         OSError: if there is no such file, or it cannot be read.
         ValueError: if it is no regular file, empty, no media file, a playlist, or broken.
     """
-    return Film(path)
+    return Film(path, part)
 
 
 def read_clip(
@@ -85,16 +102,21 @@ class Film:
     Time 0 is the first picture or sample of the file, whichever is earlier.
 
     Attributes:
-        path: the file.
+        path: the file; of a part of one, with the name of that part.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = os.fspath(path)
+    def __init__(self, path: Path, part: Part | None = None) -> None:
+        self.path = os.fspath(path) if part is None else os.path.join(path, part.name)
         check_regular(path, "a film or a sound on a disk")
-        self._file = open(path, "rb")  # noqa: SIM115 -- open for as long as the film is
+        self._file: Any = open(path, "rb")  # noqa: SIM115 -- open for as long as the film is
         try:
-            if not os.fstat(self._file.fileno()).st_size:
-                raise ValueError(f"{path} is empty: 0 bytes")
+            size = os.fstat(self._file.fileno()).st_size
+            if part is not None:
+                if part.begin + part.length > size:
+                    raise ValueError(f"{self.path} is cut off, with its file of {size} bytes")
+                self._file, size = _Piece(self._file, part), part.length
+            if not size:
+                raise ValueError(f"{self.path} is empty: 0 bytes")
             with self._named():
                 self._open()
                 self._first = self._first_times()
@@ -476,6 +498,30 @@ class Film:
             f"{self.path} has {max(float(length), 0.0):.3f} s of {kind} from where it is read; expected more than "
             f"{float((count - 1) / fps):.3f} s, for {count} frames at {float(fps):g} a second"
         )
+
+
+class _Piece:
+    """A part of an open file, as a file."""
+
+    def __init__(self, file: Any, part: Part) -> None:
+        self._file, self._begin, self._length = file, part.begin, part.length
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
+    def close(self) -> None:
+        self._file.close()
+
+    def tell(self) -> int:
+        return self._file.tell() - self._begin
+
+    def seek(self, to: int, whence: int = os.SEEK_SET) -> int:
+        to += {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self._length}[whence]
+        return self._file.seek(self._begin + max(0, to)) - self._begin
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(max(0, min(size, self._length - self.tell())))
 
 
 class _Nameless:

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import torch
+from torch import nn
 
 from mmdiffusion.clips import STREAMS
 
@@ -36,8 +39,8 @@ def check_divisible(name: str, what: str, sizes: Sequence[int], divisor: int) ->
         )
 
 
-def check_config(config: Mapping[str, Any]) -> None:
-    """Refuse a configuration that no network can have.
+def check_config(config: Mapping[str, Any]) -> int:
+    """Refuse a configuration that no network can have, and return how many parameters it has at least.
 
     Raises:
         ValueError: naming the argument, its value and what was expected.
@@ -54,13 +57,14 @@ def check_config(config: Mapping[str, Any]) -> None:
     ends |= {"video_out_channels": 27 * config["video_out_channels"]}
     ends |= {"audio_out_channels": 3 * config["audio_out_channels"]}
     ends = {name: count for name, count in ends.items() if name.split("_")[0] in config["streams"]}
-    _check_parameters(config, sum(taps[stream] for stream in config["streams"]), ends)
+    fewest = _check_parameters(config, sum(taps[stream] for stream in config["streams"]), ends)
     _check_elements(config, "video_size", math.prod(config["video_size"]))
     _check_elements(config, "audio_size", math.prod(config["audio_size"]))
+    return fewest
 
 
-def check_image_config(config: Mapping[str, Any]) -> None:
-    """Refuse a configuration that no super-resolution network can have.
+def check_image_config(config: Mapping[str, Any]) -> int:
+    """Refuse a configuration that no super-resolution network can have, and return the same of it.
 
     Raises:
         ValueError: naming the argument, its value and what was expected.
@@ -79,8 +83,24 @@ def check_image_config(config: Mapping[str, Any]) -> None:
     check_divisible("image_size", "height and width", [config["image_size"]], divisor)
     if config["image_size"] % config["scale"]:
         _refuse(config, "scale", f"a divisor of image_size = {config['image_size']}")
-    _check_parameters(config, 9 + 9, {"in_channels": 18 * config["in_channels"]})
+    fewest = _check_parameters(config, 9 + 9, {"in_channels": 18 * config["in_channels"]})
     _check_elements(config, "image_size", config["in_channels"] * config["image_size"] ** 2)
+    return fewest
+
+
+def refuse_too_large(network: Callable[..., nn.Module], config: Mapping[str, Any], fewest: int) -> None:
+    """Refuse a network by its exact number of parameters, built without memory, where there are not `fewest` by far.
+
+    Raises:
+        ValueError: naming the number and what was expected.
+    """
+    if fewest < _MAX_PARAMETERS / 100 or torch.get_default_device().type == "meta":
+        return
+    with torch.device("meta"):
+        made = network(**{name: value for name, value in config.items() if not name.startswith("_")})
+    if (count := sum(x.numel() for x in made.parameters())) > _MAX_PARAMETERS:
+        expected = f"a network of at most {_MAX_PARAMETERS:.3g} parameters, where this has {count:.3g}"
+        _refuse(config, "model_channels", expected)
 
 
 def _refuse(config: Mapping[str, Any], name: str, expected: str) -> None:
@@ -135,8 +155,9 @@ def _check_network(config: Mapping[str, Any], counts: Sequence[str]) -> None:
         _refuse(config, "resblock_updown", "True: levels are resampled inside residual blocks")
 
 
-def _check_parameters(config: Mapping[str, Any], taps: int, ends: Mapping[str, int]) -> None:
-    """Refuse what has too many, counting the convolutions of the residual blocks, and of what is before and behind.
+def _check_parameters(config: Mapping[str, Any], taps: int, ends: Mapping[str, int]) -> int:
+    """Refuse what has too many, and return how many there are at least: of the time embedding, the convolutions of the
+    residual blocks, and what is before and behind.
 
     Args:
         taps: of the convolutions of a residual block.
@@ -144,6 +165,7 @@ def _check_parameters(config: Mapping[str, Any], taps: int, ends: Mapping[str, i
     """
     widths = _widths(config).values()
     blocks = taps * (2 * config["num_res_blocks"] + 1) * sum(width**2 for width in widths)
+    blocks += 20 * config["model_channels"] ** 2
     if sum(widths) > _MAX_PARAMETERS:  # not squared, since some would be more than a float can be
         _refuse(
             config,
@@ -156,6 +178,7 @@ def _check_parameters(config: Mapping[str, Any], taps: int, ends: Mapping[str, i
         others = f" with channel_mult {config['channel_mult']!r} and num_res_blocks {config['num_res_blocks']}"
         expected = f"a network of at most {_MAX_PARAMETERS:.3g} parameters, where this has {float(total):.3g} or more"
         _refuse(config, largest, expected + (others if largest == "model_channels" else ""))
+    return total
 
 
 def _check_elements(config: Mapping[str, Any], name: str, count: int) -> None:

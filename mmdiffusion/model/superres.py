@@ -30,7 +30,7 @@ from mmdiffusion.model.blocks import (
     repeat_frames,
     zeroed,
 )
-from mmdiffusion.model.config import NORM_GROUPS, VIDEO_RATE, check_divisible, check_image_config
+from mmdiffusion.model.config import NORM_GROUPS, VIDEO_RATE, check_divisible, check_image_config, refuse_too_large
 
 EMBEDDING_FACTOR = 4  # by which the time embedding is wider than its sinusoids
 
@@ -87,7 +87,7 @@ class SuperResolutionUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
     ) -> None:
         # Long, since width and skips of a block follow from the blocks before it: one walk down and up.
         super().__init__()
-        check_image_config(self.config)
+        refuse_too_large(SuperResolutionUNet, self.config, check_image_config(self.config))
         widths = [int(model_channels * factor) for factor in channel_mult]
         self.levels = len(widths)
         self.gradient_checkpointing = False

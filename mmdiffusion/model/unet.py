@@ -33,6 +33,7 @@ from mmdiffusion.model.config import (
     check_config,
     check_divisible,
     has_middle_cross_attention,
+    refuse_too_large,
 )
 
 _DILATIONS = 10  # the audio dilation goes through 2^0..2^9
@@ -117,7 +118,7 @@ class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
     ) -> None:
         # Long, since width, skips and dilation of a block follow from the blocks before it: one walk down and up.
         super().__init__()
-        check_config(self.config)
+        refuse_too_large(CoupledUNet, self.config, check_config(self.config))
         windows = dict(zip(cross_attention_resolutions, cross_attention_windows, strict=True))
         widths = [int(model_channels * factor) for factor in channel_mult]
         self.levels = len(widths)

@@ -16,7 +16,7 @@ from mmdiffusion.data.films import FilmClips, check_format
 from mmdiffusion.data.pack import is_pack
 from mmdiffusion.data.synthetic import ceiling_and_floor
 from mmdiffusion.media import contact_sheet, write_image, write_video
-from mmdiffusion.runs.options import SEEDS, check, option
+from mmdiffusion.runs.options import SEEDS, check, option, refuse_unused
 from mmdiffusion.runs.results import refuse_to_overwrite
 
 
@@ -115,6 +115,7 @@ def check_data(job: Check) -> str:
     refuse_to_overwrite(job.sheet, job.force)
     form = job.clip_format
     if is_pack(job.source):
+        refuse_unused(job, False, "a folder", "fit", "cache", "workers")
         packed = PackedClips(job.source, form)
         packed.verify()
         _draw(packed, job)

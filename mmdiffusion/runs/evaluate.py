@@ -14,7 +14,7 @@ from mmdiffusion.evaluation import frechet_distance, kernel_distance
 from mmdiffusion.evaluation.statistics import mean_and_error
 from mmdiffusion.runs import memorisation
 from mmdiffusion.runs.measure import Found, Measure
-from mmdiffusion.runs.options import check, option
+from mmdiffusion.runs.options import check, option, refuse_unused
 from mmdiffusion.runs.processes import Processes
 from mmdiffusion.runs.results import files_of, said_if_not_written, write_texts
 
@@ -89,6 +89,8 @@ class Evaluate:
 
     def __post_init__(self) -> None:
         check(self)
+        refuse_unused(self, self.out, "out", "force")
+        refuse_unused(self, self.training, "training", "training_step")
         for name, value in _FIXED.items() if self.published else ():
             if getattr(self, name) != value:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected {value:g}, as published fixes it")

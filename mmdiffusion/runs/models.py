@@ -80,13 +80,20 @@ def load_any(source: pathlib.Path, job: ModelJob) -> CoupledUNet | SuperResoluti
     """The model of `load`, or a super-resolution network, whichever is there."""
     if source.is_dir():
         kind = read_config(_folder_of_network(source) / "config.json").get("_class_name")
-        return load_superres_unet(source, job.config) if kind == SuperResolutionUNet.__name__ else load(source, job)
+        if kind != SuperResolutionUNet.__name__:
+            return load(source, job)
+        _refuse_preset(source, job)
+        return load_superres_unet(source, job.config)
     tensors = checkpoints.read(source)
     if not checkpoints.is_superres(tensors):
         return CoupledUNet.from_published(tensors, preset=job.preset, **read_config(job.config))
+    _refuse_preset(source, job)
+    return SuperResolutionUNet.from_published(tensors, **read_config(job.config))
+
+
+def _refuse_preset(source: pathlib.Path, job: ModelJob) -> None:
     if job.preset:
         raise ValueError(f"preset is {job.preset!r}; expected none, as {source} is a super-resolution network")
-    return SuperResolutionUNet.from_published(tensors, **read_config(job.config))
 
 
 def pipeline_of(unet: CoupledUNet, scheduler: str = "dpmsolver++") -> MMDiffusionPipeline:

@@ -57,6 +57,18 @@ def check(job: Any) -> None:
             raise ValueError(f"{field.name} is {value}; expected {low}{' or more' if high is None else f' to {high}'}")
 
 
+def refuse_unused(job: Any, is_used: Any, expected: str, *names: str) -> None:
+    """Refuse options, unless they have their default, where they would have no effect.
+
+    Raises:
+        ValueError: naming the field, its value, and `expected`, with which it would have one.
+    """
+    for field in dataclasses.fields(job):
+        if field.name in names and not is_used and getattr(job, field.name) != field.default:
+            value = getattr(job, field.name)
+            raise ValueError(f"{field.name} is {value!r}, which has no effect here; expected {expected} with it")
+
+
 def add_options(parser: argparse.ArgumentParser, job: type) -> None:
     """An argument of the parser for every field of a job."""
     hints = typing.get_type_hints(job)

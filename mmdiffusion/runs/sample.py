@@ -26,7 +26,7 @@ from mmdiffusion.diffusion.schedulers import SCHEDULERS, for_streams
 from mmdiffusion.diffusion.superres import SuperResolutionPipeline
 from mmdiffusion.runs.folder import FORMATS, Folder
 from mmdiffusion.runs.models import DTYPES, PACKAGED, ModelJob, dtype_on, load_pipeline, load_superres, settings_of
-from mmdiffusion.runs.options import SEEDS, option
+from mmdiffusion.runs.options import SEEDS, option, refuse_unused
 from mmdiffusion.runs.processes import Processes
 
 _RANDOM_GAIN = 0.05  # -26 dB
@@ -88,6 +88,12 @@ class Sample(ModelJob):
         super().__post_init__()
         if self.audio_from and self.video_from:
             raise ValueError("audio_from and video_from are both given; expected one of them, to find the other")
+        is_long, source = self.seconds is not None, "audio_from or video_from"
+        refuse_unused(self, self.given_stream, source, "start")
+        refuse_unused(self, is_long, "seconds", "overlap")
+        refuse_unused(self, self.given_stream or is_long, f"{source} or seconds", "guidance")
+        refuse_unused(self, self.guidance == "gradient", "guidance gradient", "guidance_scale")
+        refuse_unused(self, self.superres, "superres", "superres_steps")
 
     @property
     def given_stream(self) -> str | None:

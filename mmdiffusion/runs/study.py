@@ -11,7 +11,7 @@ import socket
 import sys
 from typing import Any, ClassVar
 
-from mmdiffusion.runs.options import SEEDS, check, option
+from mmdiffusion.runs.options import SEEDS, check, option, refuse_unused
 from mmdiffusion.runs.processes import told_to_stop
 from mmdiffusion.runs.results import files_of, said_if_not_written, write_texts
 from mmdiffusion.study import Study, make_app, make_study, tally
@@ -82,6 +82,7 @@ class Count:
 
     def __post_init__(self) -> None:
         check(self)
+        refuse_unused(self, self.out, "out", "force")
 
 
 def make(job: Make) -> str:

@@ -21,7 +21,7 @@ from mmdiffusion.data.synthetic import ceiling_and_floor, synchrony
 from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
 from mmdiffusion.diffusion.schedulers import SCHEDULERS
 from mmdiffusion.runs.models import DTYPES, PACKAGED, ModelJob, dtype_on, load_pipeline, settings_of
-from mmdiffusion.runs.options import SEEDS, option
+from mmdiffusion.runs.options import SEEDS, option, refuse_unused
 from mmdiffusion.runs.processes import Processes
 from mmdiffusion.runs.results import files_of, said_if_not_written, write_texts
 from mmdiffusion.runs.sample import clip_seed, versions
@@ -72,6 +72,13 @@ class MeasureSynchrony(ModelJob):
     device: str | None = option("cpu, cuda, cuda:1; by default CUDA where there is one", default=None)
     out: pathlib.Path | None = option("writes OUT.md and OUT.json", default=None)
     force: bool = option("overwrite them", default=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        is_given = any(WAYS[way] for way in self.ways)
+        refuse_unused(self, is_given, "ways video-from-audio or audio-from-video", "guidance", "guidance_scale")
+        refuse_unused(self, "gradient" in self.guidance, "guidance gradient", "guidance_scale")
+        refuse_unused(self, self.out, "out", "force")
 
 
 @dataclasses.dataclass(frozen=True)
