@@ -311,14 +311,20 @@ def _marked(tensors: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
     return marked
 
 
-def write(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, is_random: bool = False) -> None:
+def write(
+    tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, is_random: bool = False, may_replace: bool = True
+) -> None:
     """A state dict as .safetensors, or as a file of torch.save, which is there whole or not at all.
 
     Args:
         is_random: the file says that its parameters were never trained, which `read` and `load` see.
+        may_replace: whether a file that is there goes.
+
+    Raises:
+        OSError: if it cannot be written; FileExistsError, if there is one that may not.
     """
     path = pathlib.Path(path)
-    with whole_file(path) as part:
+    with whole_file(path, may_replace=may_replace) as part:
         if path.suffix == ".safetensors":
             metadata = {_RANDOM: "true"} if is_random else None
             save_safetensors({name: x.contiguous() for name, x in tensors.items()}, part, metadata)

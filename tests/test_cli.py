@@ -21,7 +21,7 @@ pytest.importorskip("tqdm")
 
 from mmdiffusion import CoupledUNet, MMDiffusionPipeline, _files, checkpoints, cli, media  # noqa: E402
 from mmdiffusion.diffusion.schedulers import make_scheduler  # noqa: E402
-from mmdiffusion.runs import folder  # noqa: E402
+from mmdiffusion.runs import convert, folder  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = {
@@ -379,6 +379,27 @@ def test_a_clip_that_was_emptied_is_made_again(model):
     assert sound("out/clip-0000.wav").shape == (1, 6400)
 
 
+@pytest.mark.parametrize("target", ("made", "made.pt"))
+def test_what_came_meanwhile_is_not_overwritten(model, capsys, monkeypatch, target):
+    """A directory and a file, both whole or not there, and never a mixture of two."""
+    load_any = convert.load_any
+
+    def slow(*args):
+        pathlib.Path(target).mkdir() if target == "made" else pathlib.Path(target).write_text("mine")
+        pathlib.Path("made", "mine").write_text("mine") if target == "made" else None
+        return load_any(*args)
+
+    cli.main(["convert", model, "source"])
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "load_any", slow)
+        assert f"File exists: '{target}'" in refused(capsys, "convert", "source", target)
+    found = [x for x in pathlib.Path().rglob("*") if x.name == "mine" or x.name == "made.pt"]
+    assert [x.read_text() for x in found] == ["mine"]
+    cli.main(["convert", "source", target, "--force"])
+    cli.main(["info", target])
+    assert names(".") == sorted([target, "source", "tiny.pt"])
+
+
 def test_what_is_refused_leaves_nothing(model, capsys):
     command = ["sample", "--model", model, "--num", "1", "--out", "out", "--formats", "wav", "--steps"]
     assert "num_inference_steps is 1001" in refused(capsys, *command, "1001")
@@ -454,7 +475,7 @@ DIRECTORY = {
     "no JSON": (lambda weights, config: config.write_text("{"), "config.json is no JSON"),
     "list": (lambda weights, config: config.write_text("[1]"), "config.json holds a list; expected"),
     "unknown argument": (lambda weights, config: _configure(config, wide=3), "config.json has wide, which is no arg"),
-    "other class": (lambda weights, config: _configure(config, _class_name="UNet"), "is of a UNet; expected"),
+    "other class": (lambda weights, config: _configure(config, _class_name="UNet"), "is of a UNet; expected one class"),
     "huge": (lambda weights, config: _configure(config, channel_mult=[10**6]), "model_channels is 32; expected"),
     "lacking": (lambda weights, config: _change(weights, lambda x: x.pop("first.audio.bias")), "1 missing: first.aud"),
     "more": (lambda weights, config: _change(weights, lambda x: x.update(more=torch.ones(2))), "1 unknown: more"),
@@ -463,6 +484,46 @@ DIRECTORY = {
         "1 of another shape: first.audio.bias [2] instead of [32]",
     ),
 }  # fmt: skip
+
+
+PIPELINE = {
+    "index is no JSON": ("model_index.json", lambda _: "{", "model_index.json is no JSON"),
+    "index is a list": ("model_index.json", lambda _: [1], "model_index.json holds a list; expected"),
+    "no network": ("model_index.json", lambda x: {**x, "unet": None}, "has unet None, and made/unet/config.json is"),
+    "another class": (
+        "model_index.json",
+        lambda x: {**x, "unet": ["diffusers", "UNet2DModel"]},
+        "'UNet2DModel'], and made/unet/config.json is of a CoupledUNet; expected one class in both",
+    ),
+    "scheduler is no JSON": ("scheduler/scheduler_config.json", lambda _: "{", "scheduler_config.json is no JSON"),
+    "fewer steps": (
+        "scheduler/scheduler_config.json",
+        lambda x: {**x, "num_train_timesteps": 10},
+        "has num_train_timesteps 10; expected 1000, of the diffusion that this command knows",
+    ),
+    "other betas": (
+        "scheduler/scheduler_config.json",
+        lambda x: {**x, "beta_schedule": "squaredcos_cap_v2"},
+        "has beta_schedule 'squaredcos_cap_v2'; expected 'linear'",
+    ),
+    "another prediction": (
+        "scheduler/scheduler_config.json",
+        lambda x: {**x, "prediction_type": "v_prediction"},
+        "has prediction_type 'v_prediction'; expected 'epsilon'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "change", "expected"), PIPELINE.values(), ids=PIPELINE)
+def test_a_directory_of_another_pipeline(model, capsys, name, change, expected):
+    """Beside the network there is what it was trained for, which was not looked at."""
+    cli.main(["convert", model, "made"])
+    file = pathlib.Path("made", name)
+    content = change(json.loads(file.read_text()))
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    for command in ("info made", "sample --model made --out out", "convert made back.pt"):
+        assert expected in refused(capsys, *command.split())
+    assert names(".") == ["made", "tiny.pt"]
 
 
 def _configure(file, **changes):
@@ -573,7 +634,7 @@ def test_no_space(model, capsys, small_files):
     with small_files(10_000):
         assert re.search(r"File too large: 'out/clip-0001\.wav'$", refused(capsys, *command))
         assert re.search(r"too large: 'new\.pt'$", refused(capsys, "random", "new.pt"))
-        assert "File too large" in refused(capsys, "convert", model, "new")
+        assert "File too large: 'new'" in refused(capsys, "convert", model, "new")
     assert names(".") == ["out", "tiny.pt"] and names("out") == ["clip-0000.wav", "samples.json"]
     cli.main(command)
     assert records("out").keys() == {0, 1}

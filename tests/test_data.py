@@ -112,13 +112,17 @@ def test_index_looks_at_a_file_once_until_it_changes(folder, monkeypatch):
     assert sorted(folder.rglob("*")) == sorted({*before, folder / "new.mp4"} - {folder / "notes.txt"})
 
 
-@pytest.mark.parametrize("content", ("", "{", "[]", '{"version": 1, "films": [{}]}', '{"version": 0, "films": []}'))
-def test_a_broken_index_is_made_anew(folder, content):
+def test_a_broken_index_is_made_anew(folder):
+    """Whatever it holds: only what was written is read."""
     first = index_folder(folder, processes=1)
     (kept,) = index.cache_folder().iterdir()
-    kept.write_text(content)
-    assert index_folder(folder, processes=1) == first
-    assert len(json.loads(kept.read_text())["films"]) == 7
+    whole = kept.read_bytes()
+    flipped = whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]
+    foreign = b'{"version": 1, "films": [{"name": "x", "size": 1, "time_ns": 1, "ends": 3}]}'
+    for content in (b"", b"{", b"[" * 100_000, foreign, whole[:-1], flipped):
+        kept.write_bytes(content)
+        assert index_folder(folder, processes=1) == first
+        assert kept.read_bytes() == whole
 
 
 def test_an_index_that_cannot_be_kept_is_said(folder, tmp_path):
@@ -317,6 +321,28 @@ def test_damaged_packs(packed, tmp_path):
         PackedClips(path, ClipFormat((4, 3, 8, 8), (1, 3200), 10, 8000))
     with pytest.raises(ValueError, match="no film of 40 frames"):
         PackedClips(path, ClipFormat((40, 3, 16, 16), (1, 64000)))
+
+
+def test_a_pack_that_another_process_changes(packed):
+    """In one sentence, where a process that had mapped it would die: also one that was checked before."""
+    _, path = packed
+    ours, whole = PackedClips(path, FORM), path.read_bytes()
+    first = ours[0]
+    for changed in (whole[:5000], whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:], b""):
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"has changed since it was written, in long\.mp4; pack the films again"):
+            ours[0]
+    path.write_bytes(whole)
+    assert_same([ours[0]], [first])
+
+
+def test_a_pack_takes_the_place_of_nothing_unless_told(folder, tmp_path):
+    """Also of what came there while films were packed."""
+    path = tmp_path / "films.pack"
+    path.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"films\.pack"):
+        pack(ClipDataset(folder, FORM, processes=1), path, may_replace=False)
+    assert path.read_text() == "mine" and len(list(tmp_path.glob("*.p*"))) == 1
 
 
 def test_a_pack_is_whole_or_absent(folder, tmp_path):

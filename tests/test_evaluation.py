@@ -2,6 +2,7 @@
 """Distances, published feature networks, synchrony, low-level features and nearest clips."""
 
 import copy
+import io
 import json
 import math
 import pathlib
@@ -388,6 +389,26 @@ def test_what_was_measured_is_kept_by_content(folders, tmp_path, monkeypatch):
     first = run(command(folders, tmp_path, "others"))
     monkeypatch.setattr(evaluate._Measure, "_measured", lambda *_: pytest.fail("measured again"))
     assert run(command(folders, tmp_path, "others")) == first
+
+
+def test_what_was_kept_is_measured_again_where_it_is_broken(folders, tmp_path, monkeypatch, capsys):
+    first = run(command(folders, tmp_path, "others"))
+    kept = sorted((tmp_path / "cache" / "features").iterdir())
+    foreign = io.BytesIO()
+    torch.save({"video": torch.zeros(3, 3)}, foreign)
+    whole = kept[0].read_bytes()
+    contents = (b"", b"x", foreign.getvalue(), whole[:-1], whole[:-400] + bytes([whole[-400] ^ 1]) + whole[-399:])
+    for file, content in zip(kept, contents, strict=False):
+        file.write_bytes(content)
+    assert run(command(folders, tmp_path, "others")) == first
+    assert kept[0].read_bytes() == whole
+    (tmp_path / "file").touch()
+    with pytest.warns(UserWarning, match=r"what was measured of .* is not kept"):
+        assert run(command(folders, tmp_path, "others", cache=tmp_path / "file")) == first
+    monkeypatch.setattr(evaluate, "_plot", lambda *_: (tmp_path / "file" / "x").touch())
+    with pytest.raises(NotADirectoryError):
+        run(command(folders, tmp_path, "others", out=tmp_path / "table"))
+    assert first in capsys.readouterr().out  # what was found is not lost with its file
 
 
 def test_folders_that_are_refused(folders, tmp_path):

@@ -170,6 +170,56 @@ def test_studies_that_are_refused(folders, tmp_path):
     (tmp_path / "there" / "study.sqlite").write_bytes(b"no database at all" * 100)
     with pytest.raises(ValueError, match="is no study"):
         Study(tmp_path / "there")
+    (tmp_path / "there" / "study.sqlite").write_bytes(b"")
+    with pytest.raises(ValueError, match="is no study: no such table"):
+        Study(tmp_path / "there")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    (
+        "DROP TABLE votes",
+        "DELETE FROM settings WHERE name = 'id'",
+        "UPDATE settings SET value = 'x' WHERE name = 'seed'",
+        "UPDATE settings SET value = '-3' WHERE name = 'ratings'",
+        "UPDATE sources SET is_real = 0",
+        "DELETE FROM sources",
+    ),
+)
+def test_a_database_that_is_not_whole_is_refused(folders, tmp_path, damage):
+    make_study(tmp_path / "study", sources(folders), ratings=2, guesses=1, seed=1)
+    with contextlib.closing(sqlite3.connect(tmp_path / "study" / "study.sqlite")) as database:
+        database.execute(damage)
+        database.commit()
+    with pytest.raises(ValueError, match=r"study\.sqlite is no whole study; expected what"):
+        Study(tmp_path / "study")
+
+
+def test_a_study_is_whole_or_absent(folders, tmp_path, monkeypatch, small_files):
+    """On a full disk, and where another process was first."""
+    (tmp_path / "out").mkdir()
+    for size in (100, 30_000):  # of a film, of the database
+        with small_files(size), pytest.raises(OSError, match=r"out/study/films/\w+\.mp4|study\.sqlite cannot be used"):
+            make_study(tmp_path / "out" / "study", sources(folders), ratings=2, guesses=1)
+        assert list((tmp_path / "out").iterdir()) == []
+    create = Study.create
+
+    def other_is_first(*args, **options):
+        (tmp_path / "out" / "study").mkdir()
+        (tmp_path / "out" / "study" / "theirs").touch()
+        return create(*args, **options)
+
+    monkeypatch.setattr(Study, "create", other_is_first)
+    with pytest.raises(FileExistsError, match="out/study'"):
+        make_study(tmp_path / "out" / "study", sources(folders), ratings=2, guesses=1)
+    assert [x.name for x in (tmp_path / "out").rglob("*")] == ["study", "theirs"]
+
+
+def test_a_vote_on_a_full_disk_is_an_error_of_the_system(folders, tmp_path, small_files):
+    made = make_study(tmp_path / "study", sources(folders), ratings=2, guesses=1)
+    with small_files(100), pytest.raises(OSError, match=r"study\.sqlite cannot be used: "):
+        made.study.begin()
+    assert made.study.raters() == (0, 0) and made.study.begin()
 
 
 # Who sees what

@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 from mmattn.testing import relative_error  # noqa: E402
-from mmdiffusion import CoupledUNet, SuperResolutionPipeline, SuperResolutionUNet, checkpoints, cli, media  # noqa: E402
+from mmdiffusion import CoupledUNet, SuperResolutionPipeline, SuperResolutionUNet, _files, checkpoints, cli, media  # noqa: E402
 from mmdiffusion.clips import ClipFormat  # noqa: E402
 from mmdiffusion.data import SyntheticClips, degrade  # noqa: E402
 from mmdiffusion.data.items import joined  # noqa: E402
@@ -597,6 +597,28 @@ def test_superres_goes_on_where_it_was(here, monkeypatch, capsys, noise):
     assert "2 frames made now" in capsys.readouterr().out
     assert sorted(x.name for x in pathlib.Path("large").iterdir()) == ["clip.json", "clip.mp4"]
     assert (pictures("large/clip.mp4") - pictures("whole/clip.mp4")).abs().max() <= 2 / 127.5
+
+
+def test_what_other_processes_did_meanwhile(here, monkeypatch, capsys):
+    """One that makes the same film, one that emptied files, and one that left a frame of another network."""
+    frames = pathlib.Path("large/clip.frames")
+    with _files.alone_in(frames, "made"), pytest.raises(SystemExit):
+        enlarge()
+    assert "clip.frames is being made by another process; expected to be alone" in capsys.readouterr().err
+    enlarge()
+    pathlib.Path("large/clip.mp4").write_bytes(b"")
+    frames.mkdir()
+    (frames / "000002.png").write_bytes(b"")
+    (frames / f".{16 * 'a'}.part").write_bytes(b"of a killed process")
+    enlarge()
+    assert "frames made now" in capsys.readouterr().out and len(pictures("large/clip.mp4")) == 5
+    assert sorted(x.name for x in pathlib.Path("large").iterdir()) == ["clip.json", "clip.mp4"]
+    pathlib.Path("large/clip.mp4").unlink()
+    frames.mkdir()
+    media.write_image(frames / "000001.png", torch.zeros(3, 8, 8))
+    with pytest.raises(SystemExit):
+        enlarge()
+    assert "000001.png is of 8 x 8 pixels; expected 16 x 16, or no file" in capsys.readouterr().err
 
 
 def test_sounds_that_are_copied(here):

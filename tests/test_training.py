@@ -24,9 +24,11 @@ pytest.importorskip("accelerate")
 
 import kill_resume
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from mmattn.testing import relative_error
 from mmdiffusion import CoupledUNet, checkpoints, cli
+from mmdiffusion._files import alone_in, remove_parts
 from mmdiffusion.data.items import Item
 from mmdiffusion.diffusion.process import GaussianDiffusion
 from mmdiffusion.diffusion.schedulers import make_scheduler
@@ -273,7 +275,7 @@ def test_broken_and_foreign_states(tmp_path):
     newest.write_bytes(newest.read_bytes()[:-100])
     (tmp_path / ".0123456789abcdef.part").write_text("half")
     (tmp_path / "notes.txt").write_text("mine")
-    states.clean()
+    remove_parts(states.path)
     assert sorted(x.name for x in tmp_path.iterdir() if not x.name.startswith("step")) == ["notes.txt"]
     state = State(unet(), RECIPE, 1000)
     path, broken = states.load(state)
@@ -281,6 +283,48 @@ def test_broken_and_foreign_states(tmp_path):
     other = dataclasses.replace(RECIPE, lr=0.5)
     with pytest.raises(FileExistsError, match=r"other settings: lr 0\.001 instead of 0\.5; expected the same"):
         States(tmp_path, other.settings()).load(State(unet(), other, 1000))
+
+
+SPOILT = {
+    "a list": lambda x: [],
+    "no step": lambda x: {name: value for name, value in x.items() if name != "step"},
+    "a step that is a word": lambda x: {**x, "step": "one"},
+    "settings are a list": lambda x: {**x, "settings": [1]},
+    "another step": lambda x: {**x, "step": 2, "sha256": None},
+    "other seconds": lambda x: {**x, "seconds": 5.0},
+}
+
+
+@pytest.mark.parametrize("spoil", [*SPOILT.values(), None], ids=[*SPOILT, "one bit"])
+def test_a_state_that_was_changed_is_passed_over(tmp_path, spoil):
+    states = States(tmp_path, RECIPE.settings())
+    states.save(after(1), {})
+    path = states.save(after(3), {"note": "kept"})
+    with safe_open(path, "pt") as file:
+        content, tensors = json.loads(file.metadata()["state"]), {x: file.get_tensor(x) for x in file.keys()}  # noqa: SIM118
+    if spoil is None:
+        tensors["model.first.audio.bias"].view(torch.int32)[3] ^= 1
+    save_file(tensors, path, {"state": json.dumps(spoil(content) if spoil else content)})
+    state = State(unet(), RECIPE, 1000)
+    found, broken = states.load(state)
+    assert state.step == 1 and found == states.files()[1] and "step-00000003.safetensors" in broken[0]
+
+
+@pytest.mark.parametrize("name", ("model.first.audio.bias", "optimizer.exp_avg.first.audio.bias"))
+def test_a_state_of_other_shapes_is_refused(name):
+    one = after(1)
+    for x in (torch.zeros(3), one.tensors()[name].double()):
+        with pytest.raises(ValueError, match=rf"does not fit the network and its recipe: {name} is \[\d+\] torch"):
+            State(unet(), RECIPE, 1000).load({**one.tensors(), name: x}, one.numbers())
+
+
+def test_a_log_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "log.jsonl").write_bytes(b'\xff\n{"step": 1}\n')
+    with pytest.raises(ValueError, match=r"log\.jsonl is no log: 'utf-8'"):
+        Log(tmp_path / "log.jsonl").read()
+    (tmp_path / "log.jsonl").write_text("[" * 100_000 + '\n{"step": 1}\n')
+    with pytest.raises(ValueError, match=r"log\.jsonl has a line 1 that is none of a log"):
+        Log(tmp_path / "log.jsonl").read()
 
 
 def test_a_setting_that_came_later_has_its_default(tmp_path):
@@ -374,7 +418,7 @@ def test_other_settings_are_refused(capsys):
 
 
 def test_a_folder_is_trained_in_once(capsys):
-    with job._alone(pathlib.Path("run")):
+    with alone_in(pathlib.Path("run"), "trained in"):
         assert "run is being trained in by another process" in refused(capsys)
 
 

@@ -9,13 +9,12 @@ import json
 import math
 import os
 import pathlib
-import warnings
 from collections.abc import Mapping
 
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from mmdiffusion._files import files_below, whole_file
+from mmdiffusion._files import files_below, keep, kept
 from mmdiffusion.clips import STREAMS, ClipFormat
 from mmdiffusion.data.workers import read_by
 from mmdiffusion.media import open_film
@@ -94,8 +93,8 @@ def index_folder(
         OSError: if there is no such folder, or it cannot be listed.
     """
     root = pathlib.Path(folder)
-    kept = pathlib.Path(cache or cache_folder()) / f"index-{_digest(root)}.json"
-    known, found = _read(kept), {name: _stat(root, name) for name in files_below(root)}
+    index = pathlib.Path(cache or cache_folder()) / f"{_digest(root)}.index"
+    known, found = _read(index), {name: _stat(root, name) for name in files_below(root)}
     changed = [name for name, entry in found.items() if not _is_same(known.get(name), entry)]
     entries = {name: known[name] for name in found.keys() - set(changed)}
     workers = min(processes or min(os.cpu_count() or 1, 16), len(changed))
@@ -103,7 +102,7 @@ def index_folder(
     for entry in tqdm(looked_at, "films", len(changed), unit="", disable=not progress or not changed):
         entries[entry.name] = entry
     if entries != known:
-        _write(kept, entries)
+        _write(index, entries)
     return [entries[name] for name in sorted(entries)]
 
 
@@ -144,22 +143,13 @@ def _digest(root: pathlib.Path) -> str:
     return hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
 
 
-def _read(kept: pathlib.Path) -> dict[str, FilmEntry]:
-    """What was known; nothing if there is no index, or it is broken or of another version: it is only a cache."""
-    try:
-        content = json.loads(kept.read_text())
-        if content["version"] != _VERSION:
-            return {}
-        return {x["name"]: FilmEntry(**x) for x in content["films"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+def _read(index: pathlib.Path) -> dict[str, FilmEntry]:
+    """What was known; nothing if there is no index, or it is broken or of another version."""
+    text = kept(index)
+    content = {} if text is None else json.loads(text)
+    return {x["name"]: FilmEntry(**x) for x in content["films"]} if content.get("version") == _VERSION else {}
 
 
-def _write(kept: pathlib.Path, entries: Mapping[str, FilmEntry]) -> None:
+def _write(index: pathlib.Path, entries: Mapping[str, FilmEntry]) -> None:
     content = {"version": _VERSION, "films": [dataclasses.asdict(entries[name]) for name in sorted(entries)]}
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(kept) as part:
-            part.write_text(json.dumps(content, indent=1) + "\n")
-    except OSError as error:
-        warnings.warn(f"the index of films is not kept, and is made anew next time: {error}", stacklevel=3)
+    keep(index, json.dumps(content, indent=1).encode(), "the index of films")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Films in one file, decoded: frames of 8 bits and sound of 16, at one size and one rate, mapped into memory.
+"""Films in one file, decoded: frames of 8 bits and sound of 16, at one size and one rate.
 
 The file is MAGIC, then for each film its frames [n, 3, H, W] uint8 and its sound [T] little-endian int16, then a JSON
 table of all that with a SHA-256 of each film, and last the table's length (8 bytes, little-endian), its SHA-256 and
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -31,25 +32,28 @@ from mmdiffusion.media import open_film
 MAGIC = b"mmdiffusion pack 1\n"
 _FOOT = 8 + 32 + len(MAGIC)
 _PIECE = 64  # frames and more that are decoded at once
+_BYTES = 1 << 20  # that are read at once
 
 
-def pack(clips: ClipDataset, path: str | os.PathLike[str], *, progress: bool = False) -> int:
+def pack(clips: ClipDataset, path: str | os.PathLike[str], *, progress: bool = False, may_replace: bool = True) -> int:
     """Write all films of a data set, decoded, into one file, which is there whole or not at all.
 
     Args:
         clips: whose format and fit hold for the file; `flip` is chosen where the file is opened.
         path: of the file.
         progress: whether to show a bar.
+        may_replace: whether a file that is there goes.
 
     Returns:
         Its bytes.
 
     Raises:
-        OSError, ValueError: if a film cannot be read, with its name, or the file not written.
+        OSError, ValueError: if a film cannot be read, with its name, or the file not written; FileExistsError, if there
+            is one that may not go.
     """
     form = clips.clip_format
     films: list[dict[str, Any]] = []
-    with whole_file(path) as part, open(part, "wb") as file:
+    with whole_file(path, may_replace=may_replace) as part, open(part, "wb") as file:
         file.write(MAGIC)
         for name in tqdm(clips.names, "films", unit="", disable=not progress):
             begin, digest, sound, frames = file.tell(), hashlib.sha256(), [], 0
@@ -81,7 +85,10 @@ def is_pack(path: str | os.PathLike[str]) -> bool:
 
 
 class PackedClips(FilmClips):
-    """The clips of a packed file, mapped into memory: what is read of it is shared by all processes.
+    """The clips of a packed file.
+
+    A film is checked by its SHA-256 when it is first read, and again when the file has changed. What is read is not
+    mapped into memory, where a process dies when another cuts the file off.
 
     Args:
         path: of a file that `pack` wrote.
@@ -103,11 +110,10 @@ class PackedClips(FilmClips):
             raise ValueError(f"{path} has no film of {clip_format.frames} frames; expected one or more")
         starts = [range(x["first"], x["first"] + x["frames"] - clip_format.frames + 1) for x in self._films]
         super().__init__(clip_format, [film["name"] for film in self._films], starts, flip)
-        self._bytes: numpy.ndarray | None = None
-        self._checked: set[int] = set()
+        self._checked: dict[int, tuple[int, ...]] = {}  # what the file was then, by film
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bytes": None, "_checked": set()}
+        return {**self.__dict__, "_checked": {}}
 
     def verify(self) -> None:
         """Read all of it.
@@ -116,33 +122,46 @@ class PackedClips(FilmClips):
             ValueError: if it has changed since it was written, naming the first film that did.
         """
         for film in range(len(self._films)):
-            self._film(film)
+            with open(self.path, "rb", buffering=0) as file:
+                self._check(file, film)
 
-    def _film(self, number: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Frames [n, 3, H, W] and sound [T] of a film, checked when it is first used."""
-        if self._bytes is None:
-            self._bytes = numpy.memmap(self.path, numpy.uint8, "r")
-        film, size = self._films[number], self.clip_format.video_size[1:]
-        middle = film["begin"] + film["frames"] * math.prod(size)
-        end = middle + 2 * film["samples"]
-        if number not in self._checked:
-            if hashlib.sha256(self._bytes[film["begin"] : end].data).hexdigest() != film["sha256"]:
-                raise ValueError(
-                    f"{self.path} has changed since it was written, in {film['name']}; pack the films again"
-                )
-            self._checked.add(number)
-        video = self._bytes[film["begin"] : middle].reshape(film["frames"], *size)
-        return video, self._bytes[middle:end].view("<i2")
+    def _check(self, file: io.FileIO, number: int) -> None:
+        """Read a film, unless that was done since the file was last written."""
+        status = os.fstat(file.fileno())
+        stamp = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        if self._checked.get(number) == stamp:
+            return
+        film, digest = self._films[number], hashlib.sha256()
+        left = film["frames"] * math.prod(self.clip_format.video_size[1:]) + 2 * film["samples"]
+        file.seek(film["begin"])
+        while left and (piece := file.read(min(left, _BYTES))):
+            digest.update(piece)
+            left -= len(piece)
+        if digest.hexdigest() != film["sha256"]:
+            raise self._changed(number)
+        self._checked[number] = stamp
+
+    def _changed(self, number: int) -> ValueError:
+        name = self._films[number]["name"]
+        return ValueError(f"{self.path} has changed since it was written, in {name}; pack the films again")
 
     def _read(self, film: int, frame: int) -> Item:
-        (frames, samples), (video, audio) = (self.clip_format.frames, self.clip_format.audio_size[1]), self._film(film)
-        rate = Fraction(self.clip_format.frame_rate).limit_denominator(100_000)
-        frame -= self._films[film]["first"]
-        begin = round(frame * self.clip_format.sample_rate / rate)
-        sound = numpy.zeros(samples, numpy.int16)  # which ends within the last frame
-        found = audio[begin : begin + samples]
-        sound[: len(found)] = found
-        return Item(torch.from_numpy(video[frame : frame + frames].copy()), torch.from_numpy(sound)[None], "")
+        entry, form = self._films[film], self.clip_format
+        rate = Fraction(form.frame_rate).limit_denominator(100_000)
+        frame -= entry["first"]
+        first = round(frame * form.sample_rate / rate)
+        size = math.prod(form.video_size[1:])
+        video = numpy.empty(form.video_size, numpy.uint8)
+        audio = numpy.zeros(form.audio_size[1], "<i2")
+        heard = audio[: max(0, entry["samples"] - first)]  # which ends within the last frame
+        sound = entry["begin"] + entry["frames"] * size + 2 * first
+        with open(self.path, "rb", buffering=0) as file:
+            self._check(file, film)
+            for place, array in ((entry["begin"] + frame * size, video), (sound, heard)):
+                file.seek(place)
+                if file.readinto(array.reshape(-1).view(numpy.uint8).data) != array.nbytes:
+                    raise self._changed(film)
+        return Item(torch.from_numpy(video), torch.from_numpy(audio.astype(numpy.int16))[None], "")
 
 
 def _named(pieces: Iterator[Item], name: str) -> Iterator[Item]:

@@ -6,13 +6,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import tempfile
 from typing import Any, ClassVar
 
 import torch
 
 from mmdiffusion import checkpoints
-from mmdiffusion._files import whole_file
+from mmdiffusion._files import errors_of_safetensors, whole_folder
 from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
 from mmdiffusion.diffusion.superres import SuperResolutionPipeline
 from mmdiffusion.model.superres import SuperResolutionUNet
@@ -54,25 +53,31 @@ def run(job: Convert) -> str:
     if job.dtype:
         torch.nn.Module.to(unet, DTYPES[job.dtype])  # that of diffusers warns of modules that are not here
     if is_back:
-        checkpoints.write(unet.to_published(), job.target, is_random=unet.config.get("random_weights", False))
+        options = {"is_random": unet.config.get("random_weights", False), "may_replace": job.force}
+        checkpoints.write(unet.to_published(), job.target, **options)
     else:
         of_network: Any = superres_pipeline_of if isinstance(unet, SuperResolutionUNet) else pipeline_of
-        save_pipeline(of_network(unet), job.target)
+        save_pipeline(of_network(unet), job.target, may_replace=job.force)
     return f"{job.source} -> {job.target}"
 
 
-def save_pipeline(pipeline: MMDiffusionPipeline | SuperResolutionPipeline, target: pathlib.Path) -> None:
-    """save_pretrained, each of whose files is there whole or not at all; that of the pipeline comes last."""
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as name:
-        made = pathlib.Path(name)
-        pipeline.save_pretrained(made)
+def save_pipeline(
+    pipeline: MMDiffusionPipeline | SuperResolutionPipeline, target: pathlib.Path, *, may_replace: bool = True
+) -> None:
+    """save_pretrained into a directory that is there whole or not at all; if there is one, each of its files is, and
+    that of the pipeline comes last.
+
+    Raises:
+        OSError: if it cannot be written, naming `target`; FileExistsError, if there is one that may not be replaced.
+    """
+    with whole_folder(target, may_replace=may_replace) as made:
+        with errors_of_safetensors(target):
+            pipeline.save_pretrained(made)
         config = made / "unet" / "config.json"
         kept = json.loads(config.read_text())
         kept.pop("_name_or_path", None)  # where it lay on this machine says nothing to whoever gets it
         config.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
-        files = [file for file in made.rglob("*") if file.is_file()]
-        for file in sorted(files, key=lambda file: (file.name == "model_index.json", file)):
-            path = target / file.relative_to(made)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(path) as part:
-                file.replace(part)
+        permissions = made.stat().st_mode & 0o666
+        for file in made.rglob("*"):
+            if file.is_file():
+                file.chmod(permissions)  # safetensors makes files for their owner alone

@@ -82,8 +82,8 @@ class Check(FilmJob):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pack(FilmJob):
-    """Decode all films of a folder, at one size and one rate, into one file that is mapped into memory in training: a
-    second of 64x64 at 10 frames and 16 kHz takes 155 kB.
+    """Decode all films of a folder, at one size and one rate, into one file to train on: a second of 64x64 at 10
+    frames and 16 kHz takes 155 kB.
     """
 
     summary: ClassVar = "films of a folder, decoded, in one file"
@@ -137,7 +137,7 @@ def pack_data(job: Pack) -> str:
     """Pack, and say what was done."""
     refuse_to_overwrite(job.target, job.force)
     dataset = ClipDataset(job.source, job.clip_format, **job.options)
-    size = pack(dataset, job.target, progress=True)
+    size = pack(dataset, job.target, progress=True, may_replace=job.force)
     lines = [f"{job.source} -> {job.target}: {len(dataset.names)} films, {len(dataset)} clips, {size / 1e6:.1f} MB"]
     return "\n".join([*lines, *(f"left out {name}: {why}" for name, why in dataset.refused.items())])
 

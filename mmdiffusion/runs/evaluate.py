@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import pathlib
 from fractions import Fraction
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mmdiffusion._files import digest, files_below, save_torch, whole_file
+from mmdiffusion._files import digest, files_below, keep, kept, whole_file
 from mmdiffusion.clips import STREAMS
 from mmdiffusion.data.index import cache_folder
 from mmdiffusion.evaluation import (
@@ -31,7 +32,7 @@ from mmdiffusion.evaluation.statistics import mean_and_error
 from mmdiffusion.media import Film, open_film
 from mmdiffusion.runs.options import check, option
 from mmdiffusion.runs.processes import Processes
-from mmdiffusion.runs.results import files_of, write_texts
+from mmdiffusion.runs.results import files_of, said_if_not_written, write_texts
 
 _VERSION = 1  # of what is kept of a film
 _LABEL = 40  # letters of a folder's name in the picture, its last ones
@@ -90,8 +91,9 @@ def run(job: Evaluate) -> str:
     if outputs:
         refused = {str(folder): x.refused for folder, x in zip(folders, found, strict=True)}
         content = json.dumps({"rows": rows, "refused": refused, "features": measure.names}, indent=1)
-        write_texts(outputs, {".md": text, ".json": content})
-        _plot(rows, outputs[".png"])
+        with said_if_not_written(text):
+            write_texts(outputs, {".md": text, ".json": content}, job.force)
+            _plot(rows, outputs[".png"])
     return text
 
 
@@ -124,7 +126,6 @@ class _Measure:
         settings += [digest(path) for path in (job.i3d, job.audioclip) if path]
         self.settings = json.dumps(settings)
         self.cache = pathlib.Path(job.cache or cache_folder()) / "features"
-        self.cache.mkdir(parents=True, exist_ok=True)
 
     def folder(self, folder: pathlib.Path, names: list[pathlib.Path]) -> _Found:
         """Measure the films of a folder until there are clips enough.
@@ -158,16 +159,14 @@ class _Measure:
 
     def _film(self, path: pathlib.Path) -> dict[str, Tensor]:
         key = hashlib.sha256(f"{digest(path)} {self.settings}".encode()).hexdigest()
-        file = self.cache / f"{key}.pt"
-        if file.exists():
-            try:
-                return torch.load(file, weights_only=True)
-            except Exception:  # of many kinds for a broken file; it is only a cache
-                file.unlink()
+        file = self.cache / f"{key}.features"
+        if content := kept(file):
+            return torch.load(io.BytesIO(content), weights_only=True)
         with open_film(path) as film:
             measured = self._measured(film)
-        with whole_file(file) as part:
-            save_torch(measured, part)
+        buffer = io.BytesIO()
+        torch.save(measured, buffer)
+        keep(file, buffer.getvalue(), f"what was measured of {path}")
         return measured
 
     @torch.no_grad()

@@ -3,22 +3,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmdiffusion._files import whole_file
+from mmdiffusion._files import has_content, in_turn, whole_file
 from mmdiffusion.clips import Clip
 from mmdiffusion.media import contact_sheet, write_audio, write_image, write_video
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system
-    fcntl = None  # type: ignore[assignment]
 
 FORMATS = ("mp4", "wav", "png")
 """What a clip is written as: film, sound, and contact sheet."""
@@ -89,7 +82,9 @@ class Folder:
 
     def lacks(self, number: int) -> bool:
         """Whether a clip has no record, or one of its files is not there or empty."""
-        return number not in self._clips or not all(self._has(f"{_name(number)}.{x}") for x in self.formats)
+        return number not in self._clips or not all(
+            has_content(self.path / f"{_name(number)}.{x}") for x in self.formats
+        )
 
     def add(self, number: int, clip: Clip, record: Mapping[str, Any]) -> None:
         """Write a clip of both streams, on the CPU, and its record.
@@ -132,12 +127,6 @@ class Folder:
         for file in ours:
             file.unlink(missing_ok=True)
 
-    def _has(self, name: str) -> bool:
-        try:
-            return (self.path / name).stat().st_size > 0
-        except FileNotFoundError:
-            return False
-
     def _records(self) -> list[pathlib.Path]:
         files = self.path.iterdir() if self.path.is_dir() else ()
         return sorted(file for file in files if _RECORDS.fullmatch(file.name))
@@ -158,7 +147,7 @@ class Folder:
 
     def _add(self, clips: Mapping[int, Mapping[str, Any]]) -> None:
         """Add to this process's records, which another sampler may have added to since they were read."""
-        with _locked(self.path):
+        with in_turn(self.path):
             records = {**(self._read(self._file) if self._file.exists() else {}), **clips}
             content = {"settings": self.settings, "clips": [records[number] for number in sorted(records)]}
             with whole_file(self._file) as part:
@@ -167,17 +156,3 @@ class Folder:
 
 def _name(number: int) -> str:
     return f"clip-{number:04d}"
-
-
-@contextlib.contextmanager
-def _locked(folder: pathlib.Path) -> Iterator[None]:
-    """Alone among the processes that take this lock, where the system has locks of folders."""
-    descriptor = os.open(folder, os.O_RDONLY) if fcntl is not None else None
-    try:
-        if descriptor is not None:
-            with contextlib.suppress(OSError):  # some network file systems have none
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)

@@ -27,6 +27,9 @@ Network = TypeVar("Network", CoupledUNet, SuperResolutionUNet)
 PACKAGED = pathlib.Path(__file__).resolve().parent.parent / "weights" / "small"
 """The model that comes with the package: of the synthetic world, a directory of its pipeline."""
 
+_PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+"""What of a scheduler's configuration a network is trained for."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -152,6 +155,11 @@ def _of_folder(cls: type[Network], source: pathlib.Path) -> Network:
     except (OSError, RuntimeError) as error:  # whose words are of git, of networks, and of options that would hide it
         raise ValueError(f"{folder} has weights that cannot be read; expected those of save_pretrained") from error
     made, info = loaded
+    with torch.no_grad():
+        for x in (*made.parameters(), *made.buffers()):
+            # What is mapped changes with the file, ends the process where that is cut short, and lies at addresses for
+            # which BLAS rounds otherwise.
+            x.data = x.data.clone()
     for what in ("missing", "unexpected"):
         if keys := info[f"{what}_keys"]:
             raise ValueError(f"{folder} has weights with {len(keys)} {what} keys: {', '.join(sorted(keys)[:10])}")
@@ -159,10 +167,32 @@ def _of_folder(cls: type[Network], source: pathlib.Path) -> Network:
 
 
 def _folder_of_network(source: pathlib.Path) -> pathlib.Path:
-    folder = source / "unet" if (source / "model_index.json").exists() else source
+    index = source / "model_index.json"
+    folder = source / "unet" if index.exists() else source
     if not (folder / "config.json").is_file():
         raise ValueError(f"{source} is a directory without config.json; expected one of save_pretrained")
+    if index.exists():
+        config = read_config(folder / "config.json")
+        entry = read_config(index).get("unet")
+        if not isinstance(entry, list) or entry[1:] != [config.get("_class_name")]:
+            found = f"{index} has unet {entry!r}, and {folder / 'config.json'} is of a {config.get('_class_name')}"
+            raise ValueError(f"{found}; expected one class in both")
+        _refuse_other_process(source / "scheduler" / "scheduler_config.json", config)
     return folder
+
+
+def _refuse_other_process(file: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Refuse the directory of a network of another diffusion than that of `make_scheduler`, which jobs take."""
+    if not file.exists():
+        return
+    found, ours = read_config(file), make_scheduler("ddpm").config
+    expected = {name: ours[name] for name in _PROCESS} | {"prediction_type": config.get("prediction_type", "epsilon")}
+    for name, value in expected.items():
+        if (other := found.get(name, value)) != value:
+            raise ValueError(
+                f"{file} has {name} {other!r}; expected {value!r}, of the diffusion that this command knows; "
+                "from_pretrained of the pipeline has its own"
+            )
 
 
 def _refuse_other_weights(expected: Mapping[str, tuple[int, ...]], file: pathlib.Path) -> None:

@@ -51,6 +51,6 @@ def run(job: RandomWeights) -> str:
     for parameter in unet.parameters():
         if parameter.dim() > 1 and not parameter.any():  # born as zero, and all that follows it too
             torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-    checkpoints.write(unet.to_published(), job.target, is_random=True)
+    checkpoints.write(unet.to_published(), job.target, is_random=True, may_replace=job.force)
     said = f"{job.target}: random weights, of no use but to try things"
     return said if job.superres else f"{said}; their sound is noise, which sample turns down"

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 
 from mmdiffusion._files import whole_file
 
@@ -27,9 +29,23 @@ def files_of(out: pathlib.Path | None, suffixes: Sequence[str], is_forced: bool)
     return files
 
 
-def write_texts(files: Mapping[str, pathlib.Path], texts: Mapping[str, str]) -> None:
-    """A text into each of `files_of`, by suffix, and their folder if it is not there."""
+@contextlib.contextmanager
+def said_if_not_written(text: str) -> Iterator[None]:
+    """What a job found, and a command prints at its end, is printed too where writing it down fails."""
+    try:
+        yield
+    except OSError:
+        sys.stdout.write(f"{text}\n")
+        raise
+
+
+def write_texts(files: Mapping[str, pathlib.Path], texts: Mapping[str, str], is_forced: bool) -> None:
+    """A text into each of `files_of`, by suffix, and their folder if it is not there.
+
+    Raises:
+        OSError: if one cannot be written, or came there meanwhile, unless it is to be overwritten.
+    """
     for suffix, text in texts.items():
         files[suffix].parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(files[suffix]) as part:
+        with whole_file(files[suffix], may_replace=is_forced) as part:
             part.write_text(text + "\n")

@@ -12,7 +12,7 @@ import sys
 from typing import ClassVar
 
 from mmdiffusion.runs.options import SEEDS, check, option
-from mmdiffusion.runs.results import files_of, write_texts
+from mmdiffusion.runs.results import files_of, said_if_not_written, write_texts
 from mmdiffusion.study import Study, make_app, make_study, tally
 from mmdiffusion.study.votes import extra
 
@@ -129,8 +129,9 @@ def count(job: Count) -> str:
     files = files_of(job.out, (".md", ".json", ".png"), job.force)
     found = tally(Study(job.study))
     if files:
-        write_texts(files, {".md": found.markdown(), ".json": json.dumps(found.content(), indent=1)})
-        found.plot(files[".png"])
+        with said_if_not_written(found.markdown()):
+            write_texts(files, {".md": found.markdown(), ".json": json.dumps(found.content(), indent=1)}, job.force)
+            found.plot(files[".png"])
     return found.markdown()
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -16,13 +17,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmdiffusion import media
-from mmdiffusion._files import digest, whole_file
+from mmdiffusion._files import alone_in, digest, has_content, remove_parts, whole_file
 from mmdiffusion.diffusion.schedulers import SCHEDULERS
 from mmdiffusion.diffusion.superres import SuperResolutionPipeline
 from mmdiffusion.runs.models import DTYPES, dtype_on, load_superres, settings_of
 from mmdiffusion.runs.options import SEEDS, check, option
 from mmdiffusion.runs.processes import Processes
 from mmdiffusion.runs.sample import clip_seed, versions
+
+_FRAMES = "[0-9][0-9][0-9][0-9][0-9][0-9].png"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,10 +94,14 @@ def run(job: SuperResolve) -> str:
     }
     outputs = [_Output(job.out, film, settings, is_forced=job.force) for film in job.films]
     job.out.mkdir(parents=True, exist_ok=True)
-    mine = [output for output in outputs[processes.rank :: processes.count] if not output.is_whole]
     frames = 0
-    for output in mine:
-        frames += _make(output, pipeline, job, is_quiet=processes.rank > 0)
+    for output in outputs[processes.rank :: processes.count]:
+        if job.force or not output.is_whole:
+            with output.alone():
+                if job.force:
+                    output.clear()
+                output.refuse_others()  # of a process that began meanwhile
+                frames += _make(output, pipeline, job, is_quiet=processes.rank > 0)
     processes.wait()
     if processes.rank:
         return ""
@@ -114,41 +121,58 @@ class _Output:
             self.frame_rate: Fraction = opened.frame_rate
             media.check_sound(opened)
         self.settings = json.loads(json.dumps({"film": digest(film), **settings}))
-        if is_forced:
-            self._clear()
-        self._refuse_others()
-        self.is_whole = self.path.exists()
+        if not is_forced:
+            self.refuse_others()
+
+    @property
+    def is_whole(self) -> bool:
+        return has_content(self.path)
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Alone among the processes that make this film.
+
+        Raises:
+            RuntimeError: if another one does.
+        """
+        return alone_in(self._frames, "made")
 
     def begin(self) -> None:
         """Write what the frames will depend on, before the first of them."""
-        self._frames.mkdir(exist_ok=True)
+        remove_parts(self._frames)
         self._write({})
 
     def frame(self, number: int) -> pathlib.Path:
         return self._frames / f"{number:06d}.png"
 
     def lacks(self, number: int) -> bool:
-        return not self.frame(number).exists()
+        return not has_content(self.frame(number))
 
-    def finish(self, count: int, details: dict[str, Any]) -> None:
-        """Put the frames and the sound together; the frames go when the film is there."""
+    def finish(self, count: int, size: int, details: dict[str, Any]) -> None:
+        """Put the frames, of that height and width, and the sound together; the frames go when the film is there."""
         with media.open_film(self.film) as film:
             sound_of = film if film.has_sound else None
-            media.write_film(self.path, self._pictures(count), fps=self.frame_rate, sound_of=sound_of)
+            media.write_film(self.path, self._pictures(count, size), fps=self.frame_rate, sound_of=sound_of)
         self._write({"frames": count, **details})
-        self._clear_frames()
+        self.clear_frames()
 
-    def _pictures(self, count: int) -> Iterator[Tensor]:
+    def _pictures(self, count: int, size: int) -> Iterator[Tensor]:
         for number in range(count):
             clip = media.read_clip(self.frame(number), num_frames=1, size=None, need=["video"])
             assert clip.video is not None
+            if clip.video.shape[2:] != (size, size):
+                found = "{} x {}".format(*clip.video.shape[2:])
+                raise ValueError(f"{self.frame(number)} is of {found} pixels; expected {size} x {size}, or no file")
             yield clip.video[0]
 
     def _write(self, details: dict[str, Any]) -> None:
         with whole_file(self.record) as part:
             part.write_text(json.dumps({"settings": self.settings, **details}, indent=2) + "\n")
 
-    def _refuse_others(self) -> None:
+    def refuse_others(self) -> None:
+        """
+        Raises:
+            FileExistsError, ValueError: if there is a film of other settings, or one without a record.
+        """
         if not self.record.exists():
             if self.path.exists():
                 raise FileExistsError(f"{self.path} exists, without a record beside it; --force makes it anew")
@@ -162,16 +186,14 @@ class _Output:
             others = ", ".join(f"{x} {found.get(x)} instead of {self.settings.get(x)}" for x in names)
             raise FileExistsError(f"{self.record} is of other settings: {others}; --force makes it anew")
 
-    def _clear(self) -> None:
-        for file in (self.path, self.record):
+    def clear(self) -> None:
+        """Remove what was made; for whoever is alone."""
+        for file in (self.path, self.record, *self._frames.glob(_FRAMES)):
             file.unlink(missing_ok=True)
-        self._clear_frames()
 
-    def _clear_frames(self) -> None:
-        """Remove what is ours; a folder with anything else in it stays."""
-        if not self._frames.is_dir():
-            return
-        for file in self._frames.glob("[0-9][0-9][0-9][0-9][0-9][0-9].png"):
+    def clear_frames(self) -> None:
+        """Remove the frames, and their folder, with which the lock goes; if it has anything else in it, it stays."""
+        for file in self._frames.glob(_FRAMES):
             file.unlink(missing_ok=True)
         if not any(self._frames.iterdir()):
             self._frames.rmdir()
@@ -179,6 +201,9 @@ class _Output:
 
 def _make(output: _Output, pipeline: SuperResolutionPipeline, job: SuperResolve, *, is_quiet: bool) -> int:
     """Make the frames that a film lacks, then the film, and return how many those were."""
+    if output.is_whole:  # by another process, meanwhile
+        output.clear_frames()
+        return 0
     config = pipeline.unet.config
     size = config["image_size"] // config["scale"]
     with media.open_film(output.film) as film:
@@ -211,5 +236,5 @@ def _make(output: _Output, pipeline: SuperResolutionPipeline, job: SuperResolve,
     details: dict[str, Any] = {"device": str(pipeline.device), "versions": versions()}
     if lacking:
         details["seconds_per_frame"] = round(elapsed / len(lacking), 3)
-    output.finish(len(small), details)
+    output.finish(len(small), config["image_size"], details)
     return len(lacking)

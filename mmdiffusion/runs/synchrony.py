@@ -23,7 +23,7 @@ from mmdiffusion.diffusion.schedulers import SCHEDULERS
 from mmdiffusion.runs.models import DTYPES, PACKAGED, ModelJob, dtype_on, load_pipeline, settings_of
 from mmdiffusion.runs.options import SEEDS, option
 from mmdiffusion.runs.processes import Processes
-from mmdiffusion.runs.results import files_of, write_texts
+from mmdiffusion.runs.results import files_of, said_if_not_written, write_texts
 from mmdiffusion.runs.sample import clip_seed, versions
 
 WAYS = {"joint": None, "video-from-audio": "audio", "audio-from-video": "video"}
@@ -117,7 +117,8 @@ def run(job: MeasureSynchrony) -> str:
             "versions": versions(),
             "rows": [dataclasses.asdict(row) for row in rows],
         }
-        write_texts(files, {".md": text, ".json": json.dumps(content, indent=1)})
+        with said_if_not_written(text):
+            write_texts(files, {".md": text, ".json": json.dumps(content, indent=1)}, job.force)
     return text
 
 

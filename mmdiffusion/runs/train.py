@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import os
 import pathlib
 import platform
 import signal
@@ -21,7 +20,7 @@ import torch
 import mmattn
 import mmdiffusion
 from mmdiffusion import checkpoints
-from mmdiffusion._files import digest
+from mmdiffusion._files import alone_in, digest, remove_parts
 from mmdiffusion.clips import Clip, ClipFormat
 from mmdiffusion.data import FilmError, open_dataset
 from mmdiffusion.media import contact_sheet, write_image, write_video
@@ -35,11 +34,6 @@ from mmdiffusion.runs.sample import clip_seed, versions
 from mmdiffusion.training import Recipe, State, States, train
 from mmdiffusion.training.log import Log, plot, row_of, summary
 from mmdiffusion.training.recipe import PRECISIONS, RECIPES, TIMESTEPS, WEIGHTINGS
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system
-    fcntl = None  # type: ignore[assignment]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _OF_PRESET = "; by default that of the preset"
@@ -124,7 +118,7 @@ def run(job: Train) -> str:
     if job.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     data = open_dataset(job.data, ClipFormat.of(unet.config), job.seed, flip=job.flip)
-    alone = _alone(job.out) if processes.rank == 0 else contextlib.nullcontext()
+    alone = alone_in(job.out, "trained in") if processes.rank == 0 else contextlib.nullcontext()
     with alone, _told_to_stop() as signals:
         return _Run(job, recipe, unet, data, processes).go(signals)
 
@@ -206,7 +200,7 @@ class _Run:
         """Load the newest state, or keep the first."""
         state = self.state
         if self.is_first:
-            self.states.clean()
+            remove_parts(self.job.out)
         path, broken = self.states.load(state)
         if path is None and self.job.resume:
             published.load(state, self.job.resume)
@@ -280,30 +274,6 @@ class _Run:
 
 def _say(sentence: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {sentence}", file=sys.stderr, flush=True)  # noqa: T201
-
-
-@contextlib.contextmanager
-def _alone(folder: pathlib.Path) -> Iterator[None]:
-    """Alone among the trainers of a folder, where the system has locks.
-
-    Raises:
-        NotADirectoryError: if there is something else.
-        RuntimeError: if another process trains there.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is no folder; expected one, or nothing there yet")
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY) if fcntl is not None else None
-    try:
-        if descriptor is not None:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RuntimeError(f"{folder} is being trained in by another process; expected to be alone") from error
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 import numpy
 from tqdm import tqdm
 
-from mmdiffusion._files import digest, files_below
+from mmdiffusion._files import digest, files_below, whole_folder
 from mmdiffusion.media import open_film, write_video
 from mmdiffusion.media.read import Film
 from mmdiffusion.study.votes import Study
@@ -60,7 +60,7 @@ def make_study(
     """Copy films under names that tell nothing, in random order and with equal times, and make the study's database.
 
     Args:
-        out: its folder, which is made; there may be nothing of that name, or an empty folder.
+        out: its folder, which is there whole or not at all; there may be nothing of that name, or an empty folder.
         sources: folders by the name of what made their films, the real ones first; two or more.
         ratings: films of each source that a rater scores.
         guesses: films of each model that a rater judges to be real or generated, among as many real ones as there are
@@ -93,10 +93,13 @@ def make_study(
             )
     _refuse_twins(found)
     seed = secrets.randbits(62) if seed is None else seed
-    (out / "films").mkdir(parents=True)
-    copies, transcoded = _copied(out, found, seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with whole_folder(out) as made:
+        (made / "films").mkdir()
+        copies, transcoded = _copied(made, found, seed)
+        Study.create(made, copies, ratings=ratings, guesses=guesses, seed=seed)
     return Made(
-        Study.create(out, copies, ratings=ratings, guesses=guesses, seed=seed),
+        Study(out),
         {name: len(x) for name, x in copies.items()},
         refused,
         transcoded,

@@ -113,16 +113,23 @@ class Study:
         self.path = pathlib.Path(path)
         if not (self.path / _DATABASE).is_file():
             raise FileNotFoundError(f"{self.path} has no {_DATABASE}; expected what `mmdiffusion study make` made")
-        try:
-            with self._reading() as found:
-                settings = dict(found.execute("SELECT name, value FROM settings"))
-                names = found.execute("SELECT name, is_real FROM sources ORDER BY id").fetchall()
-        except sqlite3.DatabaseError as error:
-            raise ValueError(f"{self.path / _DATABASE} is no study: {error}") from error
+        with self._reading() as found:
+            settings = dict(found.execute("SELECT name, value FROM settings"))
+            names = found.execute("SELECT name, is_real FROM sources ORDER BY id").fetchall()
+            tables = {name for (name,) in found.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if settings.get("version") != str(_VERSION):
             raise ValueError(f"{self.path} is of version {settings.get('version')}; expected {_VERSION}")
-        self.id, self._seed = settings["id"], int(settings["seed"])
-        self.ratings, self.guesses = int(settings["ratings"]), int(settings["guesses"])
+        numbers = [settings.get(name, "") for name in ("seed", "ratings", "guesses")]
+        if not (
+            {"films", "raters", "items", "votes"} <= tables
+            and "id" in settings
+            and all(x.isdecimal() for x in numbers)
+            and [is_real for _, is_real in names] == [1] + [0] * (len(names) - 1)
+            and len(names) > 1
+        ):
+            raise ValueError(f"{self.path / _DATABASE} is no whole study; expected what `mmdiffusion study make` made")
+        self.id = settings["id"]
+        self._seed, self.ratings, self.guesses = map(int, numbers)
         self.sources = {name: bool(is_real) for name, is_real in names}
 
     @classmethod
@@ -343,13 +350,19 @@ def _digest(token: str) -> str:
 @contextlib.contextmanager
 def _connected(path: pathlib.Path) -> Iterator[sqlite3.Connection]:
     """A connection for one piece of work; it waits for others, and a confirmed vote is on the disk."""
-    database = sqlite3.connect(path, timeout=20, isolation_level=None)
+    database = None
     try:
+        database = sqlite3.connect(path, timeout=20, isolation_level=None)
         database.execute("PRAGMA foreign_keys = ON")
         database.execute("PRAGMA synchronous = FULL")
         yield database
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError) and not str(error).startswith("no such"):
+            raise OSError(f"{path} cannot be used: {error}") from error  # of the disk, or of who may write to it
+        raise ValueError(f"{path} is no study: {error}") from error
     finally:
-        database.close()
+        if database is not None:
+            database.close()
 
 
 @contextlib.contextmanager
@@ -359,6 +372,7 @@ def _transaction(database: sqlite3.Connection) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        database.execute("ROLLBACK")
+        if database.in_transaction:  # a full disk has ended it
+            database.execute("ROLLBACK")
         raise
     database.execute("COMMIT")

@@ -30,15 +30,18 @@ class Log:
         """All whole lines; a process that is killed may leave the last one half-written.
 
         Raises:
-            ValueError: if another line is no JSON object with a step.
+            ValueError: if it is no text, or another line no JSON object with a step.
         """
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        try:
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.path} is no log: {error}") from error
         found = []
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
                 found.append({**row, "step": int(row["step"])})
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 if number < len(lines):
                     raise ValueError(f"{self.path} has a line {number} that is none of a log: {error}") from error
         return found

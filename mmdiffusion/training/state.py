@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pathlib
@@ -15,12 +16,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mmdiffusion._files import is_part, save_safetensors, whole_file
+from mmdiffusion._files import save_safetensors, whole_file
 from mmdiffusion.training.ema import EMA
 from mmdiffusion.training.recipe import Recipe
 from mmdiffusion.training.timesteps import make_timesteps
 
 _FORMAT = 1
+_CONTENT: dict[str, Any] = {
+    "settings": dict,
+    "step": int,
+    "skipped": int,
+    "seconds": (int, float),
+    "meter": dict,
+    "scaler": dict,
+}
 _FILE = re.compile(r"step-([0-9]{8,})\.safetensors")
 
 
@@ -111,9 +120,16 @@ class State:
         if is_begun:
             expected |= {f"optimizer.{key}.{name}" for key in ("step", "exp_avg", "exp_avg_sq") for name in parameters}
         expected |= {f"timesteps.{name}" for name in self.timesteps.state_dict()}
+        refusal = "the state does not fit the network and its recipe"
         wrong = sorted(expected ^ tensors.keys())
         if wrong:
-            raise ValueError(f"the state does not fit the network and its recipe: missing or unknown {wrong[0]}")
+            raise ValueError(f"{refusal}: missing or unknown {wrong[0]}")
+        known = self.tensors()
+        known |= {f"optimizer.{key}.{name}": x for key in ("exp_avg", "exp_avg_sq") for name, x in parameters.items()}
+        for name, x in known.items():
+            if name in tensors and (tensors[name].shape, tensors[name].dtype) != (x.shape, x.dtype):
+                found = f"{list(tensors[name].shape)} {tensors[name].dtype}"
+                raise ValueError(f"{refusal}: {name} is {found}; expected {list(x.shape)} {x.dtype}")
         self.unet.load_state_dict({name: tensors[f"model.{name}"] for name in self.unet.state_dict()})
         for rate, averages in self.ema.averages.items():
             for name, x in averages.items():
@@ -163,8 +179,9 @@ class States:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / f"step-{state.step:08d}.safetensors"
-        content = {"format": _FORMAT, "settings": self.settings, "notes": dict(notes), **state.numbers()}
         tensors = {name: x.detach().cpu().contiguous() for name, x in state.tensors().items()}
+        content = {"format": _FORMAT, "settings": self.settings, "notes": dict(notes), **state.numbers()}
+        content["sha256"] = _digest(content, tensors)
         with whole_file(path) as part:
             save_safetensors(tensors, part, {"state": json.dumps(content)})
             with open(part, "rb") as file:
@@ -183,6 +200,8 @@ class States:
         for path in self.files():
             try:
                 content, tensors = read_state(path)
+                if content["step"] != _step_of(path):
+                    raise ValueError(f"{path} is of step {content['step']}; expected that of its name")
             except (OSError, ValueError) as error:
                 broken.append(str(error))
                 continue
@@ -192,12 +211,6 @@ class States:
         if broken:
             raise ValueError(f"{self.path} has no state that can be read: {broken[0]}")
         return None, broken
-
-    def clean(self) -> None:
-        """Remove what a killed process left half-written; for whoever is alone in the folder."""
-        for path in self.path.iterdir() if self.path.is_dir() else ():
-            if is_part(path.name):
-                path.unlink(missing_ok=True)
 
     def _compare(self, found: Mapping[str, Any]) -> None:
         defaults = Recipe().settings()
@@ -224,11 +237,26 @@ def read_state(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             content = json.loads((file.metadata() or {})["state"])
             # Copies, since the file may be removed, or its disk, while they are in use.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as a state of training: {error}") from error
-    if content.get("format") != _FORMAT:
-        raise ValueError(f"{path} has format {content.get('format')}; expected {_FORMAT}")
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != _FORMAT:
+        raise ValueError(f"{path} has format {found}; expected {_FORMAT}")
+    wrong = [name for name, kind in _CONTENT.items() if not isinstance(content.get(name), kind)]
+    # Without one, as states were before.
+    if wrong or content.get("sha256") not in (None, _digest(content, tensors)):
+        raise ValueError(f"{path} has changed since it was written{f', in {wrong[0]}' if wrong else ''}")
     return content, tensors
+
+
+def _digest(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of what a state has, with its tensors on the CPU."""
+    own = {name: value for name, value in content.items() if name != "sha256"}
+    total = hashlib.sha256(json.dumps(own, sort_keys=True).encode())
+    for name in sorted(tensors):
+        total.update(name.encode())
+        total.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def _step_of(path: pathlib.Path) -> int:
