@@ -22,8 +22,10 @@ CPU = Path("kernels/mmattn_kernels/cpu")
 KERNELS = ("attention", "norm", "conv", "hash")
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-X86_SETS = {"avx2": AVX2, "avx512": AVX512, "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]}
-TUNING = {"avx512": ["-mprefer-vector-width=512"], "amx": ["-mprefer-vector-width=512"]}
+AVX512_BF16 = [*AVX512, "-mavx512bf16"]
+AMX = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]
+X86_SETS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512_BF16, "amx": AMX}
+TUNING = {isa: ["-mprefer-vector-width=512"] for isa in ("avx512", "avx512_bf16", "amx")}
 REQUIRED = ["-std=c++17", "-O3", "-fvisibility=hidden"]
 WELCOME = ["-Wall", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-fno-math-errno", "-g0"]
 REMEDY = (

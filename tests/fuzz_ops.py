@@ -30,7 +30,7 @@ from torch import Tensor
 import mmattn
 from mmattn.testing import assert_close_to_fp64
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "amx")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 HANGS_S = 60  # a case that takes as long is a finding
 MOST_FINDINGS = 20
 HUGE = (-(2**63), -1, 0, 1, 2, 3, 2**31 - 1, 2**31, 2**61, 2**62, 2**63 - 1)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "bench")
 
 from published import filled
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "amx")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GPU_DTYPES = {**DTYPES, "fp16": torch.float16}
 HAS_GPU = torch.cuda.is_available()

@@ -6,9 +6,11 @@
 // its runs share no key, so each owns its d_k and d_v: no atomics, and every sum has one order. Where a head is cut
 // into several of them for want of other work, d_q is the sum of their shares, in their order.
 #include "attention_plan.h"
+#include <type_traits>
+
 #include "gemm.h"
-#if defined(__AMX_BF16__)
-#include "attention_amx.h"
+#if defined(__AVX512BF16__)
+#include "attention_tiles.h"
 #endif
 
 namespace mmattn::MMATTN_ISA {
@@ -267,7 +269,7 @@ class Backward {
 };
 
 // Whether every window fits a pair of tiles, where packing costs more than tiles save.
-[[maybe_unused]] bool has_few_keys(const Attention& p) {
+bool has_few_keys(const Attention& p) {
   constexpr int64_t kFew = 32;
   const auto few = [&](const Direction& d) { return p.window * (d.k_len / p.frames) <= kFew; };
   const int32_t* const lengths = p.tables.key_length;
@@ -282,29 +284,29 @@ struct Use {
   using Kernel = K;
 };
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
+template <class T>
+using LongForward = std::conditional_t<kOnTiles<T>, TileForward<T>, Forward<T>>;
+template <class T>
+using LongBackward = std::conditional_t<kOnTiles<T>, TileBackward<T>, Backward<T>>;
+#else
+template <class T>
+using LongForward = Forward<T>;
+template <class T>
+using LongBackward = Backward<T>;
+#endif
+
 template <class Visit>
 auto with_forward(const Attention& p, Visit visit) {
   if (has_few_keys(p)) return p.is_bf16 ? visit(Use<Forward<bf16>>{}) : visit(Use<Forward<float>>{});
-  return p.is_bf16 ? visit(Use<AmxForward<bf16>>{}) : visit(Use<AmxForward<float>>{});
+  return p.is_bf16 ? visit(Use<LongForward<bf16>>{}) : visit(Use<LongForward<float>>{});
 }
 
 template <class Visit>
 auto with_backward(const Attention& p, Visit visit) {
   if (has_few_keys(p)) return p.is_bf16 ? visit(Use<Backward<bf16>>{}) : visit(Use<Backward<float>>{});
-  return p.is_bf16 ? visit(Use<AmxBackward<bf16>>{}) : visit(Use<AmxBackward<float>>{});
+  return p.is_bf16 ? visit(Use<LongBackward<bf16>>{}) : visit(Use<LongBackward<float>>{});
 }
-#else
-template <class Visit>
-auto with_forward(const Attention& p, Visit visit) {
-  return p.is_bf16 ? visit(Use<Forward<bf16>>{}) : visit(Use<Forward<float>>{});
-}
-
-template <class Visit>
-auto with_backward(const Attention& p, Visit visit) {
-  return p.is_bf16 ? visit(Use<Backward<bf16>>{}) : visit(Use<Backward<float>>{});
-}
-#endif
 
 }  // namespace
 

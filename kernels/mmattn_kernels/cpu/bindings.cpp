@@ -79,8 +79,12 @@ std::vector<InstructionSet> detect() {
     return sets;
   sets.push_back(MMATTN_SET(avx512));
 #endif
+#if defined(MMATTN_HAS_AVX512_BF16)
+  if (!__builtin_cpu_supports("avx512bf16")) return sets;
+  sets.push_back(MMATTN_SET(avx512_bf16));
+#endif
 #if defined(MMATTN_HAS_AMX)
-  if (__builtin_cpu_supports("avx512bf16") && have_amx()) sets.push_back(MMATTN_SET(amx));
+  if (have_amx()) sets.push_back(MMATTN_SET(amx));
 #endif
   return sets;
 }

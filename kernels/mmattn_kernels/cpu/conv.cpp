@@ -9,8 +9,8 @@
 
 #include "conv_plan.h"
 #include "gemm.h"
-#if defined(__AMX_BF16__)
-#include "conv_amx.h"
+#if defined(__AVX512BF16__)
+#include "conv_tiles.h"
 #endif
 
 namespace mmattn::MMATTN_ISA {
@@ -25,8 +25,8 @@ class FmaWeights {
   static int64_t packed_bytes(int64_t out_channels, int64_t in_channels, int64_t taps) {
     return panels(out_channels) * kPanel * taps * in_channels * sizeof(float);
   }
-  static void pack(const ConvWeights& w, float* packed) {
-    w.weight_is_bf16 ? pack<bf16>(w, packed) : pack<float>(w, packed);
+  static void pack(const ConvWeights& w, void* packed) {
+    w.weight_is_bf16 ? pack<bf16>(w, static_cast<float*>(packed)) : pack<float>(w, static_cast<float*>(packed));
   }
 
  private:
@@ -59,7 +59,7 @@ class FmaWeights {
 };
 
 template <class T>
-class FmaConv {
+class FmaConv : public FmaWeights {
  public:
   static constexpr int64_t kMostRows = 192, kDepth = 256;
 
@@ -181,7 +181,7 @@ class FmaGradientProduct {
 
 // Of the weight. A thread sums over the blocks of its team, for its range of out channels, into [tap][out][in]; teams
 // share the blocks where the sums are small, members share the channels where they are large. Last, the teams' sums are
-// added in their order. Product is FmaGradientProduct or that of conv_amx.h.
+// added in their order. Product is FmaGradientProduct or that of conv_tiles.h.
 template <class T, class Product>
 class WeightGradient {
  public:
@@ -273,6 +273,18 @@ class WeightGradient {
   }
 };
 
+#if defined(__AVX512BF16__)
+template <class T>
+using ConvOf = std::conditional_t<kOnTiles<T>, TileConv<T>, FmaConv<T>>;
+template <class T>
+using GradientProductOf = std::conditional_t<kOnTiles<T>, TileGradientProduct<T>, FmaGradientProduct<T>>;
+#else
+template <class T>
+using ConvOf = FmaConv<T>;
+template <class T>
+using GradientProductOf = FmaGradientProduct<T>;
+#endif
+
 template <class T>
 void sums_of_columns(const Tokens& t, int64_t batch, int64_t length, int64_t channels, float* out, int threads) {
   const Parts parts(length, channels);
@@ -303,36 +315,20 @@ void sums_of_columns(const Tokens& t, int64_t batch, int64_t length, int64_t cha
 
 }  // namespace
 
-#if defined(__AMX_BF16__)
 int64_t conv_packed_bytes(int64_t out_channels, int64_t in_channels, int64_t taps, bool is_bf16) {
-  return is_bf16 ? AmxConv<bf16>::packed_bytes(out_channels, in_channels, taps)
-                 : AmxConv<float>::packed_bytes(out_channels, in_channels, taps);
+  return is_bf16 ? ConvOf<bf16>::packed_bytes(out_channels, in_channels, taps)
+                 : ConvOf<float>::packed_bytes(out_channels, in_channels, taps);
 }
 void conv_pack(const ConvWeights& w, void* packed) {
-  w.is_bf16 ? AmxConv<bf16>::pack(w, packed) : AmxConv<float>::pack(w, packed);
+  w.is_bf16 ? ConvOf<bf16>::pack(w, packed) : ConvOf<float>::pack(w, packed);
 }
 void conv_forward(const Conv& p) {
-  p.is_bf16 ? AmxConv<bf16>::forward(p) : AmxConv<float>::forward(p);
+  p.is_bf16 ? ConvOf<bf16>::forward(p) : ConvOf<float>::forward(p);
 }
 void conv_weight_gradient(const Conv& p) {
-  p.is_bf16 ? WeightGradient<bf16, AmxGradientProduct<bf16>>::run(p)
-            : WeightGradient<float, AmxGradientProduct<float>>::run(p);
+  p.is_bf16 ? WeightGradient<bf16, GradientProductOf<bf16>>::run(p)
+            : WeightGradient<float, GradientProductOf<float>>::run(p);
 }
-#else
-int64_t conv_packed_bytes(int64_t out_channels, int64_t in_channels, int64_t taps, bool) {
-  return FmaWeights::packed_bytes(out_channels, in_channels, taps);
-}
-void conv_pack(const ConvWeights& w, void* packed) {
-  FmaWeights::pack(w, static_cast<float*>(packed));
-}
-void conv_forward(const Conv& p) {
-  p.is_bf16 ? FmaConv<bf16>::forward(p) : FmaConv<float>::forward(p);
-}
-void conv_weight_gradient(const Conv& p) {
-  p.is_bf16 ? WeightGradient<bf16, FmaGradientProduct<bf16>>::run(p)
-            : WeightGradient<float, FmaGradientProduct<float>>::run(p);
-}
-#endif
 
 void column_sums(const Tokens& t, int64_t batch, int64_t length, int64_t channels, bool is_bf16, float* out,
                  int threads) {

@@ -22,21 +22,16 @@ namespace {
 
 constexpr int64_t kRowUnit = 32;  // rows that are computed together: consecutive positions
 
-// Whether the input rows of each 16 output rows may lie anywhere, or those of all rows are consecutive.
-#if defined(__AMX_BF16__)
-constexpr bool kTiles = true;
-#else
-constexpr bool kTiles = false;
-#endif
-
 // The places of a sequence of frames in the buffer: every line and every frame with a zero behind.
 struct Frames {
   int64_t height, width, length;
+  bool tiles;  // the input rows of each 16 output rows may lie anywhere; else those of all rows are consecutive
   Frames() = default;
-  explicit Frames(const Conv& p) : height(p.height), width(p.width), length(p.length) {}
+  explicit Frames(const Conv& p)
+      : height(p.height), width(p.width), length(p.length), tiles(p.is_bf16 ? kOnTiles<bf16> : kOnTiles<float>) {}
 
   int64_t pitch() const { return width + 1; }
-  bool dense() const { return kTiles && width % 16 == 0; }
+  bool dense() const { return tiles && width % 16 == 0; }
   int64_t place(int64_t position) const {
     const int64_t line = position / width;
     return (line + line / height) * pitch() + position - line * width;

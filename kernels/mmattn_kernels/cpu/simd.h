@@ -34,6 +34,17 @@ struct bf16 {
   uint16_t bits;
 };
 
+// Whether products of this dtype are made on tiles (tiles.h).
+template <class T>
+constexpr bool kOnTiles =
+#if defined(__AMX_BF16__)
+    true;
+#elif defined(__AVX512BF16__)
+    sizeof(T) == 2;
+#else
+    false;
+#endif
+
 inline Vec load(const float* p) {
   Vec v;
   std::memcpy(&v, p, sizeof v);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-// Windowed attention on AMX tiles, for bf16 and, in three parts, for fp32 (see amx.h).
+// Windowed attention on AMX tiles, for bf16 and, in three parts, for fp32 (see tiles.h).
 #pragma once
 
-#include "amx.h"
+#include "tiles.h"
 #include "attention_plan.h"
 
 namespace mmattn::MMATTN_ISA {
@@ -40,7 +40,7 @@ int64_t tile_floats(int64_t rows, int64_t depth) {
 }
 
 template <class T>
-class AmxForward {
+class TileForward {
  public:
   using Element = T;
   static constexpr int Parts = kParts<T>, kDegree = Parts == 1 ? 3 : 5;
@@ -49,7 +49,7 @@ class AmxForward {
   static constexpr bool kExclusive = false;
   static int64_t bytes_per_key(int64_t dim) { return 4 * round_up(dim, 16) * Parts; }
 
-  AmxForward(const Attention& p, int64_t longest, Scratch& scratch)
+  TileForward(const Attention& p, int64_t longest, Scratch& scratch)
       : p_(p),
         dim_(p.dim),
         d_chunks_((dim_ + 31) / 32),
@@ -184,7 +184,7 @@ class AmxForward {
 // Everything is computed transposed, keys down and queries across, so that the weights P^T come out as the first
 // operand of dV = P^T dO and the log-sum-exp of 16 queries is one vector.
 template <class T>
-class AmxBackward {
+class TileBackward {
  public:
   using Element = T;
   static constexpr int64_t kQueryRows = 64, kRowUnit = 32, kKeyBlock = 128;
@@ -192,7 +192,7 @@ class AmxBackward {
   static constexpr bool kExclusive = true;
   static int64_t bytes_per_key(int64_t dim) { return round_up(dim, 16) * (6 * Parts + 8); }
 
-  AmxBackward(const Attention& p, int64_t longest, Scratch& scratch)
+  TileBackward(const Attention& p, int64_t longest, Scratch& scratch)
       : p_(p),
         dim_(p.dim),
         d_chunks_((dim_ + 31) / 32),

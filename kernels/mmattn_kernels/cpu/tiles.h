@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
-// Matrix products on AMX tiles. An operand is packed as 1 KB tiles of 16 rows of 32 bf16; one of bf16 is a single
-// tile, one of fp32 is three (x = x0 + x1 + x2 exactly, 8 significand bits each). The product of two such triples takes
-// six tile products; the three left out are about 2^-24 of the whole and below, so fp32 in stays fp32 out.
+// Matrix products of bf16 on packed tiles. An operand is packed as 1 KB tiles of 16 rows of 32 bf16; one of bf16 is a
+// single tile. With AMX one of fp32 is three (x = x0 + x1 + x2 exactly, 8 significand bits each): the product of two
+// such triples takes six tile products; the three left out are about 2^-24 of the whole and below, so fp32 in stays
+// fp32 out. Without AMX the same tiles are multiplied by AVX-512's dot products of bf16 pairs, of bf16 alone.
 //
 // A tile's 32 depths are 16 words of a pair (i, i + 16). Both operands use that order, so it never shows, and a word is
 // one shift and one bitwise select of two fp32 vectors.
@@ -17,6 +18,31 @@ constexpr int kTileBytes = 1024;
 template <class T>
 constexpr int kParts = std::is_same_v<T, float> ? 3 : 1;
 
+// Byte strides of a packed operand: 16-row blocks, parts, 32-deep chunks.
+struct Tiles {
+  char* base;
+  int64_t block, part, chunk;
+  char* at(int64_t b, int64_t p, int64_t c) const { return base + b * block + p * part + c * chunk; }
+};
+
+// Byte strides from one 16-row block of an operand's chunk to the next, and from one part to the next.
+struct Strides {
+  int64_t block, part;
+};
+
+// Rows of floats: a product begins with what is in `from`, or zeros if that is null, and goes to `to`.
+struct Sums {
+  const float* from;
+  int64_t from_row;
+  float* to;
+  int64_t to_row;
+};
+
+// sum_chunks: 16 M rows and 16 N columns of sums plus A B^T over the chunks of depth that each(visit) visits as
+// visit(a, b), pointers to the first part of the first block of either.
+
+#if defined(__AMX_BF16__)
+
 // Tile registers of the calling thread, all 16 rows of 64 bytes, for the lifetime of the object.
 struct TileRegisters {
   TileRegisters() {
@@ -30,18 +56,11 @@ struct TileRegisters {
   ~TileRegisters() { _tile_release(); }
 };
 
-// Byte strides of a packed operand: 16-row blocks, parts, 32-deep chunks.
-struct Tiles {
-  char* base;
-  int64_t block, part, chunk;
-  char* at(int64_t b, int64_t p, int64_t c) const { return base + b * block + p * part + c * chunk; }
-};
-
 // Tile registers: C in 0..3, A in 4 and 5, B in 6 and 7.
 template <int M, int N>
-inline void load_c(const float* c, int64_t c_row, bool add) {
+inline void load_c(const float* c, int64_t c_row) {
   const int64_t bytes = c_row * 4;
-  if (add) {
+  if (c) {
     _tile_loadd(0, c, bytes);
     if constexpr (N > 1) _tile_loadd(1, c + 16, bytes);
     if constexpr (M > 1) _tile_loadd(2, c + 16 * c_row, bytes);
@@ -66,7 +85,7 @@ inline void store_c(float* c, int64_t c_row) {
 // C += A B^T over one chunk; `a` and `b` point at the first block's first part. Parts are taken in an order that
 // changes one operand at a time: 14 tile loads for 24 products. With kMirrored the operands exchange their parts in it,
 // so that B A^T has the bits of this product's transpose.
-template <int Parts, int M, int N, bool kMirrored = false>
+template <int Parts, int M, int N, bool kMirrored>
 inline void multiply_chunk(const char* a, int64_t a_block, int64_t a_part, const char* b, int64_t b_block,
                            int64_t b_part) {
   const auto load_a = [&](int part) {
@@ -97,14 +116,77 @@ inline void multiply_chunk(const char* a, int64_t a_block, int64_t a_part, const
   }
 }
 
+template <int Parts, int M, int N, bool kMirrored, class Each>
+inline void sum_chunks(const Sums& c, const Strides& a, const Strides& b, Each each) {
+  load_c<M, N>(c.from, c.from_row);
+  each([&](const char* of_a, const char* of_b) {
+    multiply_chunk<Parts, M, N, kMirrored>(of_a, a.block, a.part, of_b, b.block, b.part);
+  });
+  store_c<M, N>(c.to, c.to_row);
+}
+
+#else
+
+struct TileRegisters {
+  TileRegisters() {}
+};
+
+// Rows of C that are summed in registers at a time: with N = 2 in 16 of the 32, a word of A is read once for both.
+constexpr int kSumRows = 8;
+
+// sum += A B^T over one chunk, of kSumRows rows of A.
+template <int N>
+[[gnu::always_inline]] inline void multiply_rows(const char* a, const char* b, int64_t b_block,
+                                                 Vec (&sum)[kSumRows][N]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; ++i) {
+    __m512bh right[N];
+#pragma GCC unroll 2
+    for (int v = 0; v < N; ++v) right[v] = (__m512bh)_mm512_load_si512(b + v * b_block + i * 64);
+#pragma GCC unroll 8
+    for (int r = 0; r < kSumRows; ++r) {
+      int32_t word;
+      std::memcpy(&word, a + r * 64 + i * 4, sizeof word);
+      const __m512bh left = (__m512bh)_mm512_set1_epi32(word);
+#pragma GCC unroll 2
+      for (int v = 0; v < N; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], left, right[v]);
+    }
+  }
+}
+
+// The rows of C one group after another, each over all chunks, so that its sums never leave the registers.
+template <int Parts, int M, int N, bool, class Each>
+inline void sum_chunks(const Sums& c, const Strides& a, const Strides& b, Each each) {
+  static_assert(Parts == 1);
+  const int64_t b_block = b.block;
+  for (int64_t row = 0; row < 16 * M; row += kSumRows) {
+    const float* from = c.from ? c.from + row * c.from_row : nullptr;
+    float* to = c.to + row * c.to_row;
+    const int64_t a_rows = row / 16 * a.block + row % 16 * 64;
+    Vec sum[kSumRows][N];
+#pragma GCC unroll 8
+    for (int r = 0; r < kSumRows; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < N; ++v) sum[r][v] = from ? load(from + r * c.from_row + v * 16) : Vec{};
+    each([&](const char* of_a, const char* of_b)
+             __attribute__((always_inline)) { multiply_rows<N>(of_a + a_rows, of_b, b_block, sum); });
+#pragma GCC unroll 8
+    for (int r = 0; r < kSumRows; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < N; ++v) store(to + r * c.to_row + v * 16, sum[r][v]);
+  }
+}
+
+#endif
+
 template <int Parts, int M, int N, bool kMirrored>
 void tile_product(const Tiles& a, int64_t m, const Tiles& b, int64_t n, int64_t chunks, float* c, int64_t c_row,
                   bool add) {
   c += m * 16 * c_row + n * 16;
-  load_c<M, N>(c, c_row, add);
-  for (int64_t k = 0; k < chunks; ++k)
-    multiply_chunk<Parts, M, N, kMirrored>(a.at(m, 0, k), a.block, a.part, b.at(n, 0, k), b.block, b.part);
-  store_c<M, N>(c, c_row);
+  const auto each = [&](auto visit) {
+    for (int64_t k = 0; k < chunks; ++k) visit(a.at(m, 0, k), b.at(n, 0, k));
+  };
+  sum_chunks<Parts, M, N, kMirrored>({add ? c : nullptr, c_row, c, c_row}, {a.block, a.part}, {b.block, b.part}, each);
 }
 
 // Rows [0, 16 m) and columns [16 n_begin, 16 n_end) of C (+)= A B^T, C fp32 with rows of `c_row` floats.

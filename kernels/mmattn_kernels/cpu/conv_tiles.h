@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
-// The convolution on AMX tiles. The rows of a block are packed after the prologue as [chunk of 32 channels][part][row]
+// The convolution on tiles. The rows of a block are packed after the prologue as [chunk of 32 channels][part][row]
 // of 64 bytes, so the 16 rows of a tile may begin at any row, and each tap is the same buffer read from another row.
 // Weights are packed as [32 out channels][tap][chunk][part][2] tiles, the order in which a product reads them.
 #pragma once
 
-#include "amx.h"
+#include "tiles.h"
 #include "conv_plan.h"
 
 namespace mmattn::MMATTN_ISA {
@@ -58,7 +58,7 @@ inline Vec load_strided(const bf16* p, int64_t stride, int64_t n) {
 }
 
 template <class T>
-class AmxConv {
+class TileConv {
  public:
   static constexpr int kP = kParts<T>;
   static constexpr int64_t kPairBytes = 2 * kTileBytes, kChunkBytes = kP * kPairBytes;
@@ -110,7 +110,7 @@ class AmxConv {
       const TileRegisters registers;
       float* own = memory.data() + thread_number() * per_thread;
       const char* weights = static_cast<const char*>(pack_first ? packed.data() : p.packed);
-      const AmxConv conv(p, weights, coefficients, bias.at(0, 0), depth, own, own + buffer, own + buffer + sums);
+      const TileConv conv(p, weights, coefficients, bias.at(0, 0), depth, own, own + buffer, own + buffer + sums);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < static_cast<int64_t>(blocks.size()) * splits; ++i) {
         const int64_t split = i % splits;
@@ -128,7 +128,7 @@ class AmxConv {
   char* buffer_;
   float *sums_, *tile_;
 
-  AmxConv(const Conv& p, const char* weights, const Coefficients& coefficients, const float* bias, int64_t depth,
+  TileConv(const Conv& p, const char* weights, const Coefficients& coefficients, const float* bias, int64_t depth,
           float* buffer, float* sums, float* tile)
       : p_(p),
         weights_(weights),
@@ -243,18 +243,18 @@ class AmxConv {
     const int64_t position = block.position(i);
     if (last && !block.scattered())
       for (int64_t r = 0; r < live; ++r) prefetch(row<T>(p_.out, block.batch, position + r) + at.pair * 32, 32);
-    load_c<M, N>(sums, columns, at.chunk > 0);
     const int64_t first = block.at(i), a_block = (block.at(i + 16) - first) * 64;
-    for (int64_t k = 0; k < block.taps; ++k) {
-      if (!block.reads(position, live, k)) continue;
-      const char* a = buffer_ + (at.chunk - at.first) * kP * part + (first + block.offset(k)) * 64;
-      const char* b = at.weights + k * at.tap;
-      for (int64_t c = at.chunk; c < at.next; ++c, a += kP * part, b += kChunkBytes)
-        multiply_chunk<kP, M, N>(a, a_block, part, b, kTileBytes, kPairBytes);
-    }
-    if (!last) return store_c<M, N>(sums, columns);
-    store_c<M, N>(tile_, 32);
-    finish<N>(block, i, position, live, at.pair);
+    const auto each = [&](auto visit) {
+      for (int64_t k = 0; k < block.taps; ++k) {
+        if (!block.reads(position, live, k)) continue;
+        const char* a = buffer_ + (at.chunk - at.first) * kP * part + (first + block.offset(k)) * 64;
+        const char* b = at.weights + k * at.tap;
+        for (int64_t c = at.chunk; c < at.next; ++c, a += kP * part, b += kChunkBytes) visit(a, b);
+      }
+    };
+    const Sums c{at.chunk > 0 ? sums : nullptr, columns, last ? tile_ : sums, last ? 32 : columns};
+    sum_chunks<kP, M, N, false>(c, {a_block, part}, {kTileBytes, kPairBytes}, each);
+    if (last) finish<N>(block, i, position, live, at.pair);
   }
 
   template <int N>
@@ -337,7 +337,7 @@ class AmxConv {
 // What WeightGradient multiplies of a block on tiles: all rows of y and `count` channels, from `first` on, of the
 // output gradient, the rows as depth.
 template <class T>
-class AmxGradientProduct {
+class TileGradientProduct {
  public:
   using Row = T;
   using Registers = TileRegisters;
@@ -346,7 +346,7 @@ class AmxGradientProduct {
     return (columns + kInGroup) / 16 * (extent.rows / 32 * kTileFloats + 16) + 16;
   }
 
-  AmxGradientProduct(const Conv& p, const Block& block, const Row* rows, int64_t row_stride, int64_t first,
+  TileGradientProduct(const Conv& p, const Block& block, const Row* rows, int64_t row_stride, int64_t first,
                      int64_t count, float* memory)
       : p_(p), block_(block), rows_(rows), row_stride_(row_stride), out_blocks_((count + 15) / 16) {
     const int64_t chunks = block.rows / 32;
