@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import needs_extension
+from helpers import INSTRUCTION_SETS, needs_extension
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import flop_counter
 from torch.utils._pytree import tree_map
@@ -368,7 +368,7 @@ def test_a_weight_whose_elements_are_far_apart(instruction_set):
     near = _random(16, 16, 1).bfloat16()
     far.copy_(near)
     x = _random(1, 20, 16).bfloat16()
-    for isa in ("portable", "avx2", "avx512", "amx"):
+    for isa in INSTRUCTION_SETS:
         instruction_set(isa)
         found, expected = [], []
         for weight, into in ((far, found), (near, expected)):

@@ -141,7 +141,9 @@ class _Transform(nn.Module):
         sinc = turn.sin() / turn
         power = torch.complex(sinc, torch.zeros_like(sinc)).pow(m)
         rows = fb.sqrt() * power * torch.complex((fc * t).cos(), -(fc * t).sin()) / math.sqrt(_LENGTH)
-        return (x @ rows.real.mT).square() + (x @ rows.imag.mT).square()
+        # But for the products, whose rounding, another one with each BLAS, the decibels would amplify.
+        real, imaginary = (x.double() @ part.double().mT for part in (rows.real, rows.imag))
+        return (real.square() + imaginary.square()).float()
 
 
 class _Bottleneck(nn.Module):

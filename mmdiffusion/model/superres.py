@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
+
+# from_pretrained of a pipeline asks the module of a network's class for the base classes it can load.
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -31,11 +33,12 @@ from mmdiffusion.model.blocks import (
     zeroed,
 )
 from mmdiffusion.model.config import NORM_GROUPS, VIDEO_RATE, check_divisible, check_image_config, refuse_too_large
+from mmdiffusion.model.network import Network
 
 EMBEDDING_FACTOR = 4  # by which the time embedding is wider than its sinusoids
 
 
-class SuperResolutionUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class SuperResolutionUNet(Network):
     """Predicts the noise of an image, and its variance, from the image and a smaller one of the same scene.
 
     The arguments carry the names of the published configuration, and the defaults are those of the published 64 -> 256

@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
+
+# from_pretrained of a pipeline asks the module of a network's class for the base classes it can load.
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import skip_code
 
@@ -35,11 +37,12 @@ from mmdiffusion.model.config import (
     has_middle_cross_attention,
     refuse_too_large,
 )
+from mmdiffusion.model.network import Network
 
 _DILATIONS = 10  # the audio dilation goes through 2^0..2^9
 
 
-class CoupledUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class CoupledUNet(Network):
     """Predicts the noise of a video and of its sound together, from both (MM-Diffusion, arXiv 2212.09478, section 3).
 
     Two U-Nets of the same depth under one time embedding, which attend to each other through random-shift attention.

@@ -22,7 +22,7 @@ from mmdiffusion.model.superres import SuperResolutionUNet
 from mmdiffusion.model.unet import CoupledUNet
 from mmdiffusion.runs.options import check, option
 
-Network = TypeVar("Network", CoupledUNet, SuperResolutionUNet)
+AnyNetwork = TypeVar("AnyNetwork", CoupledUNet, SuperResolutionUNet)
 
 PACKAGED = pathlib.Path(__file__).resolve().parent.parent / "weights" / "small"
 """The model that comes with the package: of the synthetic world, a directory of its pipeline."""
@@ -134,7 +134,7 @@ def load_superres_unet(source: pathlib.Path, config: pathlib.Path | None) -> Sup
     return _of_folder(SuperResolutionUNet, source)
 
 
-def _of_folder(cls: type[Network], source: pathlib.Path) -> Network:
+def _of_folder(cls: type[AnyNetwork], source: pathlib.Path) -> AnyNetwork:
     """The network that save_pretrained wrote.
 
     `from_pretrained` draws parameters that a file lacks, leaves out what it does not know, and says so in a log alone;
@@ -159,16 +159,10 @@ def _of_folder(cls: type[Network], source: pathlib.Path) -> Network:
         if whole in files:
             _refuse_other_weights(expected, whole)
         # Otherwise accelerate is needed.
-        loaded: Any = cls.from_pretrained(folder, low_cpu_mem_usage=False, output_loading_info=True)
+        loaded = cls.from_pretrained(folder, low_cpu_mem_usage=False, output_loading_info=True)
     except (OSError, RuntimeError) as error:  # whose words are of git, of networks, and of options that would hide it
         raise ValueError(f"{folder} has weights that cannot be read; expected those of save_pretrained") from error
-    made: Any
     made, info = loaded
-    with torch.no_grad():
-        for x in (*made.parameters(), *made.buffers()):
-            # What is mapped changes with the file, ends the process where that is cut short, and lies at addresses for
-            # which BLAS rounds otherwise.
-            x.data = x.data.clone()
     for what in ("missing", "unexpected"):
         if keys := info[f"{what}_keys"]:
             raise ValueError(f"{folder} has weights with {len(keys)} {what} keys: {', '.join(sorted(keys)[:10])}")
