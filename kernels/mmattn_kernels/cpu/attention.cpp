@@ -5,9 +5,9 @@
 // through its window in base 2 with an online softmax. Backward gets the probabilities back from the saved log-sum-exp;
 // its runs share no key, so each owns its d_k and d_v: no atomics, and every sum has one order. Where a head is cut
 // into several of them for want of other work, d_q is the sum of their shares, in their order.
-#include "attention_plan.h"
 #include <type_traits>
 
+#include "attention_plan.h"
 #include "gemm.h"
 #if defined(__AVX512BF16__)
 #include "attention_tiles.h"

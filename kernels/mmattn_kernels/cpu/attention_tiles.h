@@ -2,8 +2,8 @@
 // Windowed attention on AMX tiles, for bf16 and, in three parts, for fp32 (see tiles.h).
 #pragma once
 
-#include "tiles.h"
 #include "attention_plan.h"
+#include "tiles.h"
 
 namespace mmattn::MMATTN_ISA {
 namespace {

@@ -4,8 +4,8 @@
 // Weights are packed as [32 out channels][tap][chunk][part][2] tiles, the order in which a product reads them.
 #pragma once
 
-#include "tiles.h"
 #include "conv_plan.h"
+#include "tiles.h"
 
 namespace mmattn::MMATTN_ISA {
 namespace {
@@ -129,7 +129,7 @@ class TileConv {
   float *sums_, *tile_;
 
   TileConv(const Conv& p, const char* weights, const Coefficients& coefficients, const float* bias, int64_t depth,
-          float* buffer, float* sums, float* tile)
+           float* buffer, float* sums, float* tile)
       : p_(p),
         weights_(weights),
         coefficients_(coefficients),
@@ -347,7 +347,7 @@ class TileGradientProduct {
   }
 
   TileGradientProduct(const Conv& p, const Block& block, const Row* rows, int64_t row_stride, int64_t first,
-                     int64_t count, float* memory)
+                      int64_t count, float* memory)
       : p_(p), block_(block), rows_(rows), row_stride_(row_stride), out_blocks_((count + 15) / 16) {
     const int64_t chunks = block.rows / 32;
     char* packed = reinterpret_cast<char*>(memory);
