@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Windowed attention on AMX tiles, for bf16 and, in three parts, for fp32 (see tiles.h).
+// Windowed attention on tiles: of bf16 and, with AMX, in three parts, of fp32 (see tiles.h).
 #pragma once
 
 #include "attention_plan.h"

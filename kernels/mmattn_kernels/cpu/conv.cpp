@@ -7,6 +7,8 @@
 // transposed output gradients with the same buffer.
 #include "conv.h"
 
+#include <type_traits>
+
 #include "conv_plan.h"
 #include "gemm.h"
 #if defined(__AVX512BF16__)
