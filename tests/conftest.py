@@ -149,6 +149,18 @@ def instruction_set():
 
 
 @pytest.fixture
+def blocks(monkeypatch):
+    """A function that sets the tile sizes of Triton's attention kernels."""
+    from mmattn_kernels.triton import attention
+
+    def pin(block_m, block_n):
+        config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 1}
+        monkeypatch.setattr(attention, "_config", lambda *args: config)
+
+    return pin
+
+
+@pytest.fixture
 def small_files():
     """A context in which no file can grow beyond a few blocks, as on a full disk."""
     resource = pytest.importorskip("resource")

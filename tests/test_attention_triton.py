@@ -133,15 +133,6 @@ def run(qkv, d_out, at):
     return dict(zip(("video_out", "audio_out", "video_lse", "audio_lse", *GRADS), (*out, *lse, *grads), strict=True))
 
 
-@pytest.fixture
-def blocks(monkeypatch):
-    def pin(block_m, block_n):
-        config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 1}
-        monkeypatch.setattr(attention, "_config", lambda *args: config)
-
-    return pin
-
-
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
     """What a launcher allocates begins as NaN, so that an element nobody writes is seen."""

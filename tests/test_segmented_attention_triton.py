@@ -42,15 +42,6 @@ SMALL = {
 SANITIZED = ("wraps around", "some read none", "one query a segment")
 
 
-@pytest.fixture
-def blocks(monkeypatch):
-    def pin(block_m, block_n):
-        config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 1}
-        monkeypatch.setattr(attention, "_config", lambda *args: config)
-
-    return pin
-
-
 def results(case, tensors, d_out, impl, dtype=None):
     """Output, gradients of it and of the log-sum-exp, and the log-sum-exp."""
     windows = case.windows().to(tensors["q"].device)
