@@ -440,7 +440,7 @@ class _Conv(torch.autograd.Function):
         )
         if needs_prologue:
             names = "norm_weight", "norm_bias", "scale", "shift"
-            of_prologue = norm_op.parameter_gradients(sums, *prologue)
+            of_prologue = norm_op.parameter_gradients(sums, *prologue, ctx.impl)
             found = found._replace(**dict(zip(names, of_prologue, strict=True)))
         return None, *found
 

@@ -7,6 +7,7 @@ in `mmattn_kernels`; both are registered here behind one torch.library op.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from mmattn import _checks, dispatch
 from mmattn._library import (
     below_autograd,
     call,
+    can_skip_dispatcher,
     gradients_of,
     is_autocast,
     register,
@@ -120,13 +122,22 @@ def reference(
 
 
 def parameter_gradients(
-    sums: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    sums: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    impl: str = "reference",
+) -> Sequence[Tensor | None]:
     """Gradients of weight, bias, scale and shift from `sums` [B, C, 2], what the kernels reduce over the positions.
 
     With z the argument of the activation, dz its gradient and h the normalised x: sums = (sum dz, sum dz*h) over L, and
-    z = (h * weight + bias) * (1 + scale) + shift.
+    z = (h * weight + bias) * (1 + scale) + shift. `impl` is what made the sums.
     """
+    parameters = weight, bias, scale, shift
+    if impl == "cpu" and not torch.is_grad_enabled() and can_skip_dispatcher(sums, *parameters):
+        # Of tensors this small, fourteen ops of torch would take longer than the rest of a small network's gradients.
+        return dispatch.kernels("group_norm", impl, sums).parameter_gradients(sums, *parameters)
     d_z, d_z_h = sums.unbind(-1)  # [B, C]
     d_weight = d_bias = None
     if weight is not None and bias is not None:
@@ -251,7 +262,7 @@ class _GroupNorm(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Any, ...]:
         x, *parameters, stats = ctx.saved_tensors  # once: checkpointing refuses a second look
         d_x, sums = _gradients(d_out, x, *parameters, stats, *ctx.options)
-        d_weight, d_bias, d_scale, d_shift = parameter_gradients(sums, *parameters)
+        d_weight, d_bias, d_scale, d_shift = parameter_gradients(sums, *parameters, ctx.options[-1])
         return None, *_NO_GRADIENTS._replace(x=d_x, weight=d_weight, bias=d_bias, scale=d_scale, shift=d_shift)
 
 

@@ -388,7 +388,7 @@ def embed_timesteps(
     *,
     batch: int,
     device: torch.device,
-    dtype: torch.dtype,
+    network: Any,
 ) -> Tensor:
     """SiLU of the time embedding, [B, E]: the first layer of every block's own projection of it, once for all.
 
@@ -397,7 +397,7 @@ def embed_timesteps(
         timesteps: [B], or one for all.
         channels: of the sinusoids.
         batch: B.
-        dtype: of the sinusoids, if only the first layer knows its own.
+        network: whose `dtype` is that of the sinusoids, if only the first layer knows its own.
 
     Raises:
         ValueError: on timesteps of another shape.
@@ -406,5 +406,5 @@ def embed_timesteps(
     if timesteps.dim() > 1 or timesteps.numel() not in (1, batch):
         raise ValueError(f"timesteps has shape {list(timesteps.shape)}; expected [B] = [{batch}], or one number")
     embedding = timestep_embedding(timesteps.reshape(-1).expand(batch), channels)
-    # Of layers that are cast around each call diffusers knows the dtype.
-    return functional.silu(layers(embedding.to(_layers.dtype_of(layers[0]) or dtype)))
+    # Of layers that are cast around each call diffusers knows the dtype, after a walk over all modules.
+    return functional.silu(layers(embedding.to(_layers.dtype_of(layers[0]) or network.dtype)))

@@ -160,9 +160,7 @@ class SuperResolutionUNet(Network):
             # Once for all: between the layers nothing is in another dtype then.
             dtype = torch.get_autocast_dtype(device.type)
         channels = self.config["model_channels"]
-        embedding = embed_timesteps(
-            self.time_embedding, timesteps, channels, batch=batch, device=device, dtype=self.dtype
-        )
+        embedding = embed_timesteps(self.time_embedding, timesteps, channels, batch=batch, device=device, network=self)
         resized = functional.interpolate(low_res, x.shape[2:], mode="bilinear", align_corners=False)
         h = torch.cat([x.to(dtype), resized.to(dtype)], 1).permute(0, 2, 3, 1).contiguous().unsqueeze(1)
         h = convolve_frames(h, self.first)

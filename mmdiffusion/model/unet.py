@@ -260,9 +260,7 @@ class CoupledUNet(Network):
             # Once for all: between the layers nothing is in another dtype then.
             dtype = torch.get_autocast_dtype(device.type)
         channels = self.config["model_channels"]
-        embedding = embed_timesteps(
-            self.time_embedding, timesteps, channels, batch=batch, device=device, dtype=self.dtype
-        )
+        embedding = embed_timesteps(self.time_embedding, timesteps, channels, batch=batch, device=device, network=self)
         if video is not None:
             video = video.to(dtype).permute(0, 1, 3, 4, 2).contiguous()
         if audio is not None:

@@ -36,6 +36,7 @@ struct InstructionSet {
   int64_t (*attention_pairs)(const Attention&, bool, int64_t*, int64_t);
   void (*group_norm_forward)(const GroupNorm&);
   void (*group_norm_backward)(const GroupNorm&);
+  void (*parameter_gradients)(const ParameterGradients&);
   int64_t (*conv_packed_bytes)(int64_t, int64_t, int64_t, bool);
   void (*conv_pack)(const ConvWeights&, void*);
   void (*conv_forward)(const Conv&);
@@ -58,11 +59,11 @@ bool have_amx() {
 }
 #endif
 
-#define MMATTN_SET(isa)                                                                                   \
-  InstructionSet {                                                                                        \
-    #isa, isa::attention_forward, isa::attention_backward, isa::attention_pairs, isa::group_norm_forward, \
-        isa::group_norm_backward, isa::conv_packed_bytes, isa::conv_pack, isa::conv_forward,              \
-        isa::conv_weight_gradient, isa::column_sums, isa::content_hash                                    \
+#define MMATTN_SET(isa)                                                                                                \
+  InstructionSet {                                                                                                     \
+    #isa, isa::attention_forward, isa::attention_backward, isa::attention_pairs, isa::group_norm_forward,              \
+        isa::group_norm_backward, isa::parameter_gradients, isa::conv_packed_bytes, isa::conv_pack, isa::conv_forward, \
+        isa::conv_weight_gradient, isa::column_sums, isa::content_hash                                                 \
   }
 
 // What this CPU runs, slowest first.
@@ -111,6 +112,12 @@ void use_instruction_set(const std::string& name) {
   throw py::value_error("instruction set is '" + name + "'; this CPU and build run " + known);
 }
 
+// Of `most` threads those that pay: what one is given takes at least as long as to wake it and to wait for it.
+int threads_for(double operations, int most) {
+  constexpr double kLeast = 1e6;  // some 10 us
+  return static_cast<int>(std::clamp<double>(operations / kLeast, 1, most));
+}
+
 Strided strided(const Matrix& m) {
   return {reinterpret_cast<void*>(std::get<0>(m)), std::get<1>(m), std::get<2>(m), std::get<3>(m)};
 }
@@ -150,6 +157,14 @@ struct AttentionCall {
     else
       std::tie(p.frames, p.window, p.shift) = std::get<EqualArgs>(windows);
   }
+  // Of both products; of tables as if all queries read all keys.
+  double operations() const {
+    double pairs = 0;
+    for (const Direction& d : p.directions)
+      pairs += static_cast<double>(d.q_len) * (p.tables.segments ? d.k_len : p.window * (d.k_len / p.frames));
+    return 4.0 * pairs * static_cast<double>(p.batch * p.heads * p.dim);
+  }
+
   AttentionCall(const AttentionCall&) = delete;
   AttentionCall& operator=(const AttentionCall&) = delete;
 
@@ -183,7 +198,8 @@ struct AttentionCall {
 template <void (*InstructionSet::*kKernel)(const Attention&)>
 void run(const std::vector<DirectionArgs>& directions, const WindowArgs& windows, int64_t batch, int64_t heads,
          int64_t dim, float scale, bool is_bf16, int threads) {
-  const AttentionCall call(directions, windows, batch, heads, dim, scale, is_bf16, threads);
+  AttentionCall call(directions, windows, batch, heads, dim, scale, is_bf16, threads);
+  call.p.threads = threads_for(call.operations(), threads);
   const auto kernel = active().*kKernel;
   py::gil_scoped_release release;
   kernel(call.p);
@@ -232,7 +248,7 @@ GroupNorm group_norm(const TokensArgs& x, const NormArgs& args, int64_t batch, i
   p.length = length;
   p.channels = channels;
   p.is_bf16 = is_bf16;
-  p.threads = threads;
+  p.threads = threads_for(32.0 * static_cast<double>(batch * length * channels), threads);
   return p;
 }
 
@@ -273,7 +289,7 @@ ConvWeights weights(const WeightArgs& args, bool is_bf16, int threads) {
   w.in_channels = in_channels;
   w.taps = taps;
   w.is_bf16 = is_bf16;
-  w.threads = threads;
+  w.threads = threads_for(32.0 * static_cast<double>(out_channels * in_channels * taps), threads);
   return w;
 }
 
@@ -301,7 +317,7 @@ Conv conv(const TokensArgs& x, const TokensArgs& out, const NormArgs& args, cons
   p.height = height;
   p.width = width;
   p.is_bf16 = is_bf16;
-  p.threads = threads;
+  p.threads = threads_for(2.0 * static_cast<double>(batch * length * in_channels * out_channels * taps), threads);
   return p;
 }
 
@@ -315,27 +331,38 @@ void conv_forward(const TokensArgs& x, const TokensArgs& out, const TokensArgs& 
   active().conv_forward(p);
 }
 
-void conv_input_gradient(const TokensArgs& d_out, const TokensArgs& d_y, const WeightArgs& args,
-                         const ConvSizes& sizes) {
-  Conv p = conv(d_out, d_y, NormArgs{}, sizes);
-  p.weights = weights(args, p.is_bf16, p.threads);
+// Of the gradients those with a place: of x, with the sums of a prologue if it has one; of the weight; of the bias.
+void conv_backward(const TokensArgs& x, const TokensArgs& d_out, const TokensArgs& d_x, uintptr_t sums,
+                   const WeightArgs& weight, uintptr_t d_weight, uintptr_t d_bias, const NormArgs& args,
+                   const ConvSizes& sizes) {
+  const auto& [pointer, weight_is_bf16, out_stride, in_stride, tap_stride, out_channels, in_channels, taps] = weight;
+  const auto& [batch, length, all_in, all_out, all_taps, dilation, height, width, is_bf16, threads] = sizes;
+  Conv of_weight = conv(x, d_out, args, sizes);
+  of_weight.d_weight = reinterpret_cast<void*>(d_weight);
+  of_weight.d_weight_is_bf16 = weight_is_bf16;
+  // The gradient of y is the convolution with channels swapped and taps in reverse.
+  const uintptr_t last_tap = pointer + (taps - 1) * tap_stride * (weight_is_bf16 ? 2 : 4);
+  const WeightArgs reverse{last_tap,    weight_is_bf16, in_stride,    out_stride,
+                           -tap_stride, in_channels,    out_channels, taps};
+  Conv of_x = conv(d_out, d_x, NormArgs{},
+                   {batch, length, out_channels, in_channels, taps, dilation, height, width, is_bf16, threads});
+  of_x.weights = weights(reverse, is_bf16, of_x.threads);
+  GroupNorm of_prologue = group_norm(x, args, batch, length, in_channels, is_bf16, threads);
+  of_prologue.d_out = of_prologue.d_x = tokens(d_x);
+  of_prologue.sums = floats(sums);
   py::gil_scoped_release release;
-  active().conv_forward(p);
+  if (of_x.out.data) active().conv_forward(of_x);
+  if (of_prologue.sums) active().group_norm_backward(of_prologue);
+  if (of_weight.d_weight) active().conv_weight_gradient(of_weight);
+  if (d_bias) active().column_sums(of_weight.out, batch, length, out_channels, is_bf16, floats(d_bias), of_x.threads);
 }
 
-void conv_weight_gradient(const TokensArgs& x, const TokensArgs& d_out, uintptr_t d_weight, bool d_weight_is_bf16,
-                          const NormArgs& args, const ConvSizes& sizes) {
-  Conv p = conv(x, d_out, args, sizes);
-  p.d_weight = reinterpret_cast<void*>(d_weight);
-  p.d_weight_is_bf16 = d_weight_is_bf16;
-  py::gil_scoped_release release;
-  active().conv_weight_gradient(p);
-}
-
-void column_sums(const TokensArgs& t, int64_t batch, int64_t length, int64_t channels, bool is_bf16, uintptr_t out,
-                 int threads) {
-  py::gil_scoped_release release;
-  active().column_sums(tokens(t), batch, length, channels, is_bf16, floats(out), threads);
+// Of a norm's weight and bias, scale and shift to d_weight, d_bias, d_scale and d_shift: see ParameterGradients.
+void parameter_gradients(const std::array<ParameterArgs, 4>& of, uintptr_t sums, const std::array<uintptr_t, 4>& to,
+                         int64_t batch, int64_t channels) {
+  const Norm given{parameter(of[0]), parameter(of[1]), parameter(of[2]), parameter(of[3]), nullptr, 0, 0.0f, false};
+  const auto place = [&](int i) { return reinterpret_cast<void*>(to[i]); };
+  active().parameter_gradients({given, floats(sums), place(0), place(1), place(2), place(3), batch, channels});
 }
 
 // Drawn once in each process, so that no content is unlucky twice.
@@ -377,8 +404,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("conv_packed_bytes", &conv_packed_bytes);
   m.def("conv_pack", &conv_pack);
   m.def("conv_forward", &conv_forward);
-  m.def("conv_input_gradient", &conv_input_gradient);
-  m.def("conv_weight_gradient", &conv_weight_gradient);
-  m.def("column_sums", &column_sums);
+  m.def("conv_backward", &conv_backward);
+  m.def("parameter_gradients", &parameter_gradients);
   m.def("content_hash", &content_hash);
 }

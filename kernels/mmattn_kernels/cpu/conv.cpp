@@ -32,9 +32,6 @@ class FmaWeights {
   }
 
  private:
-  static float to_float(float x) { return x; }
-  static float to_float(bf16 x) { return value({&x, 0, true}, 0, 0, 0.0f); }
-
   template <class W>
   static void pack(const ConvWeights& w, float* packed) {
     constexpr int64_t kChannels = 32;  // of a strip of the panel that stays in the first-level cache
@@ -42,21 +39,33 @@ class FmaWeights {
 #pragma omp parallel for num_threads(w.threads) schedule(static) collapse(2)
     for (int64_t panel = 0; panel < panels(w.out_channels); ++panel)
       for (int64_t strip = 0; strip < strips; ++strip)
-        for (int64_t j = 0; j < kPanel; ++j) {
-          const int64_t o = panel * kPanel + j;
+        for (int64_t j = 0; j < kPanel; j += kLanes) {
+          const int64_t o = panel * kPanel + j, count = w.out_channels - o;
           const W* from = static_cast<const W*>(w.weight) + o * w.out_stride;
           for (int64_t c = strip * kChannels; c < std::min(w.in_channels, (strip + 1) * kChannels); ++c)
             for (int64_t k = 0; k < w.taps; ++k)
-              packed[((panel * w.taps + k) * w.in_channels + c) * kPanel + j] =
-                  o < w.out_channels ? round(to_float(from[c * w.in_stride + k * w.tap_stride]), w.is_bf16) : 0.0f;
+              store(packed + ((panel * w.taps + k) * w.in_channels + c) * kPanel + j,
+                    round(strided(from + c * w.in_stride + k * w.tap_stride, w.out_stride, count), w.is_bf16));
         }
   }
 
-  static float round(float x, bool to_bf16) {
+  // from[0], from[stride], ...: `count` of them, at most kLanes, and zeros.
+  template <class W>
+  static Vec strided(const W* from, int64_t stride, int64_t count) {
+    if (stride == 1 || count <= 0) return load_lanes(from, count);
+    W lanes[kLanes] = {};
+    if (count >= kLanes)
+      for (int64_t i = 0; i < kLanes; ++i) lanes[i] = from[i * stride];
+    else
+      for (int64_t i = 0; i < count; ++i) lanes[i] = from[i * stride];
+    return load(lanes);
+  }
+
+  static Vec round(Vec x, bool to_bf16) {
     if (!to_bf16) return x;
     bf16 rounded[kLanes];
-    store(rounded, broadcast(x));
-    return to_float(rounded[0]);
+    store(rounded, x);
+    return load(rounded);
   }
 };
 

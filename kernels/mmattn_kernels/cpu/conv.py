@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mmattn_kernels import Question, Support
 from mmattn_kernels.cpu import extension
-from mmattn_kernels.cpu import norm as norm_kernels
 from mmattn_kernels.cpu.norm import norm_arguments, parameter, readable, tokens
 
 # Packed copies of weights, dropped with the weights: owner of the memory -> view and packing -> (hash, packed), the
@@ -82,34 +81,26 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, length, in_channels = x.shape
     out_channels, _, taps = weight.shape
-    is_bf16, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
-    prologue = (norm_weight, norm_bias, scale, shift)
     has_prologue = bool(groups) or silu or scale is not None or shift is not None
     d_x = x.new_empty(x.shape if need_x else 0)
     d_weight = weight.new_empty(weight.shape if need_weight else 0)
     d_bias = x.new_empty(out_channels if need_bias else 0, dtype=torch.float32)
-    sums = x.new_zeros((batch, in_channels, 2) if need_x and has_prologue else 0, dtype=torch.float32)
+    sums = x.new_empty((batch, in_channels, 2) if need_x and has_prologue else 0, dtype=torch.float32)
     if batch == 0:
         return d_x, d_weight.zero_(), d_bias.zero_(), sums
-    geometry = (dilation, int(height), int(width), is_bf16, threads)
-    sizes = (batch, length, in_channels, out_channels, taps, *geometry)
-    if need_x:
-        near = _near(weight)
-        pointer, kind, out_stride, in_stride, tap_stride, *_ = _weight_arguments(near)
-        # The gradient of y is the convolution with channels swapped and taps in reverse.
-        last_tap = pointer + (taps - 1) * tap_stride * weight.element_size()
-        reverse = (last_tap, kind, in_stride, out_stride, -tap_stride, in_channels, out_channels, taps)
-        swapped = (batch, length, out_channels, in_channels, taps, *geometry)
-        extension().conv_input_gradient(tokens(d_out), tokens(d_x), reverse, swapped)
-        if has_prologue:
-            d_x, sums = norm_kernels.backward(d_x, x, *prologue, stats, groups=groups, silu=silu, in_place=True)
-    if need_weight:
-        parameters = readable(*prologue)
-        norm = norm_arguments(parameters, stats, groups, silu, 0.0)
-        is_half = weight.dtype == torch.bfloat16
-        extension().conv_weight_gradient(tokens(x), tokens(d_out), d_weight.data_ptr(), is_half, norm, sizes)
-    if need_bias:
-        extension().column_sums(tokens(d_out), batch, length, out_channels, is_bf16, d_bias.data_ptr(), threads)
+    weight = _near(weight) if need_x else weight
+    parameters = readable(norm_weight, norm_bias, scale, shift)
+    extension().conv_backward(
+        tokens(x),
+        tokens(d_out),
+        tokens(d_x) if need_x else (0, 0, 0),
+        sums.data_ptr(),
+        _weight_arguments(weight),
+        d_weight.data_ptr(),
+        d_bias.data_ptr(),
+        norm_arguments(parameters, stats, groups, silu, 0.0),
+        (*x.shape, out_channels, taps, dilation, int(height), int(width), x.dtype == torch.bfloat16, get_num_threads()),
+    )
     return d_x, d_weight, d_bias, sums
 
 
@@ -124,7 +115,7 @@ def _convolve(x, out, residual, packed, bias, norm, weight_shape, geometry) -> N
         packed.data_ptr(),
         parameter(bias),
         norm,
-        (*sizes, torch.get_num_threads()),
+        (*sizes, get_num_threads()),
     )
 
 
@@ -170,7 +161,7 @@ def _is_dense(weight: Tensor) -> bool:
 
 def _content_hash(weight: Tensor) -> tuple[int, int]:
     size = weight.numel() * weight.element_size()
-    return extension().content_hash(weight.data_ptr(), size, torch.get_num_threads())
+    return extension().content_hash(weight.data_ptr(), size, get_num_threads())
 
 
 def _pack(weight: Tensor, is_bf16: bool) -> Tensor:
@@ -179,7 +170,7 @@ def _pack(weight: Tensor, is_bf16: bool) -> Tensor:
     packed = weight.new_empty(size + 64, dtype=torch.uint8)
     packed = packed[-packed.data_ptr() % 64 :][:size]
     weight = _near(weight)
-    extension().conv_pack(_weight_arguments(weight), is_bf16, packed.data_ptr(), torch.get_num_threads())
+    extension().conv_pack(_weight_arguments(weight), is_bf16, packed.data_ptr(), get_num_threads())
     return packed
 
 

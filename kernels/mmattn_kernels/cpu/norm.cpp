@@ -180,6 +180,18 @@ class Backward {
   const PerChannel steps_;    // constant and slope: d_x = factor * dz - constant - (x - mean) * slope
 };
 
+// One number of a parameter's gradient, in the parameter's dtype.
+void put(void* to, const Parameter& like, int64_t at, float number) {
+  if (!to) return;
+  if (!like.is_bf16) {
+    static_cast<float*>(to)[at] = number;
+    return;
+  }
+  bf16 rounded[kLanes];
+  store(rounded, broadcast(number));
+  static_cast<bf16*>(to)[at] = rounded[0];
+}
+
 }  // namespace
 
 void group_norm_forward(const GroupNorm& p) {
@@ -194,6 +206,28 @@ void group_norm_backward(const GroupNorm& p) {
     p.is_bf16 ? Backward<bf16, true>(p).run() : Backward<float, true>(p).run();
   else
     p.is_bf16 ? Backward<bf16, false>(p).run() : Backward<float, false>(p).run();
+}
+
+// With z the argument of the activation and h the normalised x: z = (h * weight + bias) * (1 + scale) + shift, of which
+// the sums over the positions are those of dz and dz * h.
+void parameter_gradients(const ParameterGradients& p) {
+  const Norm& norm = p.norm;
+  const bool is_normalised = norm.weight.data && norm.bias.data;
+  for (int64_t c = 0; c < p.channels; ++c) {
+    double d_weight = 0, d_bias = 0;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const float* sums = p.sums + (b * p.channels + c) * 2;
+      const float d_z = sums[0], d_z_h = sums[1];
+      const float gain = 1.0f + value(norm.scale, b, c, 0.0f);
+      d_weight += d_z_h * gain;
+      d_bias += d_z * gain;
+      const float weight = value(norm.weight, 0, c, 1.0f), bias = value(norm.bias, 0, c, 0.0f);
+      put(p.d_scale, norm.scale, b * p.channels + c, is_normalised ? d_z_h * weight + d_z * bias : d_z_h);
+      put(p.d_shift, norm.shift, b * p.channels + c, d_z);
+    }
+    put(p.d_weight, norm.weight, c, static_cast<float>(d_weight));
+    put(p.d_bias, norm.bias, c, static_cast<float>(d_bias));
+  }
 }
 
 }  // namespace mmattn::MMATTN_ISA

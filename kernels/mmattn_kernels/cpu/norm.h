@@ -40,10 +40,19 @@ struct GroupNorm {
   int threads;
 };
 
-#define MMATTN_DECLARE(isa)                     \
-  namespace isa {                               \
-  void group_norm_forward(const GroupNorm& p);  \
-  void group_norm_backward(const GroupNorm& p); \
+// Where the gradients of a norm's parameters go, each as large as its parameter and contiguous; null where not wanted.
+struct ParameterGradients {
+  const Norm& norm;
+  const float* sums;  // as of GroupNorm
+  void *d_weight, *d_bias, *d_scale, *d_shift;
+  int64_t batch, channels;
+};
+
+#define MMATTN_DECLARE(isa)                              \
+  namespace isa {                                        \
+  void group_norm_forward(const GroupNorm& p);           \
+  void group_norm_backward(const GroupNorm& p);          \
+  void parameter_gradients(const ParameterGradients& p); \
   }
 MMATTN_EACH_ISA(MMATTN_DECLARE)
 #undef MMATTN_DECLARE

@@ -54,10 +54,9 @@ def backward(
     *,
     groups: int,
     silu: bool,
-    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of x, written over `d_out` if `in_place`, and [B, C, 2] sums over the positions of dz and dz * h."""
-    d_x = d_out if in_place else torch.empty_like(x, memory_format=torch.contiguous_format)
+    """The gradient of x, and [B, C, 2] sums over the positions of dz and dz * h."""
+    d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     sums = x.new_zeros((x.shape[0], x.shape[2], 2), dtype=torch.float32)
     if x.numel():
         parameters = readable(weight, bias, scale, shift)
@@ -65,6 +64,17 @@ def backward(
         norm = norm_arguments(parameters, stats, groups, silu, 0.0)
         extension().group_norm_backward(tokens(x), tokens(d_out), tokens(d_x), norm, sums.data_ptr(), *sizes)
     return d_x, sums
+
+
+def parameter_gradients(
+    sums: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None
+) -> list[Tensor | None]:
+    """The gradients of the parameters that there are, from the sums of `backward`."""
+    parameters = readable(weight, bias, scale, shift)
+    gradients = [None if p is None else torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters]
+    places = [0 if d is None else d.data_ptr() for d in gradients]
+    extension().parameter_gradients([parameter(p) for p in parameters], sums.data_ptr(), places, *sums.shape[:2])
+    return gradients
 
 
 def readable(*parameters: Tensor | None) -> list[Tensor | None]:
