@@ -28,7 +28,7 @@ _WITHOUT_STORAGE = ("ZeroTensor", "Python", "Functionalize", "FuncTorchBatched",
 _INDIRECT = ("Negative", "Conjugate", *_WITHOUT_STORAGE)
 PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 _KEYS, _CALLS_OF_A_KEY = 4096, 8
-_known: dict[Any, list[tuple[Callable[..., bool], list[int]]]] = {}
+_known: dict[Any, list[tuple[Callable[..., bool], list[Any]]]] = {}
 _offset, _storage, _nbytes = Tensor.storage_offset, Tensor.untyped_storage, torch.UntypedStorage.nbytes
 
 
