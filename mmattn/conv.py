@@ -343,18 +343,11 @@ class _GradientArguments(NamedTuple):
         return self.norm_weight, self.norm_bias, self.scale, self.shift
 
 
-_NO_GRADIENTS = _Arguments(*[None] * len(_Arguments._fields))
+_NO_GRADIENTS = (None,) * len(_Arguments._fields[8:])  # of what is no tensor
 
 
-def _kernels(own: _Arguments | _GradientArguments) -> Any:
-    return dispatch.kernels("spatial_conv2d" if own.width else "dilated_conv1d", own.impl, own.x)
-
-
-def _options(own: _Arguments | _GradientArguments) -> dict[str, Any]:
-    """What the kernels of both directions are told besides tensors; of frames, only those that know of them."""
-    dilation = _dilation_within(own.dilation, own.x.shape[1])
-    options = {"groups": own.groups, "dilation": dilation, "silu": own.silu}
-    return {**options, "height": own.height, "width": own.width} if own.width else options
+def _kernels(width: int, impl: str, x: Tensor) -> Any:
+    return dispatch.kernels("spatial_conv2d" if width else "dilated_conv1d", impl, x)
 
 
 def _dilation_within(dilation: int, length: int) -> int:
@@ -363,18 +356,20 @@ def _dilation_within(dilation: int, length: int) -> int:
 
 
 def _compute(*args: Any, **out: Tensor) -> tuple[Tensor, Tensor]:
-    own = _Arguments._make(args)
-    forward = _kernels(own).forward
-    return forward(own.x, own.weight, own.bias, *own.prologue, own.residual, eps=own.eps, **_options(own), **out)
+    x, *tensors, groups, dilation, height, width, silu, eps, impl = args
+    options: dict[str, Any] = {"groups": groups, "dilation": _dilation_within(dilation, x.shape[1]), "silu": silu}
+    frames = {"height": height, "width": width} if width else {}  # only some kernels know of them
+    return _kernels(width, impl, x).forward(x, *tensors, eps=eps, **options, **frames, **out)
 
 
 def _compute_gradients(*args: Any) -> tuple[Tensor, ...]:
-    own = _GradientArguments._make(args)
-    d_out = own.d_out if own.d_out.stride(-1) == 1 else own.d_out.contiguous()
-    needs = {"need_x": own.need_x, "need_weight": own.need_weight, "need_bias": own.need_bias}
-    backward = _kernels(own).backward
-    d_x, d_weight, d_bias, sums = backward(d_out, own.x, own.weight, *own.prologue, own.stats, **_options(own), **needs)
-    return d_x, d_weight.to(own.weight.dtype), d_bias, sums
+    d_out, x, *tensors, groups, dilation, height, width, silu, need_x, need_weight, need_bias, impl = args
+    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
+    options: dict[str, Any] = {"groups": groups, "dilation": _dilation_within(dilation, x.shape[1]), "silu": silu}
+    frames = {"height": height, "width": width} if width else {}
+    needs = {"need_x": need_x, "need_weight": need_weight, "need_bias": need_bias}
+    d_x, d_weight, d_bias, sums = _kernels(width, impl, x).backward(d_out, x, *tensors, **options, **frames, **needs)
+    return d_x, d_weight.to(tensors[0].dtype), d_bias, sums
 
 
 def _check(*args: Any) -> None:
@@ -441,21 +436,22 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Any, ...]:
         x, weight, *prologue, stats = ctx.saved_tensors
-        need = _Arguments._make(ctx.needs_input_grad[1:])
-        needs_prologue = any(need.prologue)
-        needs = need.x or needs_prologue, need.weight, need.bias
+        _, need_x, need_weight, need_bias, *need_prologue, need_residual = ctx.needs_input_grad[:9]
+        needs_prologue = any(need_prologue)
+        needs = need_x or needs_prologue, need_weight, need_bias
         d_x, d_weight, d_bias, sums = _gradients(d_out, x, weight, *prologue, stats, *ctx.options, *needs, ctx.impl)
-        found = _NO_GRADIENTS._replace(
-            x=d_x if need.x else None,
-            weight=d_weight if need.weight else None,
-            bias=d_bias.to(ctx.bias_dtype) if need.bias else None,
-            residual=d_out if need.residual else None,
-        )
+        d_prologue: Any = [None] * len(prologue)
         if needs_prologue:
-            names = "norm_weight", "norm_bias", "scale", "shift"
-            of_prologue = norm_op.parameter_gradients(sums, *prologue, ctx.impl)
-            found = found._replace(**dict(zip(names, of_prologue, strict=True)))
-        return None, *found
+            d_prologue = norm_op.parameter_gradients(sums, *prologue, ctx.impl)
+        return (
+            None,
+            d_x if need_x else None,
+            d_weight if need_weight else None,
+            d_bias.to(ctx.bias_dtype) if need_bias else None,
+            *d_prologue,
+            d_out if need_residual else None,
+            *_NO_GRADIENTS,
+        )
 
 
 register_autograd("conv", _Conv)

@@ -139,9 +139,15 @@ def parameter_gradients(
     z = (h * weight + bias) * (1 + scale) + shift. `impl` is what made the sums.
     """
     parameters = weight, bias, scale, shift
-    if impl == "cpu" and not torch.is_grad_enabled() and can_skip_dispatcher(sums, *parameters):
-        # Of tensors this small, fourteen ops of torch would take longer than the rest of a small network's gradients.
-        return dispatch.kernels("group_norm", impl, sums).parameter_gradients(sums, *parameters)
+    if impl == "cpu" and not torch.is_grad_enabled():
+        # Fourteen ops of torch on tensors this small take longer than all else of a small gradient.
+        given = [t for t in (sums, *parameters) if t is not None]
+        key = "parameter_gradients", *[p is None for p in parameters]
+        known = _checks.is_known(key, given)
+        if can_skip_dispatcher(*(() if known else given)):
+            if not known:
+                _checks.remember(key, given)
+            return dispatch.kernels("group_norm", impl, sums).parameter_gradients(sums, *parameters)
     d_z, d_z_h = sums.unbind(-1)  # [B, C]
     d_weight = d_bias = None
     if weight is not None and bias is not None:

@@ -48,15 +48,25 @@ def forward(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Writes to `out`, which may be x itself where K = 1, or to new memory. With a width, nine taps are 3 x 3."""
-    batch, length, _ = x.shape
+    batch, length, in_channels = x.shape
+    out_channels, _, taps = weight.shape
+    is_bf16 = x.dtype == torch.bfloat16
     if out is None:
-        out = x.new_empty((batch, length, weight.shape[0]))
+        out = x.new_empty((batch, length, out_channels))
     stats = x.new_empty((batch, groups, 3), dtype=torch.float32)
     if batch:
-        parameters = readable(norm_weight, norm_bias, scale, shift)
-        norm = norm_arguments(parameters, stats, groups, silu, eps)
-        packed = _packed_weight(weight, x.dtype == torch.bfloat16)
-        _convolve(x, out, residual, packed, bias, norm, weight.shape, (dilation, int(height), int(width)))
+        norm_weight, norm_bias, scale, shift, bias = readable(norm_weight, norm_bias, scale, shift, bias)
+        packed = _packed_weight(weight, is_bf16)
+        sizes = batch, length, in_channels, out_channels, taps, dilation, int(height), int(width)
+        extension().conv_forward(
+            tokens(x),
+            tokens(out),
+            tokens(residual),
+            packed.data_ptr(),
+            parameter(bias),
+            norm_arguments((norm_weight, norm_bias, scale, shift), stats, groups, silu, eps),
+            (*sizes, is_bf16, get_num_threads()),
+        )
     return out, stats
 
 
@@ -79,7 +89,7 @@ def backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, length, in_channels = x.shape
+    batch, _, in_channels = x.shape
     out_channels, _, taps = weight.shape
     has_prologue = bool(groups) or silu or scale is not None or shift is not None
     d_x = x.new_empty(x.shape if need_x else 0)
@@ -104,21 +114,6 @@ def backward(
     return d_x, d_weight, d_bias, sums
 
 
-def _convolve(x, out, residual, packed, bias, norm, weight_shape, geometry) -> None:
-    (bias,) = readable(bias)
-    out_channels, in_channels, taps = weight_shape
-    sizes = (*x.shape[:2], in_channels, out_channels, taps, *geometry, x.dtype == torch.bfloat16)
-    extension().conv_forward(
-        tokens(x),
-        tokens(out),
-        tokens(residual),
-        packed.data_ptr(),
-        parameter(bias),
-        norm,
-        (*sizes, get_num_threads()),
-    )
-
-
 def _packed_weight(weight: Tensor, is_bf16: bool) -> Tensor:
     """The packed copy of the weight's values as they are now.
 
@@ -127,7 +122,9 @@ def _packed_weight(weight: Tensor, is_bf16: bool) -> Tensor:
     if not (weight.is_contiguous() or _is_dense(weight)):
         return _pack(weight, is_bf16)
     owner = weight if weight._base is None else weight._base
-    copies = _packed.setdefault(owner, OrderedDict())
+    copies = _packed.get(owner)
+    if copies is None:
+        copies = _packed.setdefault(owner, OrderedDict())
     key = weight.storage_offset(), weight.shape, weight.stride(), weight.dtype, is_bf16, extension().instruction_set()
     content = _content_hash(weight)
     kept = copies.pop(key, None)

@@ -7,6 +7,7 @@ parameters in either; outputs contiguous.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from mmattn_kernels import Question, Support
 from mmattn_kernels.cpu import extension
+
+_NO_PARAMETER, _NO_TOKENS = (0, 0, False), (0, 0, 0)
 
 
 def supports(question: Question) -> Support:
@@ -84,13 +87,13 @@ def readable(*parameters: Tensor | None) -> list[Tensor | None]:
 
 def parameter(p: Tensor | None) -> tuple[int, int, bool]:
     if p is None:
-        return 0, 0, False
+        return _NO_PARAMETER
     return p.data_ptr(), p.stride(0) if p.dim() == 2 else 0, p.dtype == torch.bfloat16
 
 
-def norm_arguments(parameters: list[Tensor | None], stats: Tensor, groups: int, silu: bool, eps: float) -> Any:
+def norm_arguments(parameters: Sequence[Tensor | None], stats: Tensor, groups: int, silu: bool, eps: float) -> Any:
     return [parameter(p) for p in parameters], stats.data_ptr(), groups, eps, silu
 
 
 def tokens(x: Tensor | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:2])
+    return _NO_TOKENS if x is None else (x.data_ptr(), *x.stride()[:2])
