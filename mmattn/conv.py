@@ -431,10 +431,13 @@ class _Conv(torch.autograd.Function):
         ctx.options = own.groups, own.dilation, own.height, own.width, own.silu
         ctx.impl, ctx.bias_dtype = own.impl, None if own.bias is None else own.bias.dtype
         ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)  # zeros for the statistics
         return out, stats
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, d_out: Tensor | None, _: None) -> tuple[Any, ...]:
+        if d_out is None:
+            return (None,) * len(ctx.needs_input_grad)
         x, weight, *prologue, stats = ctx.saved_tensors
         _, need_x, need_weight, need_bias, *need_prologue, need_residual = ctx.needs_input_grad[:9]
         needs_prologue = any(need_prologue)

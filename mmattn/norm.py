@@ -266,10 +266,13 @@ class _GroupNorm(torch.autograd.Function):
         ctx.save_for_backward(own.x, *own.parameters, stats)
         ctx.options = own.groups, own.silu, own.impl
         ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)  # zeros for the statistics
         return out, stats
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, d_out: Tensor | None, _: None) -> tuple[Any, ...]:
+        if d_out is None:
+            return (None,) * len(ctx.needs_input_grad)
         x, *parameters, stats = ctx.saved_tensors  # once: checkpointing refuses a second look
         d_x, sums = _gradients(d_out, x, *parameters, stats, *ctx.options)
         d_weight, d_bias, d_scale, d_shift = parameter_gradients(sums, *parameters, ctx.options[-1])

@@ -28,6 +28,7 @@ from helpers import (
 from torch.utils.checkpoint import checkpoint
 
 import mmattn
+from mmattn.norm import parameter_gradients
 from mmattn.testing import assert_close_to_fp64, relative_error
 
 FILM = ("scale", "shift")
@@ -325,6 +326,27 @@ def test_only_some_inputs_require_grad(poisoned_memory):
         assert {name for name, x in leaves.items() if x.grad is not None} == set(wanted)
         for name in wanted:
             assert_close_to_fp64(leaves[name].grad, exact[f"d_{name}"], plain[f"d_{name}"], name=name)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_parameter_gradients_of_the_kernels(dtype, poisoned_memory):
+    """Against torch's ops on the same sums: of a norm, of FiLM as halves of an embedding, or of both."""
+    generator = torch.Generator().manual_seed(0)
+    draw = functools.partial(torch.randn, generator=generator)
+    sums, film = draw(3, 20, 2), draw(3, 40).to(dtype)
+    norm = draw(20), draw(20).to(dtype)
+    scale, shift = film.chunk(2, -1)
+    for parameters in ((*norm, None, None), (None, None, scale, shift), (*norm, scale, None), (*norm, scale, shift)):
+        with torch.no_grad():
+            found = parameter_gradients(sums, *parameters, "cpu")
+        exact = parameter_gradients(sums.double(), *(None if p is None else p.double() for p in parameters))
+        for gradient, definition, parameter in zip(found, exact, parameters, strict=True):
+            assert (gradient is None) == (parameter is None)
+            if parameter is not None:
+                assert gradient.dtype == parameter.dtype and gradient.is_contiguous()
+                rounding = torch.finfo(parameter.dtype).eps
+                torch.testing.assert_close(gradient.double(), definition, rtol=rounding, atol=1e-6, check_dtype=False)
 
 
 def op_arguments(case, requires_grad=False):

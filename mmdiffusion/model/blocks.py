@@ -35,6 +35,8 @@ def convolve(
     **options: Any,
 ) -> Tensor:
     """`mmattn.dilated_conv1d` of tokens [B, ..., Cin] by a layer; residual [B, ..., Cout]."""
+    if x.dim() == 3:  # where a view would be one more node of the graph
+        return _layers.convolve(x, layer, norm=norm, residual=residual, **options)
     if residual is not None:
         residual = residual.flatten(1, -2)
     out = _layers.convolve(x.flatten(1, -2), layer, norm=norm, residual=residual, **options)
@@ -142,6 +144,8 @@ class _StreamBlock(nn.Module):
         return self._repeat(out) if is_last else out
 
     def _project(self, h: Tensor, x: Tensor, film: tuple[Tensor, Tensor] | None) -> Tensor:
+        if h.dim() == 3:
+            return project_residual(self, h, x, film)
         return project_residual(self, h.flatten(1, -2), x.flatten(1, -2), film).unflatten(1, h.shape[1:-1])
 
     def _is_plain(self) -> bool:

@@ -157,14 +157,6 @@ struct AttentionCall {
     else
       std::tie(p.frames, p.window, p.shift) = std::get<EqualArgs>(windows);
   }
-  // Of both products; of tables as if all queries read all keys.
-  double operations() const {
-    double pairs = 0;
-    for (const Direction& d : p.directions)
-      pairs += static_cast<double>(d.q_len) * (p.tables.segments ? d.k_len : p.window * (d.k_len / p.frames));
-    return 4.0 * pairs * static_cast<double>(p.batch * p.heads * p.dim);
-  }
-
   AttentionCall(const AttentionCall&) = delete;
   AttentionCall& operator=(const AttentionCall&) = delete;
 
@@ -198,8 +190,7 @@ struct AttentionCall {
 template <void (*InstructionSet::*kKernel)(const Attention&)>
 void run(const std::vector<DirectionArgs>& directions, const WindowArgs& windows, int64_t batch, int64_t heads,
          int64_t dim, float scale, bool is_bf16, int threads) {
-  AttentionCall call(directions, windows, batch, heads, dim, scale, is_bf16, threads);
-  call.p.threads = threads_for(call.operations(), threads);
+  const AttentionCall call(directions, windows, batch, heads, dim, scale, is_bf16, threads);
   const auto kernel = active().*kKernel;
   py::gil_scoped_release release;
   kernel(call.p);

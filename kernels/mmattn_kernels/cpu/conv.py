@@ -92,8 +92,8 @@ def backward(
     batch, _, in_channels = x.shape
     out_channels, _, taps = weight.shape
     has_prologue = bool(groups) or silu or scale is not None or shift is not None
-    d_x = x.new_empty(x.shape if need_x else 0)
-    d_weight = weight.new_empty(weight.shape if need_weight else 0)
+    d_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
+    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0)
     d_bias = x.new_empty(out_channels if need_bias else 0, dtype=torch.float32)
     sums = x.new_empty((batch, in_channels, 2) if need_x and has_prologue else 0, dtype=torch.float32)
     if batch == 0:
