@@ -75,7 +75,7 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """
     if torch._C._functorch.peek_interpreter_stack() is None:
         # That of its base: what torch lays over it is for torch.func alone, and takes half as long again.
-        return super(torch.autograd.Function, function).apply(*args)
+        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
     with enable_single_level_autograd_function():
         return _of_one_level(function).apply(*args)
 

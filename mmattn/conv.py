@@ -445,7 +445,7 @@ class _Conv(torch.autograd.Function):
         d_x, d_weight, d_bias, sums = _gradients(d_out, x, weight, *prologue, stats, *ctx.options, *needs, ctx.impl)
         d_prologue: Any = [None] * len(prologue)
         if needs_prologue:
-            d_prologue = norm_op.parameter_gradients(sums, *prologue, ctx.impl)
+            d_prologue = norm_op.parameter_gradients(sums, *prologue, impl=ctx.impl)
         return (
             None,
             d_x if need_x else None,

@@ -138,15 +138,16 @@ def parameter_gradients(
     With z the argument of the activation, dz its gradient and h the normalised x: sums = (sum dz, sum dz*h) over L, and
     z = (h * weight + bias) * (1 + scale) + shift. `impl` is what made the sums.
     """
-    parameters = weight, bias, scale, shift
     if impl == "cpu" and not torch.is_grad_enabled():
         # Fourteen ops of torch on tensors this small take longer than all else of a small gradient.
+        parameters = [weight, bias, scale, shift]
         given = [t for t in (sums, *parameters) if t is not None]
         key = "parameter_gradients", *[p is None for p in parameters]
         known = _checks.is_known(key, given)
-        if can_skip_dispatcher(*(() if known else given)):
-            if not known:
-                _checks.remember(key, given)
+        if not known:
+            _checks.remember(key, given)
+            parameters = [p if p is None else p.resolve_neg() for p in parameters]
+        if can_skip_dispatcher(*(() if known else (sums, *parameters))):
             return dispatch.kernels("group_norm", impl, sums).parameter_gradients(sums, *parameters)
     d_z, d_z_h = sums.unbind(-1)  # [B, C]
     d_weight = d_bias = None
@@ -275,7 +276,7 @@ class _GroupNorm(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         x, *parameters, stats = ctx.saved_tensors  # once: checkpointing refuses a second look
         d_x, sums = _gradients(d_out, x, *parameters, stats, *ctx.options)
-        d_weight, d_bias, d_scale, d_shift = parameter_gradients(sums, *parameters, ctx.options[-1])
+        d_weight, d_bias, d_scale, d_shift = parameter_gradients(sums, *parameters, impl=ctx.options[-1])
         return None, *_NO_GRADIENTS._replace(x=d_x, weight=d_weight, bias=d_bias, scale=d_scale, shift=d_shift)
 
 

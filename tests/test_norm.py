@@ -339,7 +339,7 @@ def test_parameter_gradients_of_the_kernels(dtype, poisoned_memory):
     scale, shift = film.chunk(2, -1)
     for parameters in ((*norm, None, None), (None, None, scale, shift), (*norm, scale, None), (*norm, scale, shift)):
         with torch.no_grad():
-            found = parameter_gradients(sums, *parameters, "cpu")
+            found = parameter_gradients(sums, *parameters, impl="cpu")
         exact = parameter_gradients(sums.double(), *(None if p is None else p.double() for p in parameters))
         for gradient, definition, parameter in zip(found, exact, parameters, strict=True):
             assert (gradient is None) == (parameter is None)
