@@ -13,11 +13,14 @@ pytest.importorskip("av")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from mmdiffusion import SuperResolutionUNet, cli
+from mmdiffusion import SuperResolutionUNet, checkpoints, cli
 from mmdiffusion.clips import ClipFormat
 from mmdiffusion.data import ClipDataset, pack
+from mmdiffusion.diffusion import schedulers
 from mmdiffusion.media import write_video
+from mmdiffusion.runs import jobs
 from mmdiffusion.runs.options import refuse_unused
+from mmdiffusion.training import recipe
 
 UNUSED = {
     "sample --out o --start 1": "start is 1.0, which has no effect here; expected audio_from or video_from with it",
@@ -84,6 +87,13 @@ def test_every_option_is_in_a_table():
         lines = " ".join(line for line in UNUSED if line.startswith(f"{command} "))
         refused = {name for name in names if f"--{name.replace('_', '-')}" in lines}
         assert names - used <= refused and used <= names, (command, names - used - refused, used - names)
+
+
+def test_choices_are_all_that_there_is():
+    """Those that are written out, so that help needs no torch."""
+    assert tuple(checkpoints.PRESETS) == jobs.PRESETS and tuple(checkpoints.SUPERRES_PRESETS) == jobs.SUPERRES_PRESETS
+    assert tuple(schedulers.SCHEDULERS) == jobs.SCHEDULERS
+    assert (recipe.WEIGHTINGS, recipe.TIMESTEPS, recipe.PRECISIONS) == (jobs.WEIGHTINGS, jobs.TIMESTEPS, jobs.DTYPES)
 
 
 @pytest.fixture(scope="module")
