@@ -48,6 +48,7 @@ def segmented_attention(
 
     Equivalent to `softmax(scale * q @ k.T + log(windows.mask())) @ v`, without the mask and without the work that it
     hides; a query with no keys gives 0, and keys that no query reads have gradients of 0.
+    On the CPU equal windows give, bit for bit, what `random_shift_attention` and `self_attention` give.
 
     Args:
         q: [B, Lq, H, D]; any strides as long as D is contiguous, as of k and v.
