@@ -53,6 +53,9 @@ UNUSED = {
     "data check films.pack --size 16 --fit crop": "fit is 'crop', which has no effect here; expected a folder with it",
     "data check films.pack --size 16 --workers 2": "workers is 2, which has no effect here; expected a folder with it",
     "data check films.pack --size 16 --cache c": "which has no effect here; expected a folder with it",
+    "data check films --size 16 --force": "force is True, which has no effect here; expected sheet with it",
+    "data check films --size 16 --clips 2": "clips is 2, which has no effect here; expected sheet with it",
+    "data check films --size 16 --seed 2": "seed is 2, which has no effect here; expected sheet with it",
     "study tally study --force": "force is True, which has no effect here; expected out with it",
 }
 """By command line, what it says."""
@@ -69,7 +72,7 @@ HAVE_AN_EFFECT = {
     "convert": "source target dtype force",
     "random": "config target seed force",
     "info": "path",
-    "data check": "frames size fps sample_rate source sheet clips seed force",
+    "data check": "frames size fps sample_rate source sheet",
     "data pack": "frames size fps sample_rate fit cache workers source target force",
     "data synthetic": "frames size fps sample_rate out clips measured seed force",
     "study make": "real ours other out ratings guesses seed",

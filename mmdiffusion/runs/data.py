@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import collections
+import sys
 from typing import Any
 
 import numpy
@@ -21,24 +22,27 @@ from mmdiffusion.runs.results import refuse_to_overwrite
 
 def check_films(job: CheckFilms) -> str:
     """The table of a folder, and the sheet."""
-    refuse_to_overwrite(job.sheet, job.force)
+    if job.sheet:
+        refuse_to_overwrite(job.sheet, job.force)
     form = job.clip_format
     if is_pack(job.source):
         refuse_unused(job, False, "a folder", "fit", "cache", "workers")
         packed = PackedClips(job.source, form)
         packed.verify()
-        _draw(packed, job)
-        return f"{job.source} is whole: {len(packed.names)} films, {len(packed)} clips; {job.sheet} has {job.clips}"
+        drawn = _draw(packed, job)
+        return f"{job.source} is whole: {len(packed.names)} films, {len(packed)} clips{drawn}"
     check_format(form)
     entries = index_folder(job.source, cache=job.cache, processes=job.workers, progress=True)
     lines = [*_table(entries, form), ""]
-    dataset = ClipDataset(job.source, form, **{**job.options, "progress": False})
-    _draw(dataset, job)
+    try:
+        dataset = ClipDataset(job.source, form, **{**job.options, "progress": False})
+    except ValueError:  # no film is of use, and the table says why
+        sys.stdout.write("\n".join(lines) + "\n")
+        raise
+    drawn = _draw(dataset, job)
     reasons = collections.Counter(why.split(":")[0] for why in dataset.refused.values())
     seconds = sum(len(x.clips(form)) + form.frames - 1 for x in entries if x.clips(form)) / form.frame_rate
-    lines.append(
-        f"{len(dataset.names)} films of {seconds / 60:.1f} minutes, {len(dataset)} clips; {job.sheet} has {job.clips}"
-    )
+    lines.append(f"{len(dataset.names)} films of {seconds / 60:.1f} minutes, {len(dataset)} clips{drawn}")
     lines += [f"{count} refused: {why}" for why, count in reasons.most_common()]
     return "\n".join(lines)
 
@@ -72,12 +76,16 @@ def write_synthetic(job: WriteSynthetic) -> str:
     return f"{job.out}: {job.clips} clips and sheet.png\nas they are:       {ceiling}\nsound of another:  {floor}"
 
 
-def _draw(dataset: FilmClips, job: CheckFilms) -> None:
+def _draw(dataset: FilmClips, job: CheckFilms) -> str:
+    """What to say of the sheet."""
+    if job.sheet is None:
+        return ""
     random = numpy.random.default_rng(job.seed % 2**64)
     items = [dataset[int(i)] for i in random.choice(len(dataset), min(job.clips, len(dataset)), replace=False)]
     titles = [str(item.name) for item in items]
     sheet = contact_sheet([to_clip(item) for item in items], titles, fps=job.fps, sample_rate=job.sample_rate)
     write_image(job.sheet, sheet)
+    return f"; {job.sheet} has {len(items)}"
 
 
 def _table(entries: list[FilmEntry], form: ClipFormat) -> list[str]:

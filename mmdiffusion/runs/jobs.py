@@ -484,8 +484,8 @@ class FilmJob(FormatJob):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckFilms(FilmJob):
     """Look at all files below a folder: how long each is, what its streams are, how many clips begin in it, or why it
-    is of no use; then read random clips and draw them. Of a packed file, all of it is read and checked. What is known
-    of a file is kept until the file changes; nothing is written to the folder.
+    is of no use; with --sheet, read random clips too and draw them. Of a packed file, all of it is read and checked.
+    What is known of a file is kept until the file changes; nothing is written to the folder.
     """
 
     summary: ClassVar = "what films a folder has, and why some are of no use"
@@ -496,10 +496,14 @@ class CheckFilms(FilmJob):
     )
 
     source: pathlib.Path = option("the folder, or a packed file", metavar="FOLDER", is_positional=True)
-    sheet: pathlib.Path = option("where the random clips are drawn", default=pathlib.Path("clips.png"), metavar="PNG")
+    sheet: pathlib.Path | None = option("picture of random clips, which are read for it", default=None, metavar="PNG")
     clips: int = option("random clips to draw", default=8, minimum=1, maximum=64)
     seed: int = option("of their choice", default=0, **SEEDS)
     force: bool = option("overwrite the sheet", default=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_unused(self, self.sheet, "sheet", "clips", "seed", "force")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

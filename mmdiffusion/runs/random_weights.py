@@ -28,4 +28,8 @@ def run(job: RandomWeights) -> str:
             torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
     checkpoints.write(unet.to_published(), job.target, is_random=True, may_replace=job.force)
     said = f"{job.target}: random weights, of no use but to try things"
-    return said if job.superres else f"{said}; their sound is noise, which sample turns down"
+    if job.superres:
+        return said
+    # Sizes of clips are not among its tensors.
+    preset = f"; sample them with --preset {job.preset}" if job.preset in ("tiny", "small") else ""
+    return f"{said}; their sound is noise, which sample turns down{preset}"
