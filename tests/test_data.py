@@ -245,7 +245,7 @@ def test_workers_begin_while_films_are_open(folder):
 
 
 def test_bad_folders(folder, tmp_path):
-    with pytest.raises(NotADirectoryError, match="nowhere'; expected a folder of films"):
+    with pytest.raises(NotADirectoryError, match="nowhere', which is not there; expected a folder of films"):
         ClipDataset(tmp_path / "nowhere", FORM)
     (tmp_path / "bare").mkdir()
     with pytest.raises(ValueError, match="bare', with no files; expected films with sound"):
