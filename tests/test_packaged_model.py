@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+import mmattn
 from mmdiffusion import CoupledUNet, MMDiffusionPipeline, cli
 from mmdiffusion.checkpoints import PRESETS
 from mmdiffusion.runs.models import PACKAGED
@@ -22,7 +23,7 @@ FILES = {path.relative_to(PACKAGED).as_posix() for path in PACKAGED.rglob("*") i
 @pytest.fixture(autouse=True)
 def here(monkeypatch, tmp_path, threads):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.mmattn, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr(mmattn, "keep_freed_memory", lambda: True)
     threads(1)
 
 
