@@ -24,8 +24,13 @@ from mmdiffusion.runs.options import check, option
 
 AnyNetwork = TypeVar("AnyNetwork", CoupledUNet, SuperResolutionUNet)
 
-PACKAGED = pathlib.Path(__file__).resolve().parent.parent / "weights" / "small"
+_WEIGHTS = pathlib.Path(__file__).resolve().parent.parent / "weights"
+
+PACKAGED = _WEIGHTS / "small"
 """The model that comes with the package: of the synthetic world, a directory of its pipeline."""
+
+PACKAGED_SUPERRES = _WEIGHTS / "small-superres"
+"""The super-resolution network for that model's frames, 16 x 16 to 64 x 64, a directory of its pipeline."""
 
 _PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 """What of a scheduler's configuration a network is trained for."""
@@ -122,7 +127,9 @@ def load_superres(
 def superres_pipeline_of(unet: SuperResolutionUNet, scheduler: str = "ddim") -> SuperResolutionPipeline:
     """With a scheduler, by name, that takes the variance where the network has learned one."""
     has_variance = unet.config["out_channels"] == 2 * unet.config["in_channels"]
-    return SuperResolutionPipeline(unet, make_scheduler(scheduler, has_learned_variance=has_variance))
+    predicted = unet.config["prediction_type"]
+    made = make_scheduler(scheduler, has_learned_variance=has_variance, prediction_type=predicted)
+    return SuperResolutionPipeline(unet, made)
 
 
 def load_superres_unet(source: pathlib.Path, config: pathlib.Path | None) -> SuperResolutionUNet:
