@@ -109,7 +109,7 @@ def run(job: MeasurePsnr) -> str:
         raise ValueError(f"frames is {job.frames}; expected at most the {len(frames)} clips of {job.data}")
     measured = {kind: _measured(pipeline, frames, job, kind) for kind in ("resized", "degraded as in training")}
     rows = [row for row, _ in measured.values()]
-    text = _table(rows)
+    text = table(rows)
     if files:
         content = {
             "model": digest(job.model),
@@ -175,7 +175,7 @@ def _psnr(made: Tensor, real: Tensor) -> Tensor:
     return -10 * ((made.double() - real.double()) / 2).square().flatten(1).mean(1).log10()
 
 
-def _table(rows: list[Row]) -> str:
+def table(rows: list[Row]) -> str:
     """The rows in Markdown."""
     lines = ["| small images | frames | network, dB | bicubic, dB | network nearer |", "|---|--:|--:|--:|--:|"]
     for row in rows:
