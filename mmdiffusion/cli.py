@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "train": (jobs.Train, "train.run"),
     "eval": (jobs.Evaluate, "evaluate.run"),
     "synchrony": (jobs.MeasureSynchrony, "synchrony.run"),
+    "psnr": (jobs.MeasurePsnr, "psnr.run"),
     "convert": (jobs.Convert, "convert.run"),
     "random": (jobs.RandomWeights, "random_weights.run"),
     "info": (jobs.Info, "info.run"),

@@ -16,8 +16,13 @@ from mmdiffusion.runs.options import SEEDS, check, option, refuse_unused
 if TYPE_CHECKING:
     from mmdiffusion.training import Recipe
 
-PACKAGED = pathlib.Path(__file__).resolve().parent.parent / "weights" / "small"
+_WEIGHTS = pathlib.Path(__file__).resolve().parent.parent / "weights"
+
+PACKAGED = _WEIGHTS / "small"
 """The model that comes with the package: of the synthetic world, a directory of its pipeline."""
+
+PACKAGED_SUPERRES = _WEIGHTS / "small-superres"
+"""The super-resolution network for that model's frames, 16 x 16 to 64 x 64, a directory of its pipeline."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -39,6 +44,7 @@ SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "dpmsolver", "unipc")
 WEIGHTINGS = ("uniform", "min-snr")
 TIMESTEPS = ("uniform", "loss-second-moment")
 
+_SMALL = pathlib.Path("small")
 _OF_PRESET = "; by default that of the preset"
 
 
@@ -72,6 +78,7 @@ class Sample(ModelJob):
     summary: ClassVar = "clips of video and sound, or one from the other"
     examples: ClassVar = (
         "sample --out out    # of the small model that comes with the package",
+        "sample --superres small --out large    # the same at 64 x 64",
         "sample --model landscape.pt --num 4 --steps 20 --seed 7 --out out",
         "sample --model landscape.pt --audio-from rain.mp4 --guidance gradient --out rain",
         "sample --model landscape.pt --superres sr.pt --out large",
@@ -101,7 +108,8 @@ class Sample(ModelJob):
     )
     guidance_scale: float = option("weight of the gradient", default=1e-4, metavar="SCALE")
     superres: pathlib.Path | None = option(
-        "a super-resolution network, published or a directory, to make the clips larger by before they are written",
+        "a super-resolution network, published or a directory, to make the clips larger by before they are written; "
+        "small is the one that comes with the package, for the small model",
         default=None,
     )
     superres_steps: int = option("calls of the super-resolution network for each frame", default=25, minimum=1)
@@ -127,6 +135,11 @@ class Sample(ModelJob):
         refuse_unused(self, self.superres, "superres", "superres_steps")
 
     @property
+    def superres_source(self) -> pathlib.Path | None:
+        """Where the super-resolution network is."""
+        return PACKAGED_SUPERRES if self.superres == _SMALL and not _SMALL.exists() else self.superres
+
+    @property
     def given_stream(self) -> str | None:
         """The stream that is read from a file."""
         return "audio" if self.audio_from else "video" if self.video_from else None
@@ -146,7 +159,11 @@ class SuperResolve:
     )
 
     films: tuple[pathlib.Path, ...] = option("what is made larger", metavar="FILM", is_positional=True)
-    model: pathlib.Path = option("a published checkpoint, or a directory of save_pretrained")
+    model: pathlib.Path = option(
+        "a published checkpoint, or a directory of save_pretrained; by default the small network of the package, for "
+        "frames of its synthetic world",
+        default=PACKAGED_SUPERRES,
+    )
     out: pathlib.Path = option("the folder; made if it is not there")
     config: pathlib.Path | None = option(
         "JSON with arguments of SuperResolutionUNet, over what is inferred", default=None, metavar="FILE"
@@ -377,6 +394,46 @@ class MeasureSynchrony(ModelJob):
         is_given = any(WAYS[way] for way in self.ways)
         refuse_unused(self, is_given, "ways video-from-audio or audio-from-video", "guidance", "guidance_scale")
         refuse_unused(self, "gradient" in self.guidance, "guidance gradient", "guidance_scale")
+        refuse_unused(self, self.out, "out", "force")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeasurePsnr:
+    """Make small images of frames that a super-resolution network was not trained on, make them large again by it and
+    by bicubic resizing, and measure how near both come to the frames: the peak signal-to-noise ratio, 10 log10(255^2 /
+    mean squared error) dB, mean over the frames. The small images are resized alone, and degraded as in training (with
+    noise and JPEG, each in half of them).
+    """
+
+    summary: ClassVar = "how near a super-resolution network comes to real frames, beside bicubic resizing"
+    examples: ClassVar = (
+        "psnr synthetic",
+        "psnr films --model sr.pt --frames 64 --dtype bfloat16 --out psnr    # psnr.md, psnr.json and psnr.png",
+    )
+
+    data: str = option("a folder of films, packed clips, or `synthetic`", is_positional=True)
+    model: pathlib.Path = option(
+        "a published checkpoint, or a directory of save_pretrained; by default the small network of the package, for "
+        "frames of its synthetic world",
+        default=PACKAGED_SUPERRES,
+    )
+    config: pathlib.Path | None = option(
+        "JSON with arguments of SuperResolutionUNet, over what is inferred", default=None, metavar="FILE"
+    )
+    frames: int = option("that are measured", default=256, minimum=1, maximum=100_000)
+    steps: int = option("calls of the network for each frame", default=25, minimum=1)
+    scheduler: str = option("how noise becomes frames", default="ddim", choices=SCHEDULERS)
+    seed: int = option("of the noise and the degradations", default=0, **SEEDS)
+    world: int = option("seed of synthetic frames, another one than that of training", default=1, **SEEDS)
+    batch_size: int = option("frames sampled together", default=16, minimum=1)
+    dtype: str | None = option("of the network: bfloat16 on CUDA, float32 on a CPU", default=None, choices=DTYPES)
+    device: str | None = option("cpu, cuda, cuda:1; by default CUDA where there is one", default=None)
+    out: pathlib.Path | None = option("writes OUT.md, OUT.json and OUT.png, a row for a frame", default=None)
+    force: bool = option("overwrite them", default=False)
+
+    def __post_init__(self) -> None:
+        check(self)
+        refuse_unused(self, self.data == "synthetic", "synthetic as data", "world")
         refuse_unused(self, self.out, "out", "force")
 
 

@@ -102,7 +102,9 @@ def load_superres(
 def superres_pipeline_of(unet: SuperResolutionUNet, scheduler: str = "ddim") -> SuperResolutionPipeline:
     """With a scheduler, by name, that takes the variance where the network has learned one."""
     has_variance = unet.config["out_channels"] == 2 * unet.config["in_channels"]
-    return SuperResolutionPipeline(unet, make_scheduler(scheduler, has_learned_variance=has_variance))
+    predicted = unet.config["prediction_type"]
+    made = make_scheduler(scheduler, has_learned_variance=has_variance, prediction_type=predicted)
+    return SuperResolutionPipeline(unet, made)
 
 
 def load_superres_unet(source: pathlib.Path, config: pathlib.Path | None) -> SuperResolutionUNet:

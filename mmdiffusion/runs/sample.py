@@ -38,7 +38,8 @@ def run(job: Sample) -> str:
     pipeline.check_inputs(**_of_the_call(job))
     clips = pipeline.clip_format
     _check_clips(job, clips)
-    enlarge = None if job.superres is None else load_superres(job.superres, "ddim", dtype, processes.device)
+    source = job.superres_source
+    enlarge = None if source is None else load_superres(source, "ddim", dtype, processes.device)
     if enlarge is not None:
         enlarge.check_inputs(torch.zeros(1, 1, *clips.video_size[1:]), job.superres_steps)
     given = _read(job, clips)
@@ -174,7 +175,7 @@ def _read(job: Sample, clips: ClipFormat) -> dict[str, Tensor]:
 
 def _settings(job: Sample, dtype: str, config: Any) -> dict[str, Any]:
     """All that a clip depends on besides its number."""
-    source = job.audio_from or job.video_from
+    source, enlarged = job.audio_from or job.video_from, job.superres_source
     return {
         "model": digest(job.model),
         "config": settings_of(config),
@@ -189,5 +190,5 @@ def _settings(job: Sample, dtype: str, config: Any) -> dict[str, Any]:
         "guidance_scale": job.guidance_scale if job.guidance == "gradient" else None,
         f"{job.given_stream or 'video'}_from": digest(source) if source else None,
         "start": job.start,
-        **({"superres": digest(job.superres), "superres_steps": job.superres_steps} if job.superres else {}),
+        **({"superres": digest(enlarged), "superres_steps": job.superres_steps} if enlarged else {}),
     }
