@@ -30,7 +30,7 @@ Fit = Literal["crop", "letterbox"]
 Channel = Literal["mix", "first"]
 
 # Titles may be no UTF-8, which PyAV 19 takes without being told.
-_OF_TITLES = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+_OF_TITLES: Any = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 
 # Formats that hold their streams themselves; FFmpeg's others include playlists, devices and scripts.
 _CONTAINERS = (
