@@ -131,6 +131,7 @@ def parameter_gradients(
     bias: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
+    *,
     impl: str = "reference",
 ) -> Sequence[Tensor | None]:
     """Gradients of weight, bias, scale and shift from `sums` [B, C, 2], what the kernels reduce over the positions.
@@ -140,14 +141,13 @@ def parameter_gradients(
     """
     if impl == "cpu" and not torch.is_grad_enabled():
         # Fourteen ops of torch on tensors this small take longer than all else of a small gradient.
-        parameters = [weight, bias, scale, shift]
+        parameters = weight, bias, scale, shift
         given = [t for t in (sums, *parameters) if t is not None]
         key = "parameter_gradients", *[p is None for p in parameters]
         known = _checks.is_known(key, given)
-        if not known:
-            _checks.remember(key, given)
-            parameters = [p if p is None else p.resolve_neg() for p in parameters]
-        if can_skip_dispatcher(*(() if known else (sums, *parameters))):
+        if can_skip_dispatcher(*(() if known else given)):
+            if not known:
+                _checks.remember(key, given)
             return dispatch.kernels("group_norm", impl, sums).parameter_gradients(sums, *parameters)
     d_z, d_z_h = sums.unbind(-1)  # [B, C]
     d_weight = d_bias = None

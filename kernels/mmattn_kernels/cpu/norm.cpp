@@ -180,6 +180,14 @@ class Backward {
   const PerChannel steps_;    // constant and slope: d_x = factor * dz - constant - (x - mean) * slope
 };
 
+// Rounded each, as torch does where a transform or a lazy sign is in the way, and never contracted to one operation.
+float multiply(float a, float b) {
+  return static_cast<float>(static_cast<double>(a) * b);
+}
+float add(float a, float b) {
+  return static_cast<float>(static_cast<double>(a) + b);
+}
+
 // One number of a parameter's gradient, in the parameter's dtype.
 void put(void* to, const Parameter& like, int64_t at, float number) {
   if (!to) return;
@@ -214,19 +222,20 @@ void parameter_gradients(const ParameterGradients& p) {
   const Norm& norm = p.norm;
   const bool is_normalised = norm.weight.data && norm.bias.data;
   for (int64_t c = 0; c < p.channels; ++c) {
-    double d_weight = 0, d_bias = 0;
+    float d_weight = 0, d_bias = 0;
     for (int64_t b = 0; b < p.batch; ++b) {
       const float* sums = p.sums + (b * p.channels + c) * 2;
       const float d_z = sums[0], d_z_h = sums[1];
       const float gain = 1.0f + value(norm.scale, b, c, 0.0f);
-      d_weight += d_z_h * gain;
-      d_bias += d_z * gain;
+      d_weight = add(d_weight, multiply(d_z_h, gain));
+      d_bias = add(d_bias, multiply(d_z, gain));
       const float weight = value(norm.weight, 0, c, 1.0f), bias = value(norm.bias, 0, c, 0.0f);
-      put(p.d_scale, norm.scale, b * p.channels + c, is_normalised ? d_z_h * weight + d_z * bias : d_z_h);
+      put(p.d_scale, norm.scale, b * p.channels + c,
+          is_normalised ? add(multiply(d_z_h, weight), multiply(d_z, bias)) : d_z_h);
       put(p.d_shift, norm.shift, b * p.channels + c, d_z);
     }
-    put(p.d_weight, norm.weight, c, static_cast<float>(d_weight));
-    put(p.d_bias, norm.bias, c, static_cast<float>(d_bias));
+    put(p.d_weight, norm.weight, c, d_weight);
+    put(p.d_bias, norm.bias, c, d_bias);
   }
 }
 
