@@ -180,12 +180,10 @@ class Backward {
   const PerChannel steps_;    // constant and slope: d_x = factor * dz - constant - (x - mean) * slope
 };
 
-// Rounded each, as torch does where a transform or a lazy sign is in the way, and never contracted to one operation.
-float multiply(float a, float b) {
-  return static_cast<float>(static_cast<double>(a) * b);
-}
-float add(float a, float b) {
-  return static_cast<float>(static_cast<double>(a) + b);
+// A call of its own, so that no compiler contracts it with an addition: where a transform or a lazy sign is in the way
+// torch computes these gradients, to the same bits.
+[[gnu::noinline]] float product(float a, float b) {
+  return a * b;
 }
 
 // One number of a parameter's gradient, in the parameter's dtype.
@@ -227,11 +225,11 @@ void parameter_gradients(const ParameterGradients& p) {
       const float* sums = p.sums + (b * p.channels + c) * 2;
       const float d_z = sums[0], d_z_h = sums[1];
       const float gain = 1.0f + value(norm.scale, b, c, 0.0f);
-      d_weight = add(d_weight, multiply(d_z_h, gain));
-      d_bias = add(d_bias, multiply(d_z, gain));
+      d_weight += product(d_z_h, gain);
+      d_bias += product(d_z, gain);
       const float weight = value(norm.weight, 0, c, 1.0f), bias = value(norm.bias, 0, c, 0.0f);
       put(p.d_scale, norm.scale, b * p.channels + c,
-          is_normalised ? add(multiply(d_z_h, weight), multiply(d_z, bias)) : d_z_h);
+          is_normalised ? product(d_z_h, weight) + product(d_z, bias) : d_z_h);
       put(p.d_shift, norm.shift, b * p.channels + c, d_z);
     }
     put(p.d_weight, norm.weight, c, d_weight);
