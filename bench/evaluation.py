@@ -145,7 +145,7 @@ def degraded_sounds(audio: Tensor, random: torch.Generator) -> dict[str, dict[fl
     begun = torch.arange(audio.shape[2]) / audio.shape[2]
     return {
         "noise of sound, deviation": {x: _noisy(audio, x, random) for x in (0.003, 0.03, 0.2)},
-        "silence, share of a clip": {share: audio * (begun < 1 - share) for share in (0.25, 0.5, 1.0)},
+        "silence, share of a clip": {share: audio * (begun < 1 - share) for share in (0.5, 0.75, 1.0)},
     }
 
 
@@ -165,7 +165,7 @@ def rank(own: Clips, reals: Clips) -> Iterator[tuple[str, dict[float, tuple[floa
             distances = {level: frechet_distance(network(_as_taken(copy)), reference) for level, copy in found.items()}
             yield name, {level: (made.value, made.standard_error) for level, made in distances.items()}
     figures = {}
-    for later in (0.0, 0.05, 0.1, 0.2):
+    for later in (0.0, 0.025, 0.05, 0.1):
         made = alignment(own.video, own.sound(later), FPS, RATE, max_lag=0)
         figures[later] = float(made.correlation), float(made.standard_error)
     yield "sound late by seconds: correlation", figures
@@ -186,7 +186,7 @@ def ranking(films: list[pathlib.Path], period: int) -> None:
         for what, figures in rank(own, reals):
             values = [value for value, _ in figures.values()]
             is_in_order = values == sorted(values, reverse="late" in what)
-            cells = [f"{level:g}: {x:.3g} ± {error:.1g}" for level, (x, error) in figures.items()]
+            cells = [f"{level:g}: {round(x, 9):.3g} ± {error:.1g}" for level, (x, error) in figures.items()]
             print(f"| {len(own.video)}, {name} | {what} | {' | '.join(cells)} | {'yes' if is_in_order else 'no'} |")
 
 
