@@ -28,8 +28,8 @@ demo: install ## four clips of the small model that comes with the package, how 
 	$(RUN) -m mmdiffusion sample --num 4 --batch-size 4 --seed 7 --out out/clips --force
 	@echo "films and contact sheets: out/clips/clip-000?.mp4 and .png"
 	$(RUN) -m mmdiffusion synchrony --clips 16 --ways joint
-	$(RUN) bench/attn.py --quick --no-gate
-	$(RUN) bench/unet.py --quick --no-gate
+	$(RUN) bench/attn.py --quick --no-gate --modes forward
+	$(RUN) bench/unet.py --quick --no-gate --modes forward
 
 # One process a core, each of one thread; pytest alone runs them too, one after another.
 PARALLEL := -n logical --maxprocesses 8 --dist loadgroup

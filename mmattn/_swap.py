@@ -32,7 +32,7 @@ def swap(model: nn.Module) -> int:
     of `RandomShiftAttention.forward`.
 
     A block is known by its attributes, not by its class, and everything in it is compared with the published one. What
-    is not seen is a number that its code has changed.
+    is not seen is what its code does otherwise with the same parts: another factor, or a forward of a subclass.
 
     Args:
         model: the model that holds the blocks, at any depth, or a block.

@@ -11,7 +11,19 @@ from typing import Any
 from safetensors import SafetensorError
 
 import mmattn
-from mmdiffusion.runs import convert, data, evaluate, info, random_weights, sample, study, superres, synchrony, train
+from mmdiffusion.runs import (
+    convert,
+    data,
+    evaluate,
+    info,
+    psnr,
+    random_weights,
+    sample,
+    study,
+    superres,
+    synchrony,
+    train,
+)
 from mmdiffusion.runs.options import add_options, job_of
 
 COMMANDS: dict[str, tuple[Any, Callable[[Any], str]]] = {
@@ -20,6 +32,7 @@ COMMANDS: dict[str, tuple[Any, Callable[[Any], str]]] = {
     "train": (train.Train, train.run),
     "eval": (evaluate.Evaluate, evaluate.run),
     "synchrony": (synchrony.MeasureSynchrony, synchrony.run),
+    "psnr": (psnr.MeasurePsnr, psnr.run),
     "convert": (convert.Convert, convert.run),
     "random": (random_weights.RandomWeights, random_weights.run),
     "info": (info.Info, info.run),

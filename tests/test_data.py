@@ -2,6 +2,7 @@
 """Films as training data: the index of a folder and what it refuses, clips and their order, packs, the commands."""
 
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -32,6 +33,8 @@ from mmdiffusion.data import (
     pack,
     to_clip,
 )
+from mmdiffusion.data.workers import read_by
+from mmdiffusion.runs import data as runs_data
 
 FORM = ClipFormat((4, 3, 16, 16), (1, 6400), 10, 16000)
 
@@ -478,3 +481,41 @@ def test_commands(folder, tmp_path, monkeypatch, capsys):
     ]
     balls = ClipDataset("balls", ClipFormat((16, 3, 16, 16), (1, 12800), 10, 8000), processes=1)
     assert len(balls) == 2
+
+
+def test_pictures_and_films_that_came_meanwhile_are_not_overwritten(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    form = ["--size", "16", "--sample-rate", "8000"]
+    commands = {
+        "balls/synthetic-0001.mp4": ["data", "synthetic", "balls", "--clips", "2", "--measured", "2", *form],
+        "balls/sheet.png": ["data", "synthetic", "balls", "--clips", "1", "--measured", "2", *form],
+        "clips.png": ["data", "check", str(folder), "--clips", "1", "--frames", "4", "--workers", "1", *form],
+    }
+    for name, command in commands.items():
+        path = pathlib.Path(name)
+
+        def come(item, path=path):
+            path.write_text("mine")
+            return to_clip(item)
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(runs_data, "to_clip", come)
+            cli.main(command)
+        said = capsys.readouterr().err
+        assert f"{path.name}'" in said and "File exists" in said and path.read_text() == "mine"
+        cli.main([*command, "--force"])
+        assert path.read_bytes() != b"mine"
+        shutil.rmtree(path.parent) if path.parent.name else path.unlink()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_workers_without_shared_memory(workers, monkeypatch):
+    def fail(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(torch.multiprocessing, "Lock", fail)
+    if not workers:
+        assert list(read_by(workers, range(3))) == [0, 1, 2]
+        return
+    with pytest.raises(OSError, match=r"workers is 1, and there is no shared memory .* expected 0, or a /dev/shm"):
+        read_by(workers, range(3))

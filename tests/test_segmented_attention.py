@@ -223,16 +223,78 @@ def test_what_a_gpu_runs_is_the_definition():
         assert all((found[key] - exact[key]).abs().max() < 1e-5 * exact[key].abs().max() + 1e-5 for key in exact), case
 
 
+FACES = {  # of random_shift_attention: frames, pixels, audio length, window, shift
+    "apart": (8, 9, 100, 1, 3),
+    "overlapping": (8, 40, 203, 3, 2),
+    "around the end": (8, 9, 403, 5, 3),
+    "all, left-over": (4, 20, 83, 4, 0),
+    "all": (4, 20, 84, 4, 0),
+    "few keys one way, many the other": (4, 30, 24, 2, 1),
+    "one frame": (1, 70, 33, 1, 0),
+}
+
+
 @needs_extension
-def test_equal_windows_are_random_shift_attention():
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("name", FACES)
+def test_random_shift_attention_is_a_face_of_it(name, isa, dtype, instruction_set, threads, poisoned_memory):
+    """Bit for bit, outputs and gradients, with `circular` windows and the same ranges by hand, for any threads."""
+    instruction_set(isa)
+    frames, pixels, length, window, shift = FACES[name]
     generator = torch.Generator().manual_seed(0)
-    video, audio = ([torch.randn(2, n, 2, 32, generator=generator) for _ in range(3)] for n in (64, 50))
-    for shift in (0, 3, torch.tensor(5)):
-        geometry = {"frames": 8, "window": 3, "shift": shift}
-        expected, _ = mmattn.random_shift_attention(*video, *audio, **geometry, impl="reference")
-        windows = mmattn.Windows.circular(8, 3, shift, queries=64, keys=50)
-        found = mmattn.segmented_attention(video[0], audio[1], audio[2], windows)
-        assert relative_error(found, expected) < 2e-6
+    sizes = {"video": frames * pixels, "audio": length}
+    streams = {s: torch.randn(4, 1, n, 3, 24, generator=generator).to(dtype) for s, n in sizes.items()}
+    for count in (1, 2, 16):
+        threads(count)
+        leaves = {f"{s}_{t}": x for s, of in streams.items() for t, x in zip("qkv", of, strict=False)}
+        leaves = {key: x.clone().requires_grad_() for key, x in leaves.items()}
+        outs = mmattn.random_shift_attention(*leaves.values(), frames=frames, window=window, shift=shift, impl="cpu")
+        torch.autograd.backward(outs, [streams["video"][3], streams["audio"][3]])
+        for own, other, out in (("video", "audio", outs[0]), ("audio", "video", outs[1])):
+            step = sizes[other] // frames
+            bounds = [*range(0, frames * (sizes[own] // frames), sizes[own] // frames), sizes[own]]
+            begins = [(i + shift) * step - sizes[other] for i in range(frames)]
+            options = {"queries": sizes[own], "keys": sizes[other]}
+            tensors = {"q": leaves[f"{own}_q"], "k": leaves[f"{other}_k"], "v": leaves[f"{other}_v"]}
+            for windows in (
+                mmattn.Windows.circular(frames, window, shift, **options),
+                mmattn.Windows.from_ranges(bounds, begins, [window * step] * frames, **options),
+            ):
+                found = with_gradients(
+                    lambda t: mmattn.segmented_attention(*t.values(), windows, impl="cpu"),  # noqa: B023
+                    tensors,
+                    streams[own][3],
+                )
+                assert torch.equal(found.pop("out"), out), (count, own)
+                assert all(torch.equal(found[f"d_{t}"], x.grad) for t, x in tensors.items()), (count, own)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("segments", (1, 3, 90))
+def test_self_attention_is_a_face_of_it(segments, isa, dtype, instruction_set, threads, poisoned_memory):
+    instruction_set(isa)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {t: torch.randn(2, 180, 3, 40, generator=generator).to(dtype) for t in ("q", "k", "v", "d_out")}
+    d_out = tensors.pop("d_out")
+    bounds = list(range(0, 181, 180 // segments))
+    for windows in (
+        mmattn.Windows.blocks(bounds, bounds, keys=180),
+        mmattn.Windows.circular(segments, 1, 0, queries=180, keys=180),
+    ):
+        for count in (1, 2, 16):
+            threads(count)
+            one = with_gradients(
+                lambda t: mmattn.self_attention(*t.values(), segments=segments, impl="cpu"), tensors, d_out
+            )
+            two = with_gradients(
+                lambda t: mmattn.segmented_attention(*t.values(), windows, impl="cpu"),  # noqa: B023
+                tensors,
+                d_out,
+            )
+            assert all(torch.equal(one[key], two[key]) for key in one), count
 
 
 def test_constructors():

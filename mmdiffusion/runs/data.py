@@ -155,10 +155,11 @@ def show_synthetic(job: Synthetic) -> str:
     for i, file in enumerate(files):
         video, audio = to_clip(world[i])
         assert video is not None
-        write_video(file, video, audio, **rates)
+        write_video(file, video, audio, may_replace=job.force, **rates)
     shown = range(min(job.clips, 8))
     titles = ["  ".join(f"{x.time:.2f} s {x.wall}" for x in world.events(i)) for i in shown]
-    write_image(job.out / "sheet.png", contact_sheet([to_clip(world[i]) for i in shown], titles, **rates))
+    sheet = contact_sheet([to_clip(world[i]) for i in shown], titles, **rates)
+    write_image(job.out / "sheet.png", sheet, may_replace=job.force)
     ceiling, floor = ceiling_and_floor(world, job.measured)
     return f"{job.out}: {job.clips} clips and sheet.png\nas they are:       {ceiling}\nsound of another:  {floor}"
 
@@ -168,7 +169,7 @@ def _draw(dataset: FilmClips, job: Check) -> None:
     items = [dataset[int(i)] for i in random.choice(len(dataset), min(job.clips, len(dataset)), replace=False)]
     titles = [str(item.name) for item in items]
     sheet = contact_sheet([to_clip(item) for item in items], titles, fps=job.fps, sample_rate=job.sample_rate)
-    write_image(job.sheet, sheet)
+    write_image(job.sheet, sheet, may_replace=job.force)
 
 
 def _table(entries: list[FilmEntry], form: ClipFormat) -> list[str]:

@@ -149,11 +149,12 @@ def _compared(
         }
         with said_if_not_written(text):
             write_texts(outputs, {".md": text, ".json": json.dumps(content, indent=1)}, job.force)
-            _plot(rows, outputs[".png"])
+            _plot(rows, outputs[".png"], job.force)
             if nearest and job.training:
-                memorisation.plot(nearest, outputs[".nearest.png"])
+                memorisation.plot(nearest, outputs[".nearest.png"], may_replace=job.force)
                 for number, (folder, compared) in enumerate(zip(job.fake, nearest.values(), strict=True), 1):
-                    memorisation.sheet(measure, folder, job.training, compared, outputs[f".pairs-{number}.png"])
+                    path = outputs[f".pairs-{number}.png"]
+                    memorisation.sheet(measure, folder, job.training, compared, path, may_replace=job.force)
     return text
 
 
@@ -219,7 +220,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+def _plot(rows: list[dict[str, Any]], path: pathlib.Path, may_replace: bool) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -240,5 +241,5 @@ def _plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
         axes.errorbar(values, places, xerr=[0 if e != e else e for e in errors], fmt="o", capsize=3)
         axes.set_title(title, size=9)
         axes.grid(alpha=0.3, axis="x")
-    with whole_file(path) as part:
+    with whole_file(path, may_replace=may_replace) as part:
         figure.savefig(part, format="png", dpi=110)

@@ -25,10 +25,20 @@ from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
 from mmdiffusion.diffusion.schedulers import SCHEDULERS, for_streams
 from mmdiffusion.diffusion.superres import SuperResolutionPipeline
 from mmdiffusion.runs.folder import FORMATS, Folder
-from mmdiffusion.runs.models import DTYPES, PACKAGED, ModelJob, dtype_on, load_pipeline, load_superres, settings_of
+from mmdiffusion.runs.models import (
+    DTYPES,
+    PACKAGED,
+    PACKAGED_SUPERRES,
+    ModelJob,
+    dtype_on,
+    load_pipeline,
+    load_superres,
+    settings_of,
+)
 from mmdiffusion.runs.options import SEEDS, option, refuse_unused
 from mmdiffusion.runs.processes import Processes
 
+_SMALL = pathlib.Path("small")
 _RANDOM_GAIN = 0.05  # -26 dB
 
 
@@ -42,6 +52,7 @@ class Sample(ModelJob):
     summary: ClassVar = "clips of video and sound, or one from the other"
     examples: ClassVar = (
         "sample --out out    # of the small model that comes with the package",
+        "sample --superres small --out large    # the same at 64 x 64",
         "sample --model landscape.pt --num 4 --steps 20 --seed 7 --out out",
         "sample --model landscape.pt --audio-from rain.mp4 --guidance gradient --out rain",
         "sample --model landscape.pt --superres sr.pt --out large",
@@ -70,7 +81,8 @@ class Sample(ModelJob):
     )
     guidance_scale: float = option("weight of the gradient", default=1e-4, metavar="SCALE")
     superres: pathlib.Path | None = option(
-        "a super-resolution network, published or a directory, to make the clips larger by before they are written",
+        "a super-resolution network, published or a directory, to make the clips larger by before they are written; "
+        "small is the one that comes with the package, for the small model",
         default=None,
     )
     superres_steps: int = option("calls of that for each frame", default=25, minimum=1)
@@ -96,6 +108,11 @@ class Sample(ModelJob):
         refuse_unused(self, self.superres, "superres", "superres_steps")
 
     @property
+    def superres_source(self) -> pathlib.Path | None:
+        """Where the super-resolution network is."""
+        return PACKAGED_SUPERRES if self.superres == _SMALL and not _SMALL.exists() else self.superres
+
+    @property
     def given_stream(self) -> str | None:
         """The stream that is read from a file."""
         return "audio" if self.audio_from else "video" if self.video_from else None
@@ -109,7 +126,8 @@ def run(job: Sample) -> str:
     pipeline.check_inputs(**_of_the_call(job))
     clips = pipeline.clip_format
     _check_clips(job, clips)
-    enlarge = None if job.superres is None else load_superres(job.superres, "ddim", dtype, processes.device)
+    source = job.superres_source
+    enlarge = None if source is None else load_superres(source, "ddim", dtype, processes.device)
     if enlarge is not None:
         enlarge.check_inputs(torch.zeros(1, 1, *clips.video_size[1:]), job.superres_steps)
     given = _read(job, clips)
@@ -245,7 +263,7 @@ def _read(job: Sample, clips: ClipFormat) -> dict[str, Tensor]:
 
 def _settings(job: Sample, dtype: str, config: Any) -> dict[str, Any]:
     """All that a clip depends on besides its number."""
-    source = job.audio_from or job.video_from
+    source, enlarged = job.audio_from or job.video_from, job.superres_source
     return {
         "model": digest(job.model),
         "config": settings_of(config),
@@ -260,5 +278,5 @@ def _settings(job: Sample, dtype: str, config: Any) -> dict[str, Any]:
         "guidance_scale": job.guidance_scale if job.guidance == "gradient" else None,
         f"{job.given_stream or 'video'}_from": digest(source) if source else None,
         "start": job.start,
-        **({"superres": digest(job.superres), "superres_steps": job.superres_steps} if job.superres else {}),
+        **({"superres": digest(enlarged), "superres_steps": job.superres_steps} if enlarged else {}),
     }

@@ -134,7 +134,7 @@ def count(job: Count) -> str:
     if files:
         with said_if_not_written(found.markdown()):
             write_texts(files, {".md": found.markdown(), ".json": json.dumps(found.content(), indent=1)}, job.force)
-            found.plot(files[".png"])
+            found.plot(files[".png"], may_replace=job.force)
     return found.markdown()
 
 

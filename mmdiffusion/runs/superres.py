@@ -20,7 +20,7 @@ from mmdiffusion import media
 from mmdiffusion._files import alone_in, digest, has_content, remove_parts, whole_file
 from mmdiffusion.diffusion.schedulers import SCHEDULERS
 from mmdiffusion.diffusion.superres import SuperResolutionPipeline
-from mmdiffusion.runs.models import DTYPES, dtype_on, load_superres, settings_of
+from mmdiffusion.runs.models import DTYPES, PACKAGED_SUPERRES, dtype_on, load_superres, settings_of
 from mmdiffusion.runs.options import SEEDS, check, option
 from mmdiffusion.runs.processes import Processes
 from mmdiffusion.runs.sample import clip_seed, versions
@@ -42,7 +42,11 @@ class SuperResolve:
     )
 
     films: tuple[pathlib.Path, ...] = option("what is made larger", metavar="FILM", is_positional=True)
-    model: pathlib.Path = option("a published checkpoint, or a directory of save_pretrained")
+    model: pathlib.Path = option(
+        "a published checkpoint, or a directory of save_pretrained; by default the small network of the package, for "
+        "frames of its synthetic world",
+        default=PACKAGED_SUPERRES,
+    )
     out: pathlib.Path = option("the folder; made if it is not there")
     config: pathlib.Path | None = option(
         "JSON with arguments of SuperResolutionUNet, over what is inferred", default=None, metavar="FILE"

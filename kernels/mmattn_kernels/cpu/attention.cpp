@@ -268,16 +268,6 @@ class Backward {
   float* const delta_;  // sum(d_out * out) - d_lse of each row
 };
 
-// Whether every window fits a pair of tiles, where packing costs more than tiles save.
-bool has_few_keys(const Attention& p) {
-  constexpr int64_t kFew = 32;
-  const auto few = [&](const Direction& d) { return p.window * (d.k_len / p.frames) <= kFew; };
-  const int32_t* const lengths = p.tables.key_length;
-  if (p.tables.segments)
-    return std::all_of(lengths, lengths + p.tables.segments, [](int32_t length) { return length <= kFew; });
-  return std::all_of(p.directions.begin(), p.directions.end(), few);
-}
-
 // A kernel as a value.
 template <class K>
 struct Use {
@@ -296,31 +286,47 @@ template <class T>
 using LongBackward = Backward<T>;
 #endif
 
-template <class Visit>
-auto with_forward(const Attention& p, Visit visit) {
-  if (has_few_keys(p)) return p.is_bf16 ? visit(Use<Forward<bf16>>{}) : visit(Use<Forward<float>>{});
-  return p.is_bf16 ? visit(Use<LongForward<bf16>>{}) : visit(Use<LongForward<float>>{});
+// The directions by their kernel, those of one together. Where every window of one fits a pair of tiles, packing would
+// cost more than tiles save.
+template <class T, template <class> class Short, template <class> class Long, class Visit>
+void each_kernel(const Attention& p, Visit visit) {
+  constexpr int64_t kFew = 32;
+  Attention few = p, many = p;
+  few.directions.clear();
+  many.directions.clear();
+  for (const Direction& d : p.directions) (Windows(p, d).longest <= kFew ? few : many).directions.push_back(d);
+  if (!few.directions.empty()) visit(Use<Short<T>>{}, few);
+  if (!many.directions.empty()) visit(Use<Long<T>>{}, many);
 }
 
 template <class Visit>
-auto with_backward(const Attention& p, Visit visit) {
-  if (has_few_keys(p)) return p.is_bf16 ? visit(Use<Backward<bf16>>{}) : visit(Use<Backward<float>>{});
-  return p.is_bf16 ? visit(Use<LongBackward<bf16>>{}) : visit(Use<LongBackward<float>>{});
+void each_forward(const Attention& p, Visit visit) {
+  p.is_bf16 ? each_kernel<bf16, Forward, LongForward>(p, visit) : each_kernel<float, Forward, LongForward>(p, visit);
+}
+
+template <class Visit>
+void each_backward(const Attention& p, Visit visit) {
+  p.is_bf16 ? each_kernel<bf16, Backward, LongBackward>(p, visit)
+            : each_kernel<float, Backward, LongBackward>(p, visit);
 }
 
 }  // namespace
 
 void attention_forward(const Attention& p) {
-  with_forward(p, [&](auto use) { run_all<typename decltype(use)::Kernel>(p); });
+  each_forward(p, [](auto use, const Attention& own) { run_all<typename decltype(use)::Kernel>(own); });
 }
 
 void attention_backward(const Attention& p) {
-  with_backward(p, [&](auto use) { run_all<typename decltype(use)::Kernel>(p); });
+  each_backward(p, [](auto use, const Attention& own) { run_all<typename decltype(use)::Kernel>(own); });
 }
 
 int64_t attention_pairs(const Attention& p, bool backward, int64_t* pairs, int64_t room) {
-  const auto count = [&](auto use) { return count_pairs<typename decltype(use)::Kernel>(p, pairs, room); };
-  return backward ? with_backward(p, count) : with_forward(p, count);
+  int64_t count = 0;
+  const auto visit = [&](auto use, const Attention& own) {
+    count_pairs<typename decltype(use)::Kernel>(own, pairs, room, count);
+  };
+  backward ? each_backward(p, visit) : each_forward(p, visit);
+  return count;
 }
 
 }  // namespace mmattn::MMATTN_ISA

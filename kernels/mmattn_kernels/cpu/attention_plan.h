@@ -68,11 +68,14 @@ struct Windows {
   std::vector<Segment> segments;
   std::vector<Range> unread_queries;
   int64_t q_len, k_len, longest = 0;
-  int64_t step = 0;  // keys from one window to the next where all are equal
+  int64_t step = 0;  // keys from one window to the next where all are equal, else 0
 
   Windows(const Attention& p, const Direction& d) : q_len(d.q_len), k_len(d.k_len) {
     p.tables.segments ? from_tables(p.tables) : equal(p);
+    step = equal_step();
   }
+
+  bool overlap() const { return longest > step; }
 
   // Of key `begin` on a circle that starts at `origin`.
   int64_t offset(int64_t begin, int64_t origin) const {
@@ -81,14 +84,14 @@ struct Windows {
 
  private:
   void equal(const Attention& p) {
-    const int64_t q_segment = q_len / p.frames;
-    step = k_len / p.frames;
-    longest = p.window * step;
+    const int64_t q_segment = q_len / p.frames, k_segment = k_len / p.frames;
+    longest = p.window * k_segment;
     if (longest == k_len) return segments.push_back({{0, q_len}, 0, k_len});  // whose order does not matter
     segments.reserve(p.frames);
     for (int64_t i = 0; i < p.frames; ++i)  // the last segment owns the left-over positions
-      segments.push_back(
-          {{i * q_segment, i + 1 == p.frames ? q_len : (i + 1) * q_segment}, (i + p.shift) * step % k_len, longest});
+      segments.push_back({{i * q_segment, i + 1 == p.frames ? q_len : (i + 1) * q_segment},
+                          (i + p.shift) * k_segment % k_len,
+                          longest});
   }
 
   void from_tables(const Tables& t) {
@@ -108,6 +111,20 @@ struct Windows {
       else
         segments.push_back({queries, begin, length});
     }
+  }
+
+  // Read off the segments, so that equal windows have one plan, and the same bits, whichever way they were given.
+  int64_t equal_step() const {
+    const int64_t count = segments.size();
+    if (count == 0 || count > k_len || !unread_queries.empty()) return 0;
+    const int64_t q_segment = q_len / count, k_segment = k_len / count;
+    if (longest < k_segment) return 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const Segment& s = segments[i];
+      const int64_t begin = (segments[0].key_begin + i * k_segment) % k_len;
+      if (s.queries.lo != i * q_segment || s.key_begin != begin || s.key_length != longest) return 0;
+    }
+    return k_segment;
   }
 };
 
@@ -153,6 +170,13 @@ struct Plan {
   int64_t share_rows = 0;          // of one head
 
   Plan(const Attention& p, const Direction& d) : direction(&d), windows(p, d) {}
+
+  void clear() {
+    blocks.clear();
+    pieces.clear();
+    unread_keys.clear();
+    share_rows = 0;
+  }
 
   void add_piece(int64_t origin, int64_t ring, int64_t begin, int64_t end) {
     int64_t pairs = 0;
@@ -248,10 +272,10 @@ void cut_equally(Plan& plan, const Attention& p, const Shape& shape) {
   const int64_t count = plan.blocks.size(), heads = p.batch * p.heads;
   const int64_t cached = kCacheBytes / shape.bytes_per_key - w.longest;
   // Windows of one segment share no key, so longer pieces would only push the keys out of the nearer caches.
-  const int64_t kept = cached > 0 && p.window > 1 ? std::min(cached / w.step + 1, segments) : 1;
+  const int64_t kept = cached > 0 && w.overlap() ? std::min(cached / w.step + 1, segments) : 1;
   const int64_t wanted = (4 * p.threads + 2 * heads - 1) / (2 * heads);
   int64_t pieces = std::max((segments + kept - 1) / kept, wanted);
-  if (shape.exclusive) pieces = p.window == 1 ? std::min(pieces, segments) : 1;
+  if (shape.exclusive) pieces = w.overlap() ? 1 : std::min(pieces, segments);
   pieces = std::min(pieces, count);
   int64_t begin = 0;
   for (int64_t i = 1; i <= pieces; ++i) {
@@ -460,22 +484,21 @@ void cut_keys_of_all(Plan& plan, const Shape& shape, double most) {
 }
 
 // The most that one thread gets, over the average, where each takes the next run as it becomes free.
-double imbalance(const std::list<Plan>& plans, const Attention& p) {
+double imbalance(const Plan& plan, const Attention& p) {
   struct Load {
     int64_t pairs;
     bool operator<(const Load& other) const { return pairs > other.pairs; }  // the least is the heap's first
   };
   std::vector<Load> loads(p.threads, Load{0});
   int64_t total = 0, most = 0;
-  for (const Plan& plan : plans)
-    for (const Piece& piece : plan.pieces)
-      for (int64_t i = 0; i < p.batch * p.heads; ++i) {
-        std::pop_heap(loads.begin(), loads.end());
-        loads.back().pairs += piece.pairs;
-        most = std::max(most, loads.back().pairs);
-        total += piece.pairs;
-        std::push_heap(loads.begin(), loads.end());
-      }
+  for (const Piece& piece : plan.pieces)
+    for (int64_t i = 0; i < p.batch * p.heads; ++i) {
+      std::pop_heap(loads.begin(), loads.end());
+      loads.back().pairs += piece.pairs;
+      most = std::max(most, loads.back().pairs);
+      total += piece.pairs;
+      std::push_heap(loads.begin(), loads.end());
+    }
   return total ? static_cast<double>(most) * p.threads / total : 1.0;
 }
 
@@ -483,44 +506,40 @@ constexpr double kEven = 1.08;   // an imbalance that is not worth smaller piece
 constexpr double kUneven = 1.1;  // one that is
 constexpr int64_t kFinest = 16;  // pieces a thread, at most
 
-std::list<Plan> make_plans(const Attention& p, const Shape& shape) {
-  std::list<Plan> plans;
-  const bool is_equal = p.tables.segments == 0;
-  if (is_equal) {
-    for (const Direction& d : p.directions) cut_equally(plans.emplace_back(p, d), p, shape);
-    if (p.threads == 1 || imbalance(plans, p) <= kUneven) return plans;
+// Of one direction, whatever others the call has: its results are those of a call of its own.
+void cut(Plan& plan, const Attention& p, const Shape& shape) {
+  if (plan.windows.step) {
+    cut_equally(plan, p, shape);
+    if (p.threads == 1 || imbalance(plan, p) <= kUneven) return;
   }
+  int64_t pairs = 0;
+  for (const Segment& s : plan.windows.segments) pairs += s.pairs() * p.batch * p.heads;
   for (int64_t grain = 1;; ++grain) {
-    std::list<Plan> finer;
-    int64_t pairs = 0;
-    for (const Direction& d : p.directions)
-      for (const Segment& s : finer.emplace_back(p, d).windows.segments) pairs += s.pairs() * p.batch * p.heads;
     const double most = static_cast<double>(std::max<int64_t>(pairs, 1)) / (p.threads * grain);
-    for (Plan& plan : finer) {
-      shape.exclusive ? cut_keys_of_all(plan, shape, most) : cut_queries(plan, shape, most);
-      // Small ones last, to fill the gaps that large ones leave.
-      std::stable_sort(plan.pieces.begin(), plan.pieces.end(),
-                       [](const Piece& a, const Piece& b) { return a.pairs > b.pairs; });
-    }
-    plans.swap(finer);
-    if (p.threads == 1 || grain == kFinest || imbalance(plans, p) <= kEven) return plans;
+    plan.clear();
+    shape.exclusive ? cut_keys_of_all(plan, shape, most) : cut_queries(plan, shape, most);
+    // Small ones last, to fill the gaps that large ones leave.
+    std::stable_sort(plan.pieces.begin(), plan.pieces.end(),
+                     [](const Piece& a, const Piece& b) { return a.pairs > b.pairs; });
+    if (p.threads == 1 || grain == kFinest || imbalance(plan, p) <= kEven) return;
   }
 }
 
 template <class Kernel>
 std::list<Plan> make_plans(const Attention& p) {
-  return make_plans(p, {Kernel::kQueryRows, Kernel::kRowUnit, Kernel::bytes_per_key(p.dim), Kernel::kExclusive});
+  const Shape shape{Kernel::kQueryRows, Kernel::kRowUnit, Kernel::bytes_per_key(p.dim), Kernel::kExclusive};
+  std::list<Plan> plans;
+  for (const Direction& d : p.directions) cut(plans.emplace_back(p, d), p, shape);
+  return plans;
 }
 
-// The pairs of each run, in the order of the runs; returns their number.
+// Writes the pairs of each run, in the order of the runs, from place `count` on; adds their number to it.
 template <class Kernel>
-int64_t count_pairs(const Attention& p, int64_t* pairs, int64_t room) {
-  int64_t count = 0;
+void count_pairs(const Attention& p, int64_t* pairs, int64_t room, int64_t& count) {
   for (const Plan& plan : make_plans<Kernel>(p))
     for (const Piece& piece : plan.pieces)
       for (int64_t i = 0; i < p.batch * p.heads; ++i, ++count)
         if (count < room) pairs[count] = piece.pairs;
-  return count;
 }
 
 // What no piece writes: of queries that read no key, of keys that no query reads.
