@@ -186,7 +186,7 @@ def ranking(films: list[pathlib.Path], period: int) -> None:
         for what, figures in rank(own, reals):
             values = [value for value, _ in figures.values()]
             is_in_order = values == sorted(values, reverse="late" in what)
-            cells = [f"{level:g}: {round(x, 9):.3g} ± {error:.1g}" for level, (x, error) in figures.items()]
+            cells = [f"{level:g}: {round(x, 9) + 0.0:.3g} ± {error:.1g}" for level, (x, error) in figures.items()]
             print(f"| {len(own.video)}, {name} | {what} | {' | '.join(cells)} | {'yes' if is_in_order else 'no'} |")
 
 
