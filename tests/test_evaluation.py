@@ -428,6 +428,8 @@ def test_folders_that_are_refused(folders, tmp_path):
         run(command(folders, tmp_path, tmp_path / "one"))
     with pytest.raises(NotADirectoryError, match="nothing'; expected a folder of films"):
         run(command(folders, tmp_path, tmp_path / "nothing"))
+    with pytest.raises(ValueError, match=r"others/\.\./others twice; expected each folder once"):
+        command(folders, tmp_path, "others", "others/../others")
     with pytest.raises(ValueError, match="frames is 8; expected 9 to 1000"):
         command(folders, tmp_path, "others", frames=8)
 
