@@ -38,6 +38,7 @@ from mmdiffusion.evaluation import (
 )
 from mmdiffusion.media import open_film, read_clip, write_video
 from mmdiffusion.runs import evaluate, sample, synchrony
+from mmdiffusion.runs.jobs import Evaluate, MeasureSynchrony, Sample
 
 FRAMES, FPS, RATE = 16, 10, 16000
 SHIFTS = (-0.5, -0.25, 0.0, 0.25, 0.5)  # seconds
@@ -235,12 +236,12 @@ def small(count: int, steps: list[int], top: pathlib.Path) -> None:
     for number in steps:
         fakes.append(top / f"{number} steps")
         options = {"num": count, "steps": number, "batch_size": 16, "dtype": "bfloat16", "formats": ("mp4",)}
-        sample.run(sample.Sample(out=fakes[-1], device="cpu", **options))
+        sample.run(Sample(out=fakes[-1], device="cpu", **options))
     rates = {"size": 16, "sample_rate": 3200, "device": "cpu", "cache": top / "cache"}
-    print(evaluate.run(evaluate.Evaluate(real=top / "real", fake=tuple(fakes), **rates)).replace(f"{top}/", ""))
+    print(evaluate.run(Evaluate(real=top / "real", fake=tuple(fakes), **rates)).replace(f"{top}/", ""))
     for number in steps:
         options = {"clips": count, "steps": number, "dtype": "bfloat16", "device": "cpu", "ways": ("joint",)}
-        print(f"\n{number} steps\n{synchrony.run(synchrony.MeasureSynchrony(**options))}")
+        print(f"\n{number} steps\n{synchrony.run(MeasureSynchrony(**options))}")
 
 
 def _noisy(x: Tensor, deviation: float, random: torch.Generator) -> Tensor:

@@ -10,10 +10,11 @@ import sys
 import pytest
 import torch
 
+import mmattn
 from mmdiffusion import CoupledUNet, MMDiffusionPipeline, SuperResolutionPipeline, cli, media
 from mmdiffusion.checkpoints import PRESETS, SUPERRES_PRESETS
 from mmdiffusion.runs import psnr
-from mmdiffusion.runs.models import PACKAGED, PACKAGED_SUPERRES
+from mmdiffusion.runs.jobs import PACKAGED, PACKAGED_SUPERRES
 from mmdiffusion.runs.synchrony import Row, table
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -24,7 +25,7 @@ FILES = {path.relative_to(WEIGHTS).as_posix() for path in WEIGHTS.rglob("*") if 
 @pytest.fixture(autouse=True)
 def here(monkeypatch, tmp_path, threads):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.mmattn, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr(mmattn, "keep_freed_memory", lambda: True)
     threads(1)
 
 

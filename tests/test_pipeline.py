@@ -456,7 +456,7 @@ def test_saved_and_loaded(tmp_path):
 
 
 def test_loaded_by_the_class_of_all_pipelines(tmp_path):
-    """Without trust in code of the directory: `import mmdiffusion` makes the class known."""
+    """Without trust in code of the directory: to import the class makes it known."""
     pipeline = small("unipc")
     pipeline.save_pretrained(tmp_path)
     assert not list(tmp_path.rglob("*.py"))

@@ -18,6 +18,7 @@ av = pytest.importorskip("av")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
+import mmattn  # noqa: E402
 from mmattn.testing import relative_error  # noqa: E402
 from mmdiffusion import CoupledUNet, SuperResolutionPipeline, SuperResolutionUNet, _files, checkpoints, cli, media  # noqa: E402
 from mmdiffusion.clips import ClipFormat  # noqa: E402
@@ -529,7 +530,7 @@ def test_calls_that_are_refused():
 def here(monkeypatch, tmp_path):
     """In a folder with a small network, that enlarges 4 x 4 to 16 x 16, and a film of five frames with sound."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.mmattn, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr(mmattn, "keep_freed_memory", lambda: True)
     small().save_pretrained("sr")
     torch.manual_seed(0)
     video = (torch.rand(5, 3, 4, 4) * 2 - 1).repeat_interleave(4, 2).repeat_interleave(4, 3)
@@ -930,7 +931,7 @@ def test_training_in_the_loop():
 def test_train_command(tmp_path, monkeypatch, capsys):
     """Frames of the world; the run goes on where it was, previews are drawn, and what comes out makes films larger."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.mmattn, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr(mmattn, "keep_freed_memory", lambda: True)
     pathlib.Path("small.json").write_text(json.dumps({**SMALL, "scale": 2}))
     command = "train synthetic --superres --batch-size 2 --device cpu --config small.json --preview-clips 2 --out run"
     cli.main([*command.split(), "--steps", "1", "--preview-every", "1"])

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 import time
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +18,10 @@ from mmdiffusion._files import digest
 from mmdiffusion.data import to_clip
 from mmdiffusion.data.degrade import resized
 from mmdiffusion.data.items import Item, joined
-from mmdiffusion.diffusion.schedulers import SCHEDULERS
 from mmdiffusion.diffusion.superres import SuperResolutionPipeline
 from mmdiffusion.media import write_image
-from mmdiffusion.runs.models import DTYPES, PACKAGED_SUPERRES, dtype_on, load_superres, settings_of
-from mmdiffusion.runs.options import SEEDS, check, option, refuse_unused
+from mmdiffusion.runs.jobs import MeasurePsnr
+from mmdiffusion.runs.models import dtype_on, load_superres, settings_of
 from mmdiffusion.runs.processes import Processes
 from mmdiffusion.runs.results import files_of, refuse_to_overwrite, said_if_not_written, write_texts
 from mmdiffusion.runs.sample import clip_seed, versions
@@ -31,47 +29,6 @@ from mmdiffusion.runs.trained import compared, frames_of
 from mmdiffusion.training.superres import small_images
 
 _SHOWN = 4  # frames of the picture
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeasurePsnr:
-    """Make small images of frames that a super-resolution network was not trained on, make them large again by it and
-    by bicubic resizing, and measure how near both come to the frames: the peak signal-to-noise ratio, 10 log10(255^2 /
-    mean squared error) dB, mean over the frames. The small images are resized alone, and degraded as in training (with
-    noise and JPEG, each in half of them).
-    """
-
-    summary: ClassVar = "how near a super-resolution network comes to real frames, beside bicubic resizing"
-    examples: ClassVar = (
-        "psnr synthetic",
-        "psnr films --model sr.pt --frames 64 --dtype bfloat16 --out psnr    # psnr.md, psnr.json and psnr.png",
-    )
-
-    data: str = option("a folder of films, packed clips, or `synthetic`", is_positional=True)
-    model: pathlib.Path = option(
-        "a published checkpoint, or a directory of save_pretrained; by default the small network of the package, for "
-        "frames of its synthetic world",
-        default=PACKAGED_SUPERRES,
-    )
-    config: pathlib.Path | None = option(
-        "JSON with arguments of SuperResolutionUNet, over what is inferred", default=None, metavar="FILE"
-    )
-    frames: int = option("that are measured", default=256, minimum=1, maximum=100_000)
-    steps: int = option("calls of the network for each frame", default=25, minimum=1)
-    scheduler: str = option("how noise becomes frames", default="ddim", choices=tuple(SCHEDULERS))
-    seed: int = option("of the noise and the degradations", default=0, **SEEDS)
-    world: int = option("seed of synthetic frames, another one than that of training", default=1, **SEEDS)
-    batch_size: int = option("frames sampled together", default=16, minimum=1)
-    dtype: str | None = option(
-        "of the network: bfloat16 on CUDA, float32 on a CPU", default=None, choices=tuple(DTYPES)
-    )
-    device: str | None = option("cpu, cuda, cuda:1; by default CUDA where there is one", default=None)
-    out: pathlib.Path | None = option("writes OUT.md, OUT.json and OUT.png, a row for a frame", default=None)
-    force: bool = option("overwrite them", default=False)
-
-    def __post_init__(self) -> None:
-        check(self)
-        refuse_unused(self, self.out, "out", "force")
 
 
 @dataclasses.dataclass(frozen=True)

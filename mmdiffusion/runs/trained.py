@@ -28,7 +28,7 @@ from mmdiffusion.runs.sample import clip_seed
 from mmdiffusion.training.superres import FrameNetwork, Frames, small_images
 
 if TYPE_CHECKING:
-    from mmdiffusion.runs.train import Train
+    from mmdiffusion.runs.jobs import Train
 
 _SIZE_SHOWN = 128  # pixels of a frame of a preview, at least
 
