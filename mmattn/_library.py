@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,9 +18,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from mmattn import _checks, dispatch
 
-_PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 _library = torch.library.Library("mmattn", "IMPL")
-_functions: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Callable[..., Any]]] = {}
+_functions: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Callable[..., None], Callable[..., Any]]] = {}
 _flop_formulas: dict[str, Callable[..., int]] = {}
 _differentiable: dict[str, type[torch.autograd.Function]] = {}
 
@@ -42,7 +42,7 @@ def can_skip_dispatcher(*tensors: Tensor | None) -> bool:
     for t in tensors:
         if t is None:
             continue
-        if type(t) not in _PLAIN_TYPES or not _checks.is_plain(t):
+        if type(t) not in _checks.PLAIN_TYPES or not _checks.is_plain(t):
             return False
     return True
 
@@ -52,9 +52,12 @@ def wants_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def call(name: str, tensors: tuple[Tensor | None, ...], *args: Any) -> tuple[Tensor, ...]:
-    """The op `name` on checked arguments, `tensors` among them: past the dispatcher where that may be."""
-    if not can_skip_dispatcher(*tensors):
+def call(name: str, tensors: tuple[Tensor | None, ...], *args: Any, known: bool = False) -> tuple[Tensor, ...]:
+    """The op `name` on checked arguments, `tensors` among them: past the dispatcher where that may be.
+
+    `known`: by `_checks.is_known`, so the tensors are plain.
+    """
+    if not can_skip_dispatcher(*(() if known else tensors)):
         return getattr(torch.ops.mmattn, name)(*args)
     return _apply(name, None, *args) if wants_gradients(*tensors) else _functions[name][0](*args)
 
@@ -112,11 +115,6 @@ def register(
     `call` has its arguments from public functions, which have checked them, and calls `compute` alone. Backward is
     checked whoever calls it.
     """
-
-    def checked_gradients(*args: Any) -> Any:
-        check_gradients(*args)
-        return compute_gradients(*args)
-
     for op, refuse, function in (
         (name, check, compute),
         (f"{name}_backward", check_gradients, compute_gradients),
@@ -129,7 +127,7 @@ def register(
             return function(*args)
 
         _library.impl(op, implementation, "CompositeExplicitAutograd")
-    _functions[name] = compute, checked_gradients
+    _functions[name] = compute, check_gradients, compute_gradients
 
 
 def register_autograd(name: str, function: type[torch.autograd.Function]) -> None:
@@ -206,10 +204,26 @@ def gradients_of(name: str) -> Callable[..., Any]:
 
     _library.impl(op, autograd, "Autograd", with_keyset=True)
 
+    is_tensor = [str(argument.type) in ("Tensor", "Optional[Tensor]") for argument in packet._schema.arguments]
+    tensors_of, options_of = (
+        operator.itemgetter(*(at for at, found in enumerate(is_tensor) if found is wanted)) for wanted in (True, False)
+    )
+
     def compute(*args: Any) -> Any:
-        if not torch.is_grad_enabled() and can_skip_dispatcher(*(t for t in args if isinstance(t, Tensor))):
-            return _functions[name][1](*args)
-        return getattr(torch.ops.mmattn, op)(*args)
+        if torch.is_grad_enabled():
+            return packet(*args)
+        tensors = tensors_of(args)
+        given = [t for t in tensors if t is not None]
+        which = len(given) == len(tensors) or tuple([t is None for t in tensors])
+        key = op, which, options_of(args)
+        known = _checks.is_known(key, given)
+        if not can_skip_dispatcher(*(() if known else given)):
+            return packet(*args)
+        _, check_gradients, compute_gradients = _functions[name]
+        if not known:
+            check_gradients(*args)
+            _checks.remember(key, given)
+        return compute_gradients(*args)
 
     return compute
 

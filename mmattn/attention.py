@@ -81,7 +81,11 @@ def random_shift_attention(
     """
     tensors: tuple[Tensor, ...] = (video_q, video_k, video_v, audio_q, audio_k, audio_v)
     tensors = all_to_autocast(_checks.ATTENTION_TENSORS, tensors)
-    _checks.random_shift_attention(tensors, frames, window, shift)
+    key = "random_shift_attention", type(frames), type(window), type(shift), frames, window
+    known = type(shift) is int and _checks.is_known(key, tensors) and 0 <= shift <= frames - window
+    if not known:
+        _checks.random_shift_attention(tensors, frames, window, shift)
+        _checks.remember(key, tensors)
     if scale is None:
         scale = tensors[0].shape[-1] ** -0.5
     chosen = dispatch.choose("random_shift_attention", impl, tensors[0])
@@ -90,7 +94,7 @@ def random_shift_attention(
         return reference(*tensors, frames=frames, window=window, shift=shift, scale=scale)
     number, tensor = (0, shift) if isinstance(shift, Tensor) else (shift, None)
     arguments = *tensors, frames, window, number, tensor, float(scale), chosen
-    out = call("random_shift_attention", (*tensors, tensor), *arguments)
+    out = call("random_shift_attention", (*tensors, tensor), *arguments, known=known)
     return out[0], out[1]
 
 

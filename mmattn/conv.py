@@ -185,8 +185,21 @@ def _convolve(
     norm_weight, norm_bias, groups = (None, None, 0) if norm is None else _unpack("norm", norm, "weight, bias, groups")
     scale, shift = (None, None) if film is None else _unpack("film", film, "scale, shift")
     prologue = norm_weight, norm_bias, scale, shift
-    _checks.conv(x, weight, bias, prologue, residual, None if norm is None else groups, dilation, height, width, eps)
-    _checks.activation(activation)
+    given: tuple[Any, ...] = (x, weight) if bias is None else (x, weight, bias)
+    if norm is not None:
+        given += (norm_weight, norm_bias)
+    if film is not None:
+        given += film
+    if residual is not None:
+        given += (residual,)
+    which = bias is None, norm is None, film is None, residual is None
+    types = type(groups), type(dilation), type(height), type(width), type(eps)
+    key = "conv", which, types, groups, dilation, height, width, eps, activation
+    if not (known := _checks.is_known(key, given)):
+        groups_or_none, geometry = None if norm is None else groups, (dilation, height, width)
+        _checks.conv(x, weight, bias, prologue, residual, groups_or_none, *geometry, eps)
+        _checks.activation(activation)
+        _checks.remember(key, given)
     chosen = dispatch.choose("spatial_conv2d" if width else "dilated_conv1d", impl, x)
     if chosen == "triton" and width:
         if norm is not None:
@@ -205,19 +218,19 @@ def _convolve(
         options: dict[str, Any] = {"norm": norm, "film": film, "activation": activation, "residual": residual}
         return reference(x, weight, bias, dilation=dilation, height=height, width=width, eps=eps, **options)
     arguments = *tensors, groups, dilation, height, width, activation == "silu", float(eps), chosen
-    if overwrite_x and chosen == "cpu" and _may_overwrite(x, weight, tensors[1:]):
+    if overwrite_x and chosen == "cpu" and _may_overwrite(x, weight, tensors[1:], known):
         out = _compute(*arguments, out=x)[0]
         torch.autograd.graph.increment_version([x])  # whoever saved x for a backward is told, as by torch's own ops
         return out
-    return call("conv", tensors, *arguments)[0]
+    return call("conv", tensors, *arguments, known=known)[0]
 
 
-def _may_overwrite(x: Tensor, weight: Tensor, others: tuple[Tensor | None, ...]) -> bool:
+def _may_overwrite(x: Tensor, weight: Tensor, others: tuple[Tensor | None, ...], known: bool) -> bool:
     """Whether the result may take the memory of x: it has the same shape, and nothing else reads or watches it."""
     if weight.shape[::2] != (x.shape[2], 1) or not x.is_contiguous():
         return False
     # In training `call` asks can_skip_dispatcher, so that it is not asked here; a trace knows no is_inference.
-    if wants_gradients(x, *others) or not can_skip_dispatcher(x, *others) or x.is_inference():
+    if wants_gradients(x, *others) or not can_skip_dispatcher(*(() if known else (x, *others))) or x.is_inference():
         return False
     return not any(_shares_memory(x, t) for t in others if t is not None)
 

@@ -66,14 +66,18 @@ def group_norm(
     if isinstance(x, Tensor) and is_autocast(x.device.type):
         parameters = {"weight": weight, "bias": bias, "scale": scale, "shift": shift}
         weight, bias, scale, shift = (_readable_beside(x, name, p) for name, p in parameters.items())
-    _checks.group_norm(x, weight, bias, scale, shift, groups, eps)
-    _checks.activation(activation)
+    given = (x, weight, bias) if scale is None and shift is None else (x, weight, bias, scale, shift)
+    key = "group_norm", type(groups), type(eps), groups, eps, activation
+    if not (known := _checks.is_known(key, given)):
+        _checks.group_norm(x, weight, bias, scale, shift, groups, eps)
+        _checks.activation(activation)
+        _checks.remember(key, given)
     chosen = dispatch.choose("group_norm", impl, x)
     if chosen == "reference":
         _checks.all_stored(("x", "weight", "bias", "scale", "shift"), (x, weight, bias, scale, shift))
         return reference(x, weight, bias, groups, scale=scale, shift=shift, activation=activation, eps=eps)
     tensors, silu, eps = (x, weight, bias, scale, shift), activation == "silu", float(eps)
-    return call("group_norm", tensors, *tensors, groups, silu, eps, chosen)[0]
+    return call("group_norm", tensors, *tensors, groups, silu, eps, chosen, known=known)[0]
 
 
 def _readable_beside(x: Tensor, name: str, p: Any) -> Any:

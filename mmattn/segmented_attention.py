@@ -74,7 +74,10 @@ def segmented_attention(
     q, k, v = all_to_autocast("qkv", (q, k, v))
     if not isinstance(windows, Windows):
         raise TypeError(f"windows is a {type(windows).__name__}; expected mmattn.Windows")
-    _checks.segmented_attention(q, k, v, windows.tables)
+    arguments = q, k, v, *windows.tables
+    if not (known := _checks.is_known(("segmented_attention",), arguments)):
+        _checks.segmented_attention(q, k, v, windows.tables)
+        _checks.remember(("segmented_attention",), arguments)
     if windows.queries != q.shape[1]:
         raise ValueError(f"windows are of {windows.queries} queries; expected {q.shape[1]}, as q has")
     if windows.keys != k.shape[1]:
@@ -82,14 +85,13 @@ def segmented_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     chosen = dispatch.choose("segmented_attention", impl, q)
     if chosen == "reference":
-        _checks.all_stored(_Arguments._fields[:6], (q, k, v, *windows.tables))
+        _checks.all_stored(_Arguments._fields[:6], arguments)
         if q.device.type == "cpu" or return_lse:
             out, lse = reference(q, k, v, windows, scale=scale)
         else:
             return masked(q, k, v, windows, scale=scale)
     else:
-        arguments = q, k, v, *windows.tables
-        out, lse = call("segmented_attention", arguments, *arguments, scale, chosen)
+        out, lse = call("segmented_attention", arguments, *arguments, scale, chosen, known=known)
     return (out, lse) if return_lse else out
 
 

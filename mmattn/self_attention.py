@@ -47,7 +47,10 @@ def self_attention(
         RuntimeError: if the named `impl` cannot run here, with the reason.
     """
     q, k, v = all_to_autocast("qkv", (q, k, v))
-    _checks.self_attention(q, k, v, segments)
+    key = "self_attention", type(segments), segments
+    if not (known := _checks.is_known(key, (q, k, v))):
+        _checks.self_attention(q, k, v, segments)
+        _checks.remember(key, (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     chosen = dispatch.choose("self_attention", impl, q)
     if chosen == "triton" and q.shape[1] // segments > _SHORT and dispatch.requested(impl) == "auto":
@@ -55,7 +58,7 @@ def self_attention(
     if chosen == "reference":
         _checks.all_stored("qkv", (q, k, v))
         return reference(q, k, v, segments=segments, scale=scale)
-    return call("self_attention", (q, k, v), q, k, v, segments, scale, chosen)[0]
+    return call("self_attention", (q, k, v), q, k, v, segments, scale, chosen, known=known)[0]
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, *, segments: int, scale: float | None = None) -> Tensor:

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from mmattn import DilatedConvBlock, RandomShiftAttention
-from mmdiffusion._files import check_regular, save_safetensors, save_torch, whole_file
+from mmdiffusion._files import (
+    check_regular,
+    read_safetensors,
+    safetensors_header,
+    save_safetensors,
+    save_torch,
+    whole_file,
+)
 from mmdiffusion.clips import FRAME_RATE, SAMPLE_RATE
 from mmdiffusion.model.blocks import AudioHead, FirstLayer, ResidualBlock, VideoHead
 from mmdiffusion.model.config import has_middle_cross_attention
@@ -96,6 +103,7 @@ SUPERRES_PRESETS: dict[str, dict[str, Any]] = {
         "num_res_blocks": 1,
         "attention_resolutions": (-1,),
         "channel_mult": (1, 1, 2),
+        "prediction_type": "v_prediction",
     },
 }
 """Of super-resolution networks, under the names of the coupled networks whose clips they make larger."""
@@ -278,21 +286,15 @@ def shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
     Raises:
         OSError, ValueError: if it cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 -- no mapping
-    except SafetensorError as error:
+        return {key: shape for key, (_, shape, *_) in safetensors_header(path).tensors.items()}
+    except ValueError as error:
         raise _unreadable(path, error) from error
 
 
 def _read_safetensors(path: pathlib.Path) -> Mapping[str, Tensor]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        found = OrderedDict((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118 -- no mapping
-        return _marked(found) if (file.metadata() or {}).get(_RANDOM) == "true" else found
+    found, notes = read_safetensors(path)
+    return _marked(found) if notes.get(_RANDOM) == "true" else found
 
 
 def _unreadable(path: pathlib.Path, error: Exception) -> ValueError:

@@ -97,6 +97,15 @@ def announcements(monkeypatch):
         monkeypatch.setattr(dispatch, "_announced", set())
 
 
+@pytest.fixture(autouse=True)
+def one_instruction_set():
+    """A test that chooses another for the CPU kernels leaves that of the process to the next ones."""
+    names = [module.instruction_set() for module in [sys.modules.get("mmattn_kernels._cpu")] if module]
+    yield
+    if names:
+        assert sys.modules["mmattn_kernels._cpu"].instruction_set() == names[0]
+
+
 @pytest.fixture
 def poisoned_memory(monkeypatch):
     """Fresh memory begins as NaN, so that an output element nobody writes is seen."""

@@ -241,8 +241,11 @@ def spoiled_tensor(draw: Draw, x: Tensor | None) -> Any:
 
 
 def check_wrong(draw: Draw) -> None:
-    """torch.ops.mmattn with one to three wrong arguments raises a Python exception, or works."""
+    """With one to three wrong arguments an op, or its public function, raises a Python exception or works."""
     name, tensors, options = draw.choice(OPS)(draw, draw.choice(DTYPES))
+    if draw.random() < 0.3:
+        check_wrong_after_right(draw, name, tensors, options)
+        return
     with Recorded() as recorded:
         leaves, rest = mapped((tensors, options), lambda x: x.detach().requires_grad_())
         out = tensors_of(getattr(mmattn, name)(*leaves, **rest, impl="cpu"))
@@ -266,6 +269,20 @@ def check_wrong(draw: Draw) -> None:
     except Exception:
         return
     float(sum(x.double().sum() for x in tensors_of(result) if not x.is_meta))  # reads what was returned
+
+
+def check_wrong_after_right(draw: Draw, name: str, tensors: list[Tensor], options: dict[str, Any]) -> None:
+    """The public function twice with the right arguments, which it knows then, and once with wrong tensors."""
+    for _ in range(2):
+        results(name, (tensors, options), "cpu", 0)
+    count = len(tensors_of((tensors, options)))
+    spoiled = {draw.randrange(count) for _ in range(draw.choice((1, 1, 2)))}
+    at = itertools.count()
+    wrong = mapped((tensors, options), lambda x: spoiled_tensor(draw, x) if next(at) in spoiled else x)
+    try:
+        float(sum(x.double().sum() for x in tensors_of(results(name, wrong, "cpu", 0)) if not x.is_meta))
+    except Exception:
+        return
 
 
 class Recorded(torch.utils._python_dispatch.TorchDispatchMode):

@@ -200,6 +200,104 @@ def test_a_subclass_has_the_same_values(op):
     assert torch.equal(found.as_subclass(torch.Tensor), op(*tensors))
 
 
+def _resized(t, size):
+    t = t.clone()
+    t.untyped_storage().resize_(size)
+    return t
+
+
+def _moved(t, offset):
+    moved = torch.cat([t.flatten()[:offset], t.flatten()])[offset:].view(t.shape)
+    moved.untyped_storage().resize_(t.nbytes)
+    return moved
+
+
+UNLIKE = {
+    "a stride": lambda t: torch.stack([t, t], -1)[..., 0],
+    "an offset": lambda t: torch.cat([t.flatten()[:3], t.flatten()])[3:].view(t.shape),
+    "an offset in as much memory": lambda t: _moved(t, 3),
+    "memory freed": lambda t: _resized(t, 0),
+    "memory cut short": lambda t: _resized(t, t.nbytes - 4),
+    "more memory": lambda t: _resized(t, 2 * t.nbytes)[...],
+    "another size": lambda t: t[:-1],
+    "another rank": lambda t: t[None],
+    "no elements": lambda t: t[..., :0],
+    "one element": lambda t: t.flatten()[:1].expand(t.shape),
+    "a lazy sign": torch._neg_view,
+    "a dtype": torch.Tensor.bfloat16,
+    "integers": torch.Tensor.long,
+    "no memory": lambda t: t.to("meta"),
+    "no tensor": lambda t: t.numpy(),
+    "nothing": lambda t: None,
+    "sparse": torch.Tensor.to_sparse,
+    "a parameter": torch.nn.Parameter,
+}
+
+
+def _outcome(call):
+    try:
+        return call().detach().bfloat16()
+    except Exception as error:
+        return type(error), str(error)
+
+
+def _is_same(one, two):
+    if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):
+        return one.shape == two.shape and one.device == two.device and (one.is_meta or one.equal(two))
+    return one == two
+
+
+@pytest.mark.parametrize("unlike", UNLIKE.values(), ids=UNLIKE)
+def test_what_is_unlike_a_known_call_is_checked(op, unlike):
+    good = op.tensors()
+    for at in range(len(good)):
+        tensors = [*good[:at], unlike(good[at]), *good[at + 1 :]]
+        _checks._known.clear()
+        expected = _outcome(lambda tensors=tensors: op(*tensors))
+        op(*good)
+        assert _is_same(_outcome(lambda tensors=tensors: op(*tensors)), expected), at
+        assert _is_same(_outcome(lambda tensors=tensors: op(*tensors)), expected), at
+
+
+def test_numbers_equal_to_those_of_a_known_call_are_checked():
+    x, weight, c, d, e = _random(1, 12, 32), _random(32, 32, 1), _random(32), _random(32), _random(32)
+    six = [_random(1, 8, 2, 16) for _ in range(6)]
+    functions: dict[str, tuple[Callable[..., Any], Any]] = {
+        "groups": (lambda value: mmattn.group_norm(x, c, d, value), 1),
+        "eps": (lambda value: mmattn.group_norm(x, c, d, 4, eps=value), 1.0),
+        "dilation": (lambda value: mmattn.dilated_conv1d(x, weight, c, dilation=value), 1),
+        "norm's groups": (lambda value: mmattn.dilated_conv1d(x, weight, c, norm=(d, e, value)), 1),
+        "segments": (lambda value: mmattn.self_attention(*six[:3], segments=value), 1),
+        "frames": (lambda value: mmattn.random_shift_attention(*six, frames=value, window=1, shift=0), 1),
+        "window": (lambda value: mmattn.random_shift_attention(*six, frames=2, window=value, shift=0), 1),
+        "shift": (lambda value: mmattn.random_shift_attention(*six, frames=2, window=1, shift=value), 1),
+    }
+    for name, (function, value) in functions.items():
+        function(value)
+        function(value)
+        for wrong in (True, 1.0 if name != "eps" else "1", [1], torch.tensor(1.0), 3 if name != "eps" else -1.0):
+            if (name, wrong) != ("dilation", 3):
+                with pytest.raises((TypeError, ValueError), match=f"^{name} is .*; expected"):
+                    function(wrong)
+
+
+def test_a_call_is_checked_once(op, monkeypatch):
+    """And its backward: of those that follow, all that the checks look at is the same."""
+    op.gradients(*op.tensors())
+    monkeypatch.setattr(_checks, "remember", None)
+    op.gradients(*op.tensors())
+
+
+def test_known_calls_are_bounded(monkeypatch):
+    monkeypatch.setattr(_checks, "_KEYS", 5)
+    monkeypatch.setattr(_checks, "_CALLS_OF_A_KEY", 3)
+    _checks._known.clear()
+    for length in range(1, 40):
+        for more in range(10):
+            mmattn.group_norm(_random(1, length + more, 8)[:, :length], *[_random(8)] * 2, 4)
+        assert len(_checks._known) <= 5 and all(len(calls) <= 3 for calls in _checks._known.values())
+
+
 def test_what_is_plain():
     x = _random(3, 4)
     with torch.inference_mode():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The command `mmdiffusion sample`: what it writes, going on after an interruption, bad input, README's example."""
 
+import contextlib
 import errno
 import json
 import os
@@ -9,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ av = pytest.importorskip("av")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
+import mmattn  # noqa: E402
 from mmdiffusion import CoupledUNet, MMDiffusionPipeline, _files, checkpoints, cli, media  # noqa: E402
 from mmdiffusion.diffusion.schedulers import make_scheduler  # noqa: E402
 from mmdiffusion.runs import convert, folder  # noqa: E402
@@ -39,7 +42,7 @@ def small_and_here(monkeypatch, tmp_path, threads):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checkpoints, "_LANDSCAPE", TINY)
     monkeypatch.setitem(checkpoints.PRESETS, "landscape", TINY)
-    monkeypatch.setattr(cli.mmattn, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr(mmattn, "keep_freed_memory", lambda: True)
     umask = os.umask(0o022)
     threads(1)
     yield
@@ -463,6 +466,175 @@ def test_a_whole_file_names_itself_alone(tmp_path, small_files):
     assert names(tmp_path) == ["new"]
 
 
+_WRITES = """
+import os, pathlib, signal, sys
+from mmdiffusion import _files
+with getattr(_files, sys.argv[1])(pathlib.Path(sys.argv[2])) as part:
+    (part / "x" if part.is_dir() else part).write_text("half")
+    print(part, flush=True)
+    if sys.argv[3] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="locks of folders")
+@pytest.mark.parametrize("kind", ["whole_file", "whole_folder"])
+def test_what_a_killed_process_left_goes_and_what_is_being_written_stays(kind, tmp_path, monkeypatch):
+    def writer(how):
+        command = [sys.executable, "-c", _WRITES, kind, str(tmp_path / "new"), how]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    with writer("killed") as killed:
+        left = next(x for x in map(pathlib.Path, killed.stdout.read().split()) if x.exists())
+    of_others = [tmp_path / f".{digits * 8}.part" for digits in ("0f", "1e")]
+    (tmp_path / "precious").mkdir()
+    of_others[0].symlink_to("precious")
+    of_others[1].write_text("no folder")
+    monkeypatch.setattr(_files, "_tidied", set())
+    with writer("alive") as alive:
+        being_written = pathlib.Path(alive.stdout.readline().strip())
+        assert not left.exists()
+        with _files.whole_file(tmp_path / "mine") as part:
+            part.write_text("mine")
+        assert being_written.exists()
+        alive.stdin.close()
+    assert names(tmp_path) == sorted(["mine", "new", "precious", *(x.name for x in of_others)])
+
+
+def test_a_folder_is_replaced_in_one_step(tmp_path, monkeypatch):
+    """Its other files stay, those too that come meanwhile, and its permissions."""
+
+    def replace(text):
+        with _files.whole_folder(target, may_replace=True) as part:
+            (part / "deep").mkdir()
+            for name in ("top", "deep/below"):
+                (part / name).write_text(text)
+            (real / "came").write_text("mine")
+
+    real, target = tmp_path / "real", tmp_path / "link"
+    (real / "deep" / "empty").mkdir(parents=True)
+    (real / "deep" / "notes").write_text("mine")
+    (real / "deep" / "to").symlink_to("notes")
+    real.chmod(0o750)
+    target.symlink_to("real")
+    exchange = _files._exchange
+
+    def exchange_late(one, other):
+        (real / "came late").write_text("mine")
+        return exchange(one, other)
+
+    monkeypatch.setattr(_files, "_exchange", exchange_late)
+    replace("one")
+    replace("two")
+    contents = {str(x.relative_to(real)): x.read_text() for x in real.rglob("*") if x.is_file()}
+    theirs = dict.fromkeys(["came", "came late", "deep/notes", "deep/to"], "mine")
+    assert contents == {"top": "two", "deep/below": "two", **theirs}
+    assert target.is_symlink() and (real / "deep" / "to").is_symlink() and (real / "deep" / "empty").is_dir()
+    assert real.stat().st_mode & 0o777 == 0o750 and names(tmp_path) == ["link", "real"]
+    monkeypatch.setattr(_files, "_exchange", lambda *_: False)  # as on other systems: one by one
+    replace("three")
+    assert (real / "top").read_text() == (real / "deep" / "below").read_text() == "three"
+    assert (real / "deep" / "notes").read_text() == "mine" and names(tmp_path) == ["link", "real"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="an exchange of two folders")
+def test_a_replaced_folder_is_whole_at_any_time(tmp_path):
+    target = tmp_path / "model"
+    stop = threading.Event()
+    mixed = []
+
+    def look():
+        while not stop.is_set():
+            folder = os.open(target, os.O_RDONLY)
+            texts = set()
+            for name in ("a", "b", "c"):
+                with contextlib.suppress(FileNotFoundError):  # of the one that has gone
+                    file = os.open(name, os.O_RDONLY, dir_fd=folder)
+                    texts.add(os.read(file, 9))
+                    os.close(file)
+            os.close(folder)
+            mixed.extend([texts] * (len(texts) > 1))
+
+    def replace(number):
+        with _files.whole_folder(target, may_replace=True) as part:
+            for name in ("a", "b", "c"):
+                (part / name).write_text(str(number))
+
+    replace(0)
+    thread = threading.Thread(target=look)
+    thread.start()
+    for number in range(1, 300):
+        replace(number)
+    stop.set()
+    thread.join()
+    assert not mixed and names(target) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("theirs", ["file", "folder"])
+def test_a_folder_does_not_take_the_place_of_what_is_no_folder(theirs, tmp_path):
+    (tmp_path / "model" / "other").mkdir(parents=True)
+    in_the_way = tmp_path / "model" / "unet"
+    in_the_way.write_text("mine") if theirs == "file" else in_the_way.mkdir()
+    with (
+        pytest.raises(FileExistsError, match=r"unet is in the way: '.*model'"),
+        _files.whole_folder(tmp_path / "model", may_replace=True) as part,
+    ):
+        (part / "unet").mkdir() if theirs == "file" else (part / "unet").write_text("ours")
+    assert names(tmp_path / "model") == ["other", "unet"] and names(tmp_path) == ["model"]
+
+
+def test_tensors_are_read_from_a_file_and_not_mapped(tmp_path):
+    """Else they change with the file, and a process that uses them dies when another cuts it off."""
+    file = tmp_path / "x.safetensors"
+    tensors = {
+        "x": torch.randn(1000, 7),
+        "half": torch.randn(3).bfloat16(),
+        "none": torch.ones(0, 2),
+        "one": torch.tensor(7),
+        "true": torch.tensor([True, False]),
+    }
+    _files.save_safetensors(tensors, file, {"who": "me"})
+    found, notes = _files.read_safetensors(file)
+    with open(file, "r+b") as other:
+        other.write(bytes(file.stat().st_size))
+    assert found.keys() == tensors.keys() and notes == {"who": "me"}
+    assert all(torch.equal(x, found[name]) and x.dtype == found[name].dtype for name, x in tensors.items())
+
+
+def _entry(dtype="F32", shape=(2,), offsets=(0, 8)):
+    return {"x": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
+
+
+HEADERS = {
+    "no JSON": b"{nope",
+    "list": [],
+    "null": None,
+    "entry": {"x": 3},
+    "dtype": _entry("F99"),
+    "negative": _entry(shape=(-1, -2)),
+    "fraction": _entry(shape=(2.0,)),
+    "another size": _entry(shape=(3,)),
+    "past the end": _entry(offsets=(4, 12)),
+    "before the beginning": _entry(offsets=(-8, 0)),
+    "huge": _entry(shape=(2**61,), offsets=(0, 2**63)),
+    "notes": {"__metadata__": 3, **_entry()},
+    "deep": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
+def test_a_file_with_another_header_is_refused(header, tmp_path):
+    file = tmp_path / "x.safetensors"
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    for length in (len(text), 2**62):
+        file.write_bytes(length.to_bytes(8, "little") + text + bytes(8))
+        with pytest.raises(ValueError, match=r"x\.safetensors cannot be read as a checkpoint: it"):
+            checkpoints.read(file)
+        with pytest.raises(ValueError, match=r"x\.safetensors cannot be read as a checkpoint: it"):
+            checkpoints.shapes(file)
+
+
 DIRECTORY = {
     "cut": (lambda weights, config: weights.write_bytes(weights.read_bytes()[:-1]), "model.safetensors cannot be read"),
     "pointer": (lambda weights, config: weights.write_text("version https://x"), "model.safetensors cannot be read"),
@@ -496,6 +668,13 @@ PIPELINE = {
         "'UNet2DModel'], and made/unet/config.json is of a CoupledUNet; expected one class in both",
     ),
     "scheduler is no JSON": ("scheduler/scheduler_config.json", lambda _: "{", "scheduler_config.json is no JSON"),
+    "pipeline of others": (
+        "model_index.json",
+        lambda x: {**x, "_class_name": "DDPMPipeline"},
+        "model_index.json is of a DDPMPipeline; expected one of MMDiffusionPipeline, SuperResolutionPipeline",
+    ),
+    "no scheduler": ("model_index.json", lambda x: {**x, "scheduler": None}, "has scheduler None, and made/scheduler/"),
+    "scheduler of nothing": ("scheduler/scheduler_config.json", lambda _: {}, "scheduler_config.json is of a None;"),
     "fewer steps": (
         "scheduler/scheduler_config.json",
         lambda x: {**x, "num_train_timesteps": 10},
@@ -524,6 +703,18 @@ def test_a_directory_of_another_pipeline(model, capsys, name, change, expected):
     for command in ("info made", "sample --model made --out out", "convert made back.pt"):
         assert expected in refused(capsys, *command.split())
     assert names(".") == ["made", "tiny.pt"]
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "scheduler/scheduler_config.json"])
+def test_what_a_directory_of_a_pipeline_lacks_is_not_passed_over(model, capsys, name):
+    cli.main(["convert", model, "made"])
+    file = pathlib.Path("made", name)
+    file.unlink()
+    file.symlink_to("gone")
+    assert f"No such file or directory: 'made/{name}'" in refused(capsys, "info", "made")
+    if name != "model_index.json":  # without one, it is no directory of a pipeline
+        file.unlink()
+        assert f"No such file or directory: 'made/{name}'" in refused(capsys, "info", "made")
 
 
 def _configure(file, **changes):
@@ -656,13 +847,29 @@ def test_no_permission(model, capsys):
 def test_version(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])
-    assert capsys.readouterr().out == f"mmdiffusion {cli.mmattn.__version__}\n"
+    assert capsys.readouterr().out == f"mmdiffusion {mmattn.__version__}\n"
 
 
 def test_choices_are_listed(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["sample", "--model", "tiny.pt", "--out", "out", "--scheduler", "euler"])
     assert re.search("euler.*ddpm.*ddim.*dpmsolver.*unipc", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    {
+        "sample --out o --modle tiny.pt": "unrecognized arguments: --modle tiny.pt; did you mean --model?",
+        "data check films --sheat=a.png": "unrecognized arguments: --sheat=a.png; did you mean --sheet?",
+        "sample --out o stray": "unrecognized arguments: stray",
+    }.items(),
+)
+def test_an_unknown_option(capsys, line, expected):
+    """Refused in the name of the subcommand, with the one that is near."""
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(line.split())
+    name = " ".join(line.split()[: 2 if line.startswith("data") else 1])
+    assert capsys.readouterr().err.endswith(f"mmdiffusion {name}: error: {expected}\n")
 
 
 def test_tiny_preset(capsys):

@@ -421,7 +421,7 @@ def test_folders_that_are_refused(folders, tmp_path):
         run(command(folders, tmp_path, tmp_path / "empty"))
     with pytest.raises(ValueError, match="one has 1 clips of 16 frames; expected 2 or more"):
         run(command(folders, tmp_path, tmp_path / "one"))
-    with pytest.raises(NotADirectoryError, match="nothing'; expected a folder of films"):
+    with pytest.raises(NotADirectoryError, match="nothing', which is not there; expected a folder of films"):
         run(command(folders, tmp_path, tmp_path / "nothing"))
     with pytest.raises(ValueError, match="frames is 8; expected 9 to 1000"):
         command(folders, tmp_path, "others", frames=8)

@@ -28,7 +28,7 @@ def test_a_case_follows_from_its_number():
 
 
 @needs_extension
-def test_a_wrong_result_is_a_finding(monkeypatch):
+def test_a_wrong_result_is_a_finding(monkeypatch, instruction_set):
     right = fuzz_ops.results
     monkeypatch.setattr(
         fuzz_ops, "results", lambda *a, **o: [1.01 * x for x in right(*a, **o)] if "cpu" in a else right(*a, **o)

@@ -33,6 +33,7 @@ from mmdiffusion.clips import ClipFormat
 from mmdiffusion.data import SyntheticClips, to_clip
 from mmdiffusion.media import open_film, write_audio, write_video
 from mmdiffusion.runs import study as job
+from mmdiffusion.runs.jobs import ServeStudy
 from mmdiffusion.study import QUESTIONS, Study, make_app, make_study, tally
 from mmdiffusion.study.tally import alpha, figure
 from mmdiffusion.study.votes import Vote, balanced_order
@@ -586,7 +587,7 @@ def test_the_end_waits_for_nobody(study, monkeypatch, caplog, capsys):
     try:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             client = pool.submit(connect_and_end)
-            said = job.serve(job.Serve(study=study.path, port=address[1]))
+            said = job.serve(ServeStudy(study=study.path, port=address[1]))
             ended.set()
             client.result()
     finally:

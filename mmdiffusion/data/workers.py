@@ -19,6 +19,7 @@ def read_by(workers: int, dataset: Dataset[Any], order: Iterable[Any] | None = N
     """
     if workers:
         gc.collect()
+        _refuse_without_shared_memory(workers)
     loader = DataLoader(
         dataset,
         sampler=order,
@@ -31,6 +32,15 @@ def read_by(workers: int, dataset: Dataset[Any], order: Iterable[Any] | None = N
         **options,
     )
     return iter(loader)
+
+
+def _refuse_without_shared_memory(workers: int) -> None:
+    """The first thing that workers need; without it, a loader that is half made says more as it goes."""
+    try:
+        torch.multiprocessing.Lock()
+    except OSError as error:
+        found = f"workers is {workers}, and there is no shared memory for them ({error.strerror or error})"
+        raise OSError(error.errno, f"{found}; expected 0, or a /dev/shm that can be written") from error
 
 
 def _as_it_is(found: Any) -> Any:

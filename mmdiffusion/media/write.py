@@ -28,7 +28,13 @@ _HIGHEST_RATE = 1_000_000  # samples a second
 
 
 def write_video(
-    path: Path, video: Tensor, audio: Tensor | None = None, *, fps: Rate = FRAME_RATE, sample_rate: int = SAMPLE_RATE
+    path: Path,
+    video: Tensor,
+    audio: Tensor | None = None,
+    *,
+    fps: Rate = FRAME_RATE,
+    sample_rate: int = SAMPLE_RATE,
+    may_replace: bool = True,
 ) -> None:
     """Write an MP4 of H.264 and AAC whose first frame and first sample are at time 0.
 
@@ -39,13 +45,14 @@ def write_video(
         fps: frames per second, kept exactly; Fraction(30000, 1001) too.
         sample_rate: one that AAC has, 8000 to 96000, or below 8000 a divisor of one, at which the same sound is
             written: 4000 at 8000.
+        may_replace: whether a file that is there goes.
 
     Raises:
         ValueError: on another shape or rate, or a stream with NaN.
-        OSError: if the file cannot be written.
+        OSError: if the file cannot be written; FileExistsError, if there is one that may not be replaced.
     """
     film = _film(video, audio, fps, sample_rate)
-    with whole_file(path) as part:
+    with whole_file(path, may_replace=may_replace) as part:
         part.write_bytes(film)
 
 
@@ -122,18 +129,21 @@ def write_audio(path: Path, audio: Tensor, *, sample_rate: int = SAMPLE_RATE) ->
         file.writeframes((clamped(audio).T * 32768).round().clamp(max=32767).numpy().astype("<i2").tobytes())
 
 
-def write_image(path: Path, image: Tensor) -> None:
+def write_image(path: Path, image: Tensor, *, may_replace: bool = True) -> None:
     """Write a PNG of an image [3, H, W], any floating dtype and device, clamped to [-1, 1].
+
+    Args:
+        may_replace: whether a file that is there goes.
 
     Raises:
         ValueError: on another shape.
-        OSError: if the file cannot be written.
+        OSError: if the file cannot be written; FileExistsError, if there is one that may not be replaced.
     """
     from matplotlib.image import imsave
 
     if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
         raise ValueError(f"image has shape {list(image.shape)}; expected [3, H, W]")
-    with whole_file(path) as part:
+    with whole_file(path, may_replace=may_replace) as part:
         imsave(part, to_bytes(image), format="png")
 
 

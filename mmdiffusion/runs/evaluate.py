@@ -3,24 +3,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
-from typing import Any, ClassVar
+from typing import Any
 
 from mmdiffusion._files import printable, whole_file
 from mmdiffusion.clips import STREAMS
 from mmdiffusion.evaluation import frechet_distance, kernel_distance
 from mmdiffusion.evaluation.statistics import mean_and_error
 from mmdiffusion.runs import memorisation
+from mmdiffusion.runs.jobs import FIXED, Evaluate
 from mmdiffusion.runs.measure import Found, Measure
-from mmdiffusion.runs.options import check, option, refuse_unused
 from mmdiffusion.runs.processes import Processes
 from mmdiffusion.runs.results import files_of, said_if_not_written, write_texts
 
 _LABEL = 40  # letters of a folder's name in the picture, its last ones
 _FAD_SCALE = 10_000
-_FIXED = {"clips": 2048, "frames": 16, "size": 64, "fps": 10.0, "sample_rate": 16000}  # by `published`
 
 _FAULTS = """Where the published script errs, and what is done here:
 - AudioCLIP is given sound in [-1, 1] where it expects 16-bit units, and normalises by the statistics of the 8 clips
@@ -33,71 +31,6 @@ _FAULTS = """Where the published script errs, and what is done here:
 - Pictures are cut to whole levels after rounding errors, by which some are a level too dark. Here they are rounded.
 - Distances are computed in float32, which is off by up to 0.5%. Here in float64.
 - Films that cannot be read are passed over in silence, and another clip is taken. Here they are named below."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluate:
-    """Compare folders of films, of any model, with a folder of real ones: Frechet and kernel distances of both streams
-    and the agreement of motion and sound, each with its standard error. Silent films and sounds alone are measured by
-    what they have. With published weights of I3D and AudioCLIP the distances are FVD, KVD and FAD; without them they
-    are of low-level statistics, which docs/evaluation.md describes. What is measured of a film is kept by its content,
-    so that the same command again goes on where it was stopped; processes of `accelerate launch` share the films.
-    """
-
-    summary: ClassVar = "films of models against real ones: distances, synchrony and memorisation"
-    examples: ClassVar = (
-        "eval --real films --fake ours theirs",
-        "eval --real films --fake ours --i3d i3d.pt --audioclip AudioCLIP-Full-Training.pt --out table",
-        "eval --real train --fake ours --i3d i3d.pt --audioclip AudioCLIP-Full-Training.pt --published",
-        "eval --real held-out --fake ours --training train --out table    # does it repeat training films?",
-    )
-
-    real: pathlib.Path = option("folder of real films", metavar="DIR")
-    fake: tuple[pathlib.Path, ...] = option("folders to compare with it", metavar="DIR")
-    i3d: pathlib.Path | None = option("published weights of I3D", default=None)
-    audioclip: pathlib.Path | None = option("published weights of AudioCLIP", default=None)
-    published: bool = option(
-        "all as the published script has it: 2048 clips, drawn of those that begin at every frame, the first channel "
-        "of sound, FAD times 10,000; says where that script errs",
-        default=False,
-    )
-    training: pathlib.Path | None = option(
-        "folder of what the models were trained on: finds the nearest clip of it for each clip of --fake, beside those "
-        "for the clips of --real, which no model may have seen then",
-        default=None,
-        metavar="DIR",
-    )
-    training_step: int = option(
-        "frames between the beginnings of training clips that are compared", default=4, minimum=1, maximum=1000
-    )
-    out: pathlib.Path | None = option(
-        "writes OUT.md, OUT.json and OUT.png; with --training OUT.nearest.png and OUT.pairs-N.png too, N of --fake",
-        default=None,
-    )
-    clips: int = option("of a folder at most, the first of its films", default=2048, minimum=2, maximum=1_000_000)
-    frames: int = option("of a clip", default=16, minimum=9, maximum=1000)
-    size: int = option("height and width, to which pictures are letterboxed", default=64, minimum=8, maximum=1024)
-    fps: float = option("frames a second", default=10.0, minimum=0.1, maximum=1000)
-    sample_rate: int = option(
-        "samples a second; AudioCLIP takes its own", default=16000, minimum=2000, maximum=1_000_000
-    )
-    cache: pathlib.Path | None = option(
-        "folder of what is known of films; mmdiffusion in the user's cache if not given", default=None
-    )
-    device: str | None = option("cpu, cuda, cuda:1; by default CUDA where there is one", default=None)
-    force: bool = option("overwrite what is there", default=False)
-
-    def __post_init__(self) -> None:
-        check(self)
-        refuse_unused(self, self.out, "out", "force")
-        refuse_unused(self, self.training, "training", "training_step")
-        for name, value in _FIXED.items() if self.published else ():
-            if getattr(self, name) != value:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected {value:g}, as published fixes it")
-        if self.published and not (self.i3d or self.audioclip):
-            raise ValueError("published is given without weights; expected i3d, audioclip or both")
-        if self.training and self.training.resolve() == self.real.resolve():
-            raise ValueError(f"training is {self.training}, as real is; expected films in real that no model has seen")
 
 
 def run(job: Evaluate) -> str:
@@ -138,20 +71,20 @@ def run(job: Evaluate) -> str:
         }
         with said_if_not_written(text):
             write_texts(outputs, {".md": text, ".json": json.dumps(content, indent=1)}, job.force)
-            _plot(rows, outputs[".png"])
+            _plot(rows, outputs[".png"], job.force)
             if nearest and job.training:
-                memorisation.plot(nearest, outputs[".nearest.png"])
+                memorisation.plot(nearest, outputs[".nearest.png"], may_replace=job.force)
                 for folder, compared, suffix in zip(job.fake, nearest.values(), pairs, strict=True):
-                    memorisation.sheet(measure, folder, job.training, compared, outputs[suffix])
+                    memorisation.sheet(measure, folder, job.training, compared, outputs[suffix], may_replace=job.force)
     return text
 
 
 def _said_of_published(names: list[str], found: list[Found]) -> list[str]:
     lines = []
     for number, (name, x) in enumerate(zip(names, found, strict=True)):
-        if x.count < _FIXED["clips"]:
+        if x.count < FIXED["clips"]:
             lines.append(
-                f"{name} has {x.count} clips; published figures are of {_FIXED['clips']}, and are not to be compared"
+                f"{name} has {x.count} clips; published figures are of {FIXED['clips']}, and are not to be compared"
             )
         if number and x.recoded:
             lines.append(
@@ -206,7 +139,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+def _plot(rows: list[dict[str, Any]], path: pathlib.Path, may_replace: bool) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -227,5 +160,5 @@ def _plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
         axes.errorbar(values, places, xerr=[0 if e != e else e for e in errors], fmt="o", capsize=3)
         axes.set_title(title, size=9)
         axes.grid(alpha=0.3, axis="x")
-    with whole_file(path) as part:
+    with whole_file(path, may_replace=may_replace) as part:
         figure.savefig(part, format="png", dpi=110)

@@ -129,7 +129,7 @@ class Measure:
             films[name] = measured
             count += max(len(x) for x in measured["starts"].values())
         if count < 2:
-            why = "; ".join(list(refused.values())[:3]) or "it is empty"
+            why = "; ".join(f"{name} {reason}" for name, reason in list(refused.items())[:3]) or "it is empty"
             raise ValueError(f"{folder} has {count} clips of {self.job.frames} frames; expected 2 or more ({why})")
         features = {
             key: torch.cat(parts)[:most]

@@ -80,7 +80,7 @@ def table(found: Mapping[str, list[Compared]]) -> str:
     return "\n".join(lines)
 
 
-def plot(found: Mapping[str, list[Compared]], path: pathlib.Path) -> None:
+def plot(found: Mapping[str, list[Compared]], path: pathlib.Path, *, may_replace: bool) -> None:
     """The distribution of the distance to the nearest training clip, of the films and of held-out clips."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -102,12 +102,18 @@ def plot(found: Mapping[str, list[Compared]], path: pathlib.Path) -> None:
     axes.legend(fontsize=7)
     all_axes = figure.get_axes()
     all_axes[0].set_ylabel("share of the clips that are as near")
-    with whole_file(path) as part:
+    with whole_file(path, may_replace=may_replace) as part:
         figure.savefig(part, format="png", dpi=110)
 
 
 def sheet(
-    measure: Measure, folder: pathlib.Path, training: pathlib.Path, compared: list[Compared], path: pathlib.Path
+    measure: Measure,
+    folder: pathlib.Path,
+    training: pathlib.Path,
+    compared: list[Compared],
+    path: pathlib.Path,
+    *,
+    may_replace: bool,
 ) -> None:
     """The clips that are nearest to a training clip by any measure, each above that clip."""
     best: dict[Place, tuple[float, Compared, int]] = {}
@@ -123,7 +129,7 @@ def sheet(
             f"nearest training clip by {x.name}, at {share:.2f} of the usual distance: {x.training[i]}",
         ]
     rates = {"fps": measure.job.fps, "sample_rate": measure.job.sample_rate}
-    write_image(path, contact_sheet(clips, titles, **rates))  # type: ignore[arg-type]
+    write_image(path, contact_sheet(clips, titles, **rates), may_replace=may_replace)  # type: ignore[arg-type]
 
 
 def _vectors(features: Tensor) -> Tensor:

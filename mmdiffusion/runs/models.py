@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -20,34 +20,14 @@ from mmdiffusion.diffusion.schedulers import make_scheduler
 from mmdiffusion.diffusion.superres import SuperResolutionPipeline
 from mmdiffusion.model.superres import SuperResolutionUNet
 from mmdiffusion.model.unet import CoupledUNet
-from mmdiffusion.runs.options import check, option
+from mmdiffusion.runs.jobs import PACKAGED, ModelJob
 
 AnyNetwork = TypeVar("AnyNetwork", CoupledUNet, SuperResolutionUNet)
-
-PACKAGED = pathlib.Path(__file__).resolve().parent.parent / "weights" / "small"
-"""The model that comes with the package: of the synthetic world, a directory of its pipeline."""
 
 _PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 """What of a scheduler's configuration a network is trained for."""
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelJob:
-    """Options that all jobs with a model have."""
-
-    preset: str | None = option(
-        "configuration of a published model, or a tiny one", default=None, choices=tuple(checkpoints.PRESETS)
-    )
-    config: pathlib.Path | None = option(
-        "JSON with arguments of the network, over what is inferred", default=None, metavar="FILE"
-    )
-
-    def __post_init__(self) -> None:
-        check(self)
-        if self.preset and self.config:
-            raise ValueError(f"preset is {self.preset} and config {self.config}; expected one of them")
+_PIPELINES = (MMDiffusionPipeline.__name__, SuperResolutionPipeline.__name__)
 
 
 def load(source: pathlib.Path, job: ModelJob) -> CoupledUNet:
@@ -73,7 +53,7 @@ def load_pipeline(
     source: pathlib.Path, job: ModelJob, scheduler: str, dtype: str, device: torch.device
 ) -> MMDiffusionPipeline:
     """The pipeline of the model of `load`."""
-    return pipeline_of(torch.nn.Module.to(load(source, job), device, DTYPES[dtype]), scheduler)
+    return pipeline_of(torch.nn.Module.to(load(source, job), device, getattr(torch, dtype)), scheduler)
 
 
 def load_any(source: pathlib.Path, job: ModelJob) -> CoupledUNet | SuperResolutionUNet:
@@ -114,7 +94,7 @@ def load_superres(
     channels = unet.config["in_channels"]
     if channels != 3:
         raise ValueError(f"{source} has in_channels {channels}; expected 3, of colour")
-    made = superres_pipeline_of(torch.nn.Module.to(unet, device, DTYPES[dtype]), scheduler)
+    made = superres_pipeline_of(torch.nn.Module.to(unet, device, getattr(torch, dtype)), scheduler)
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -122,7 +102,9 @@ def load_superres(
 def superres_pipeline_of(unet: SuperResolutionUNet, scheduler: str = "ddim") -> SuperResolutionPipeline:
     """With a scheduler, by name, that takes the variance where the network has learned one."""
     has_variance = unet.config["out_channels"] == 2 * unet.config["in_channels"]
-    return SuperResolutionPipeline(unet, make_scheduler(scheduler, has_learned_variance=has_variance))
+    predicted = unet.config["prediction_type"]
+    made = make_scheduler(scheduler, has_learned_variance=has_variance, prediction_type=predicted)
+    return SuperResolutionPipeline(unet, made)
 
 
 def load_superres_unet(source: pathlib.Path, config: pathlib.Path | None) -> SuperResolutionUNet:
@@ -171,24 +153,34 @@ def _of_folder(cls: type[AnyNetwork], source: pathlib.Path) -> AnyNetwork:
 
 def _folder_of_network(source: pathlib.Path) -> pathlib.Path:
     index = source / "model_index.json"
-    folder = source / "unet" if index.exists() else source
+    is_pipeline = os.path.lexists(index)  # a link to nothing is read too, and refused
+    folder = source / "unet" if is_pipeline else source
     if not (folder / "config.json").is_file():
         raise ValueError(f"{source} is a directory without config.json; expected one of save_pretrained")
-    if index.exists():
+    if is_pipeline:
+        parts = read_config(index)
+        if (name := parts.get("_class_name")) not in _PIPELINES:
+            raise ValueError(f"{index} is of a {name}; expected one of {', '.join(_PIPELINES)}")
         config = read_config(folder / "config.json")
-        entry = read_config(index).get("unet")
-        if not isinstance(entry, list) or entry[1:] != [config.get("_class_name")]:
-            found = f"{index} has unet {entry!r}, and {folder / 'config.json'} is of a {config.get('_class_name')}"
-            raise ValueError(f"{found}; expected one class in both")
-        _refuse_other_process(source / "scheduler" / "scheduler_config.json", config)
+        _refuse_another_class(index, parts.get("unet"), folder / "config.json", config)
+        file = source / "scheduler" / "scheduler_config.json"
+        found = read_config(file)
+        _refuse_another_class(index, parts.get("scheduler"), file, found)
+        _refuse_other_process(file, found, config)
     return folder
 
 
-def _refuse_other_process(file: pathlib.Path, config: Mapping[str, Any]) -> None:
+def _refuse_another_class(index: pathlib.Path, entry: Any, file: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Refuse a part of a pipeline that is not what the pipeline's index says, [module, class]."""
+    name = config.get("_class_name")
+    if not isinstance(entry, list) or name is None or entry[1:] != [name]:
+        found = f"{index} has {file.parent.name} {entry!r}, and {file} is of a {name}"
+        raise ValueError(f"{found}; expected one class in both")
+
+
+def _refuse_other_process(file: pathlib.Path, found: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """Refuse the directory of a network of another diffusion than that of `make_scheduler`, which jobs take."""
-    if not file.exists():
-        return
-    found, ours = read_config(file), make_scheduler("ddpm").config
+    ours = make_scheduler("ddpm").config
     expected = {name: ours[name] for name in _PROCESS} | {"prediction_type": config.get("prediction_type", "epsilon")}
     for name, value in expected.items():
         if (other := found.get(name, value)) != value:

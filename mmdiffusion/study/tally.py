@@ -96,8 +96,15 @@ class Tally:
             "alpha": "Krippendorff's; ordinal of video, sound and fit, nominal of real",
         }
 
-    def plot(self, path: pathlib.Path) -> None:
-        """Write a PNG: scores and shares with their intervals."""
+    def plot(self, path: pathlib.Path, *, may_replace: bool = True) -> None:
+        """Write a PNG: scores and shares with their intervals.
+
+        Args:
+            may_replace: whether a file that is there goes.
+
+        Raises:
+            OSError: if it cannot be written; FileExistsError, if there is one that may not be replaced.
+        """
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure as Picture
 
@@ -116,7 +123,7 @@ class Tally:
                 axes.axhline(0.5, color="0.6", linewidth=1, linestyle=":")
             axes.set_title(TITLES[question], size=10)
             axes.grid(alpha=0.3, axis="y")
-        with whole_file(path) as part:
+        with whole_file(path, may_replace=may_replace) as part:
             picture.savefig(part, format="png", dpi=110)
 
 

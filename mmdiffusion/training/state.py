@@ -13,10 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mmdiffusion._files import save_safetensors, whole_file
+from mmdiffusion._files import read_safetensors, save_safetensors, whole_file
 from mmdiffusion.training.ema import EMA
 from mmdiffusion.training.recipe import Recipe
 from mmdiffusion.training.timesteps import make_timesteps
@@ -233,11 +232,9 @@ def read_state(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         OSError, ValueError: if it cannot be read, or is something else.
     """
     try:
-        with safe_open(path, "pt") as file:
-            content = json.loads((file.metadata() or {})["state"])
-            # Copies, since the file may be removed, or its disk, while they are in use.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
+        tensors, notes = read_safetensors(path)
+        content = json.loads(notes["state"])
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as a state of training: {error}") from error
     found = content.get("format") if isinstance(content, dict) else None
     if found != _FORMAT:
