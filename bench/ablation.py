@@ -31,7 +31,7 @@ import tables
 from mmdiffusion import checkpoints
 from mmdiffusion._files import whole_file
 from mmdiffusion.clips import STREAMS
-from mmdiffusion.runs import synchrony, train
+from mmdiffusion.runs import jobs, synchrony, train
 from mmdiffusion.runs.models import read_config
 from mmdiffusion.training.log import Log
 
@@ -66,9 +66,7 @@ FIGURES = {
 }
 """Of a run, by the names in its row: the columns of the table, and the panels of the picture."""
 
-GIVEN = tuple(
-    f"{way}, {guidance}" for way, given in synchrony.WAYS.items() if given for guidance in synchrony.GUIDANCES
-)
+GIVEN = tuple(f"{way}, {guidance}" for way, given in jobs.WAYS.items() if given for guidance in jobs.GUIDANCES)
 
 
 def folder_of(name: str, seed: int, args: argparse.Namespace) -> pathlib.Path:
@@ -83,7 +81,7 @@ def go_on(name: str, seed: int, steps: int, args: argparse.Namespace) -> None:
     config = folder.with_suffix(".json")
     with whole_file(config) as part:
         part.write_text(json.dumps(changes))
-    job = train.Train(
+    job = jobs.Train(
         data="synthetic",
         out=folder / "run",
         config=config,
@@ -136,11 +134,11 @@ def sampled(folder: pathlib.Path, name: str, args: argparse.Namespace) -> dict[s
         return {}
     kept = folder / f"synchrony-{args.steps}-{args.clips}-{args.sampling_steps}"
     if not kept.with_name(kept.name + ".json").exists():
-        job = synchrony.MeasureSynchrony(
+        job = jobs.MeasureSynchrony(
             model=model,
             clips=args.clips,
             steps=args.sampling_steps,
-            ways=tuple(synchrony.WAYS) if name == BASE else ("joint",),
+            ways=tuple(jobs.WAYS) if name == BASE else ("joint",),
             out=kept,
             force=True,
         )

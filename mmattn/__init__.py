@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Fused kernels for random-shift audio-video cross-attention, as functions and drop-in torch modules.
+"""Fused kernels for audio-video attention, dilated convolution and group normalisation, as functions and torch modules.
 
 Importing this needs torch alone; Triton and the CPU extension are loaded by the first call that uses them.
 """

@@ -41,6 +41,7 @@ def swap(model: nn.Module) -> int:
         The number of different blocks whose computation was replaced by this call.
 
     Raises:
+        TypeError: if `model` is no torch.nn.Module.
         ValueError: if a block has other submodules, parameters or buffers than the published one, a projection with
             other dimensions, with a kernel larger than 1 or without bias, or a forward of its own, naming the place;
             nothing is replaced then.
@@ -48,6 +49,7 @@ def swap(model: nn.Module) -> int:
     Example:
         >>> replaced = mmattn.swap(unet)  # doctest: +SKIP
     """
+    _check_model(model)
     blocks = {
         name: module
         for name, module in model.named_modules()
@@ -61,11 +63,21 @@ def swap(model: nn.Module) -> int:
 
 
 def unswap(model: nn.Module) -> int:
-    """Give each block of `model` that `swap` has changed its own computation back; the number of them."""
+    """Give each block of `model` that `swap` has changed its own computation back; the number of them.
+
+    Raises:
+        TypeError: if `model` is no torch.nn.Module.
+    """
+    _check_model(model)
     blocks = [module for module in model.modules() if isinstance(module, _Swapped)]
     for block in blocks:
         block.__class__ = _host(block)  # type: ignore[assignment]
     return len(blocks)
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
 
 
 class _Swapped(nn.Module):

@@ -79,7 +79,8 @@ def files_below(folder: str | os.PathLike[str]) -> list[str]:
         OSError: if there is no such folder, or one below it cannot be listed.
     """
     if not os.path.isdir(folder):
-        raise NotADirectoryError(f"folder is {os.fspath(folder)!r}; expected a folder of films")
+        what = "is no folder" if os.path.exists(folder) else "is not there"
+        raise NotADirectoryError(f"folder is {os.fspath(folder)!r}, which {what}; expected a folder of films")
 
     def fail(error: OSError) -> None:
         raise error

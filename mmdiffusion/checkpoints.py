@@ -103,6 +103,7 @@ SUPERRES_PRESETS: dict[str, dict[str, Any]] = {
         "num_res_blocks": 1,
         "attention_resolutions": (-1,),
         "channel_mult": (1, 1, 2),
+        "prediction_type": "v_prediction",
     },
 }
 """Of super-resolution networks, under the names of the coupled networks whose clips they make larger."""

@@ -21,6 +21,7 @@ av = pytest.importorskip("av")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
+import mmattn  # noqa: E402
 from mmdiffusion import CoupledUNet, MMDiffusionPipeline, _files, checkpoints, cli, media  # noqa: E402
 from mmdiffusion.diffusion.schedulers import make_scheduler  # noqa: E402
 from mmdiffusion.runs import convert, folder  # noqa: E402
@@ -41,7 +42,7 @@ def small_and_here(monkeypatch, tmp_path, threads):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checkpoints, "_LANDSCAPE", TINY)
     monkeypatch.setitem(checkpoints.PRESETS, "landscape", TINY)
-    monkeypatch.setattr(cli.mmattn, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr(mmattn, "keep_freed_memory", lambda: True)
     umask = os.umask(0o022)
     threads(1)
     yield
@@ -846,13 +847,29 @@ def test_no_permission(model, capsys):
 def test_version(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])
-    assert capsys.readouterr().out == f"mmdiffusion {cli.mmattn.__version__}\n"
+    assert capsys.readouterr().out == f"mmdiffusion {mmattn.__version__}\n"
 
 
 def test_choices_are_listed(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["sample", "--model", "tiny.pt", "--out", "out", "--scheduler", "euler"])
     assert re.search("euler.*ddpm.*ddim.*dpmsolver.*unipc", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    {
+        "sample --out o --modle tiny.pt": "unrecognized arguments: --modle tiny.pt; did you mean --model?",
+        "data check films --sheat=a.png": "unrecognized arguments: --sheat=a.png; did you mean --sheet?",
+        "sample --out o stray": "unrecognized arguments: stray",
+    }.items(),
+)
+def test_an_unknown_option(capsys, line, expected):
+    """Refused in the name of the subcommand, with the one that is near."""
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(line.split())
+    name = " ".join(line.split()[: 2 if line.startswith("data") else 1])
+    assert capsys.readouterr().err.endswith(f"mmdiffusion {name}: error: {expected}\n")
 
 
 def test_tiny_preset(capsys):

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import shutil
 import sys
 from fractions import Fraction
@@ -247,7 +248,7 @@ def test_workers_begin_while_films_are_open(folder):
 
 
 def test_bad_folders(folder, tmp_path):
-    with pytest.raises(NotADirectoryError, match="nowhere'; expected a folder of films"):
+    with pytest.raises(NotADirectoryError, match="nowhere', which is not there; expected a folder of films"):
         ClipDataset(tmp_path / "nowhere", FORM)
     (tmp_path / "bare").mkdir()
     with pytest.raises(ValueError, match="bare', with no files; expected films with sound"):
@@ -459,19 +460,28 @@ def test_open_dataset(folder, tmp_path, packed):
 def test_commands(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     form = ["--frames", "4", "--size", "16"]
-    cli.main(["data", "check", "films", "--clips", "2", "--workers", "1", *form])
+    sheet = ["--sheet", "clips.png"]
+    cli.main(["data", "check", "films", *sheet, "--clips", "2", "--workers", "1", *form])
     said = capsys.readouterr().out
     assert "rain/silent.mp4 " in said and "no sound (h264 24 x 32 at 20 a second)" in said
     assert "2 films of 0.1 minutes, 32 clips; clips.png has 2" in said and "1 refused: no sound" in said
     assert (tmp_path / "clips.png").stat().st_size > 1000
     with pytest.raises(SystemExit):
-        cli.main(["data", "check", "films", *form])
+        cli.main(["data", "check", "films", *sheet, *form])
     assert "clips.png exists; --force overwrites it" in capsys.readouterr().err
     cli.main(["data", "pack", "films", "films.pack", *form])
     said = capsys.readouterr().out
     assert "2 films, 32 clips" in said and "left out sound.wav: no picture" in said
-    cli.main(["data", "check", "films.pack", "--force", *form])
-    assert "films.pack is whole: 2 films, 32 clips" in capsys.readouterr().out
+    cli.main(["data", "check", "films.pack", *sheet, "--force", *form])
+    assert "films.pack is whole: 2 films, 32 clips; clips.png has 8" in capsys.readouterr().out
+    for _ in range(2):  # as often as one likes: nothing is written
+        cli.main(["data", "check", "films", *form])
+        assert "2 films of 0.1 minutes, 32 clips\n" in capsys.readouterr().out
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "one.mp4").write_bytes(b"no film")
+    with pytest.raises(SystemExit):
+        cli.main(["data", "check", "broken", *form])
+    assert re.search(r"one\.mp4 .* is no media file", capsys.readouterr().out)
     cli.main(["data", "synthetic", "balls", "--clips", "2", "--measured", "8", "--size", "16", "--sample-rate", "8000"])
     assert "100.0% of" in capsys.readouterr().out
     assert sorted(x.name for x in (tmp_path / "balls").iterdir()) == [
@@ -489,7 +499,20 @@ def test_pictures_and_films_that_came_meanwhile_are_not_overwritten(folder, tmp_
     commands = {
         "balls/synthetic-0001.mp4": ["data", "synthetic", "balls", "--clips", "2", "--measured", "2", *form],
         "balls/sheet.png": ["data", "synthetic", "balls", "--clips", "1", "--measured", "2", *form],
-        "clips.png": ["data", "check", str(folder), "--clips", "1", "--frames", "4", "--workers", "1", *form],
+        "clips.png": [
+            "data",
+            "check",
+            str(folder),
+            "--sheet",
+            "clips.png",
+            "--clips",
+            "1",
+            "--frames",
+            "4",
+            "--workers",
+            "1",
+            *form,
+        ],
     }
     for name, command in commands.items():
         path = pathlib.Path(name)

@@ -133,3 +133,30 @@ def test_the_ground_draws_nothing(name):
     """What is under all draws no picture and no bar."""
     pytest.importorskip("diffusers")
     assert name in loaded_by(f"import {name}", absent={"matplotlib"})
+
+
+@pytest.mark.parametrize("line", ("--version", "--help", "sample --help", "train films", "sample --out o --steps none"))
+def test_the_command_answers_without_torch(line):
+    """Help, and arguments that are refused, before what takes seconds to load."""
+    pytest.importorskip("diffusers")
+    statement = f"""
+from mmdiffusion import cli
+try:
+    cli.main({line.split()!r})
+except SystemExit:
+    pass
+"""
+    loaded = loaded_by(statement)
+    assert "mmdiffusion.runs.jobs" in loaded
+    assert not any(is_in(x, "torch", "diffusers", "numpy", "av", "matplotlib", "mmattn") for x in loaded)
+
+
+def test_what_is_public_is_there_at_once():
+    """As an attribute, with no import of its own, though it is loaded no sooner."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("av")
+    loaded = loaded_by(
+        "import mmdiffusion\nmmdiffusion.CoupledUNet, mmdiffusion.data.open_dataset, mmdiffusion.media.read_clip"
+    )
+    assert {"mmdiffusion.model.unet", "mmdiffusion.data", "mmdiffusion.media"} <= loaded
+    assert "mmdiffusion.training" not in loaded

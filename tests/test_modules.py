@@ -521,6 +521,12 @@ def test_a_look_alike_is_refused_and_leaves_the_model_whole(name):
             RandomShiftAttention.from_published(model[0])
 
 
+@pytest.mark.parametrize("function", (mmattn.swap, mmattn.unswap))
+def test_what_is_no_module_is_refused(function):
+    with pytest.raises(TypeError, match=r"model is a str; expected a torch\.nn\.Module"):
+        function("landscape.pt")
+
+
 def test_a_subclass_with_more_in_it_is_refused():
     with pytest.raises(ValueError, match=r"block \(ScaledFork\) has a parameter q_scale"):
         mmattn.swap(ScaledFork(64))

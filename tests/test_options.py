@@ -13,11 +13,14 @@ pytest.importorskip("av")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from mmdiffusion import SuperResolutionUNet, cli
+from mmdiffusion import SuperResolutionUNet, checkpoints, cli
 from mmdiffusion.clips import ClipFormat
 from mmdiffusion.data import ClipDataset, pack
+from mmdiffusion.diffusion import schedulers
 from mmdiffusion.media import write_video
+from mmdiffusion.runs import jobs
 from mmdiffusion.runs.options import refuse_unused
+from mmdiffusion.training import recipe
 
 UNUSED = {
     "sample --out o --start 1": "start is 1.0, which has no effect here; expected audio_from or video_from with it",
@@ -42,6 +45,9 @@ UNUSED = {
     "synchrony --force": "force is True, which has no effect here; expected out with it",
     "synchrony --preset tiny": "has its own configuration; expected neither --preset nor --config",
     "synchrony --config c.json": "has its own configuration; expected neither --preset nor --config",
+    "psnr synthetic --force": "force is True, which has no effect here; expected out with it",
+    "psnr films --world 2": "world is 2, which has no effect here; expected synthetic as data with it",
+    "psnr synthetic --model sr --config c.json": "sr has its own configuration; expected no --config",
     "convert sr out --preset tiny": "preset is 'tiny'; expected none, as sr is a super-resolution network",
     "convert sr out --config c.json": "sr has its own configuration; expected no --config",
     "info sr --preset tiny": "preset is 'tiny'; expected none, as sr is a super-resolution network",
@@ -50,6 +56,9 @@ UNUSED = {
     "data check films.pack --size 16 --fit crop": "fit is 'crop', which has no effect here; expected a folder with it",
     "data check films.pack --size 16 --workers 2": "workers is 2, which has no effect here; expected a folder with it",
     "data check films.pack --size 16 --cache c": "which has no effect here; expected a folder with it",
+    "data check films --size 16 --force": "force is True, which has no effect here; expected sheet with it",
+    "data check films --size 16 --clips 2": "clips is 2, which has no effect here; expected sheet with it",
+    "data check films --size 16 --seed 2": "seed is 2, which has no effect here; expected sheet with it",
     "study tally study --force": "force is True, which has no effect here; expected out with it",
 }
 """By command line, what it says."""
@@ -63,10 +72,11 @@ HAVE_AN_EFFECT = {
     "preview_every preset",
     "eval": "real fake i3d audioclip published training out clips frames size fps sample_rate cache device",
     "synchrony": "model clips steps ways scheduler seed world batch_size dtype device out",
+    "psnr": "data model frames steps scheduler seed batch_size dtype device out",
     "convert": "source target dtype force",
     "random": "config target seed force",
     "info": "path",
-    "data check": "frames size fps sample_rate source sheet clips seed force",
+    "data check": "frames size fps sample_rate source sheet",
     "data pack": "frames size fps sample_rate fit cache workers source target force",
     "data synthetic": "frames size fps sample_rate out clips measured seed force",
     "study make": "real ours other out ratings guesses seed",
@@ -84,6 +94,13 @@ def test_every_option_is_in_a_table():
         lines = " ".join(line for line in UNUSED if line.startswith(f"{command} "))
         refused = {name for name in names if f"--{name.replace('_', '-')}" in lines}
         assert names - used <= refused and used <= names, (command, names - used - refused, used - names)
+
+
+def test_choices_are_all_that_there_is():
+    """Those that are written out, so that help needs no torch."""
+    assert tuple(checkpoints.PRESETS) == jobs.PRESETS and tuple(checkpoints.SUPERRES_PRESETS) == jobs.SUPERRES_PRESETS
+    assert tuple(schedulers.SCHEDULERS) == jobs.SCHEDULERS
+    assert (recipe.WEIGHTINGS, recipe.TIMESTEPS, recipe.PRECISIONS) == (jobs.WEIGHTINGS, jobs.TIMESTEPS, jobs.DTYPES)
 
 
 @pytest.fixture(scope="module")

@@ -456,7 +456,7 @@ def test_saved_and_loaded(tmp_path):
 
 
 def test_loaded_by_the_class_of_all_pipelines(tmp_path):
-    """Without trust in code of the directory: `import mmdiffusion` makes the class known."""
+    """Without trust in code of the directory: to import the class makes it known."""
     pipeline = small("unipc")
     pipeline.save_pretrained(tmp_path)
     assert not list(tmp_path.rglob("*.py"))
@@ -523,7 +523,7 @@ def test_the_network_says_what_it_predicts(tmp_path):
     assert loaded.unet.config["prediction_type"] == "v_prediction"
     with pytest.raises(ValueError, match="prediction_type is 'sample'; expected one of 'epsilon', 'v_prediction'"):
         CoupledUNet(**SMALL_UNET, prediction_type="sample")
-    with pytest.raises(ValueError, match="has prediction_type 'v_prediction', which published checkpoints cannot say"):
+    with pytest.raises(ValueError, match="prediction_type is 'v_prediction'; expected 'epsilon', as published"):
         loaded.unet.to_published()
 
 

@@ -2,6 +2,7 @@
 """Super-resolution: the network and its checkpoints, the pipeline, the command, degradations, and the loss."""
 
 import json
+import math
 import pathlib
 import re
 import sys
@@ -17,6 +18,7 @@ av = pytest.importorskip("av")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
+import mmattn  # noqa: E402
 from mmattn.testing import relative_error  # noqa: E402
 from mmdiffusion import CoupledUNet, SuperResolutionPipeline, SuperResolutionUNet, _files, checkpoints, cli, media  # noqa: E402
 from mmdiffusion.clips import ClipFormat  # noqa: E402
@@ -24,6 +26,7 @@ from mmdiffusion.data import SyntheticClips, degrade  # noqa: E402
 from mmdiffusion.data.items import joined  # noqa: E402
 from mmdiffusion.diffusion.process import GaussianDiffusion  # noqa: E402
 from mmdiffusion.diffusion.schedulers import make_scheduler, prepared  # noqa: E402
+from mmdiffusion.runs.trained import frames_of  # noqa: E402
 from mmdiffusion.training import Recipe, train  # noqa: E402
 from mmdiffusion.training.losses import denoising_losses  # noqa: E402
 from mmdiffusion.training.superres import FrameNetwork, Frames, small_images  # noqa: E402
@@ -527,7 +530,7 @@ def test_calls_that_are_refused():
 def here(monkeypatch, tmp_path):
     """In a folder with a small network, that enlarges 4 x 4 to 16 x 16, and a film of five frames with sound."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.mmattn, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr(mmattn, "keep_freed_memory", lambda: True)
     small().save_pretrained("sr")
     torch.manual_seed(0)
     video = (torch.rand(5, 3, 4, 4) * 2 - 1).repeat_interleave(4, 2).repeat_interleave(4, 3)
@@ -718,6 +721,59 @@ def test_random_info_and_convert(here, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_psnr(here, capsys):
+    """The table is that of its definition, the same in batches of any size; what cannot be measured is refused."""
+    command = "psnr synthetic --model sr --frames 3 --steps 2 --device cpu"
+    cli.main([*command.split(), "--out", "found"])
+    assert pathlib.Path("found.md").read_text() == capsys.readouterr().out
+    found = json.loads(pathlib.Path("found.json").read_text())
+    resized, degraded = found["rows"]
+    assert found["steps"] == 2 and degraded["small_images"] == "degraded as in training"
+    data = frames_of("synthetic", small().config, seed=1)
+    expected = []
+    for i in range(3):
+        real = data[i].video.double()
+        low_res = functional.interpolate(real, (4, 4), mode="bicubic").round().clamp(0, 255)
+        error = functional.interpolate(low_res, (16, 16), mode="bicubic").clamp(0, 255) - real
+        expected.append(10 * math.log10(255**2 / float(error.square().mean())))
+    assert resized["bicubic"] == pytest.approx(sum(expected) / 3, abs=2e-3)
+    assert resized["bicubic_error"] == pytest.approx(torch.tensor(expected).std().item() / 3**0.5, abs=2e-3)
+    assert degraded["bicubic"] < resized["bicubic"] and resized["better"] == 0  # random weights
+    picture = media.read_clip("found.png", size=None, need=["video"]).video[0]
+    assert picture.shape[0] == 3 and picture.shape[1] * 4 == picture.shape[2] * 6
+    cli.main([*command.split(), "--out", "again", "--batch-size", "1"])
+    for a, b in zip(found["rows"], json.loads(pathlib.Path("again.json").read_text())["rows"], strict=True):
+        assert a["network"] == pytest.approx(b["network"], abs=2e-3)
+    capsys.readouterr()
+    for options, message in {
+        "--out found": "found.md exists; --force overwrites it",
+        "--frames 100001": "frames is 100001; expected 1 to 100000",
+        "--steps 1001": "num_inference_steps is 1001; expected at most the 1000 of training",
+    }.items():
+        with pytest.raises(SystemExit):
+            cli.main([*command.split(), *options.split()])
+        assert message in capsys.readouterr().err
+
+
+def test_of_a_network_that_predicts_v(tmp_path):
+    """It picks the scheduler of a name, refuses others, is saved with them, and cannot be written as published."""
+    unet = small(prediction_type="v_prediction")
+    pipeline = SuperResolutionPipeline(unet, make_scheduler("ddim", prediction_type="v_prediction"))
+    low_res = torch.zeros(1, 1, 3, 4, 4)
+    assert pipeline(low_res, 2, scheduler="dpmsolver++").video.isfinite().all()
+    with pytest.raises(ValueError, match="with prediction_type 'epsilon'; expected 'v_prediction', what the model"):
+        pipeline(low_res, 2, scheduler=make_scheduler("ddim"))
+    pipeline.save_pretrained(tmp_path)
+    loaded = SuperResolutionPipeline.from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    assert loaded.unet.config["prediction_type"] == "v_prediction"
+    again = loaded(low_res, 2, generator=torch.Generator().manual_seed(0)).video
+    assert torch.equal(again, pipeline(low_res, 2, generator=torch.Generator().manual_seed(0)).video)
+    with pytest.raises(ValueError, match="prediction_type is 'v_prediction'; expected 'epsilon', as published"):
+        unet.to_published()
+    with pytest.raises(ValueError, match="prediction_type is 'sample'; expected one of 'epsilon', 'v_prediction'"):
+        small(prediction_type="sample")
+
+
 def test_sample_with_superres(here):
     """The clips are larger, their sound is that of the same clips without, and other settings are other clips."""
     fill(CoupledUNet(**{**SMALL_UNET, "video_size": (4, 3, 8, 8), "audio_size": (1, 6400)})).save_pretrained("unet")
@@ -875,7 +931,7 @@ def test_training_in_the_loop():
 def test_train_command(tmp_path, monkeypatch, capsys):
     """Frames of the world; the run goes on where it was, previews are drawn, and what comes out makes films larger."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.mmattn, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr(mmattn, "keep_freed_memory", lambda: True)
     pathlib.Path("small.json").write_text(json.dumps({**SMALL, "scale": 2}))
     command = "train synthetic --superres --batch-size 2 --device cpu --config small.json --preview-clips 2 --out run"
     cli.main([*command.split(), "--steps", "1", "--preview-every", "1"])

@@ -7,6 +7,7 @@ import shlex
 import pytest
 import torch
 
+import mmattn
 from mmdiffusion import CoupledUNet, cli
 from mmdiffusion.clips import ClipFormat
 from mmdiffusion.data import SyntheticClips, to_clip
@@ -110,7 +111,7 @@ def test_clips_that_are_not_finite_are_refused():
 
 def test_command(monkeypatch, tmp_path, capsys, threads):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.mmattn, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr(mmattn, "keep_freed_memory", lambda: True)
     threads(1)
     CoupledUNet(**SMALL).save_pretrained("model")
     command = shlex.split("synchrony --model model --clips 2 --steps 2 --guidance gradient --out measured/table")
@@ -143,7 +144,7 @@ def test_command(monkeypatch, tmp_path, capsys, threads):
 )
 def test_bad_input(monkeypatch, tmp_path, capsys, options, expected):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.mmattn, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr(mmattn, "keep_freed_memory", lambda: True)
     CoupledUNet(**SMALL).save_pretrained("model")
     CoupledUNet(**SMALL | {"sample_rate": 2000, "audio_size": (1, 3200)}).save_pretrained("slow")
     (tmp_path / "x.json").write_text("{}")

@@ -37,6 +37,7 @@ from mmdiffusion.training import Recipe, State, States, train
 from mmdiffusion.training.log import Log
 from mmdiffusion.training.loop import _apply, _Clock
 from mmdiffusion.training.losses import denoising_losses, loss_weights, variational_bound
+from mmdiffusion.training.recipe import RECIPES
 from mmdiffusion.training.state import read_state
 from mmdiffusion.training.timesteps import LossSecondMomentTimesteps
 
@@ -51,7 +52,7 @@ TINY = {
     "dropout": 0.1,
 }
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SMALL_PRESET, SMALL_RECIPE = checkpoints.PRESETS["small"], job.RECIPES["small"]
+SMALL_PRESET, SMALL_RECIPE = checkpoints.PRESETS["small"], RECIPES["small"]
 RECIPE = Recipe(batch_size=4, micro_batch=2, lr=1e-3, ema_rates=(0.5, 0.9), seed=3)
 
 
@@ -100,7 +101,7 @@ def small_and_here(monkeypatch, tmp_path, threads):
     """In an empty folder, with a small preset, and no process's memory changed for good."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(checkpoints.PRESETS, "small", TINY)
-    monkeypatch.setitem(job.RECIPES, "small", RECIPE)
+    monkeypatch.setitem(RECIPES, "small", RECIPE)
     monkeypatch.setattr(job.mmattn, "keep_freed_memory", lambda: True)
     threads(1)
 
@@ -523,7 +524,7 @@ def test_processes_share_a_step(monkeypatch):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    monkeypatch.setitem(job.RECIPES, "small", SMALL_RECIPE)
+    monkeypatch.setitem(RECIPES, "small", SMALL_RECIPE)
     cli.main([*command, "one"])
     expected = read(weights("one"))
     found = read(weights("two"))
@@ -535,7 +536,7 @@ def test_processes_share_a_step(monkeypatch):
 def test_killed_in_the_middle(monkeypatch):
     """Once; tests/kill_resume.py does it twenty times."""
     monkeypatch.setitem(checkpoints.PRESETS, "small", SMALL_PRESET)
-    monkeypatch.setitem(job.RECIPES, "small", SMALL_RECIPE)
+    monkeypatch.setitem(RECIPES, "small", SMALL_RECIPE)
     whole, killed = (pathlib.Path(x).absolute() for x in ("whole", "killed"))
     child = kill_resume.start(killed, 9)
     while not (killed / "states/step-00000003.safetensors").exists() and child.poll() is None:

@@ -31,7 +31,7 @@ def letterboxed(image: Tensor, size: int) -> Tensor:
     largest = max(height, width)
     h, w = (max(1, side * size // largest) for side in (height, width))
     top, left = (size - h) // 2, (size - w) // 2
-    return functional.pad(_resized(image, (h, w)), (left, size - w - left, top, size - h - top))
+    return functional.pad(resized(image, (h, w)), (left, size - w - left, top, size - h - top))
 
 
 def degraded(image: Tensor, *, scale: int = 4, generator: torch.Generator) -> Tensor:
@@ -54,7 +54,7 @@ def degraded(image: Tensor, *, scale: int = 4, generator: torch.Generator) -> Te
     height, width = image.shape[1:]
     if scale < 1 or height % scale or width % scale:
         raise ValueError(f"image has height and width {height}, {width}; expected multiples of scale = {scale}")
-    small = _resized(image, (height // scale, width // scale))
+    small = resized(image, (height // scale, width // scale))
     is_noisy, is_compressed, share = torch.rand(3, generator=generator).tolist()
     noise = torch.randn(small.shape, generator=generator)
     quality = int(torch.randint(_QUALITIES[0], _QUALITIES[1] + 1, (), generator=generator))
@@ -68,7 +68,8 @@ def _check(image: Tensor) -> None:
         raise ValueError(f"image has shape {list(image.shape)} and dtype {image.dtype}; expected [3, H, W] uint8")
 
 
-def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
+def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """An image [C, H, W] uint8 at another height and width, bicubically without antialiasing."""
     if tuple(image.shape[1:]) == size:
         return image
     return _to_bytes(functional.interpolate(image[None].float(), size, mode="bicubic")[0])

@@ -42,7 +42,8 @@ class SuperResolutionPipeline(DiffusionPipeline):  # type: ignore[misc]
     Args:
         unet: the network. A variance that it has learned is used by a scheduler with variance_type "learned_range", of
             which diffusers' DDPMScheduler is one; any other takes the noise alone.
-        scheduler: any of diffusers that predicts the noise. The published one is `schedulers.make_scheduler("ddim")`.
+        scheduler: any of diffusers, of the network's `prediction_type`. The published one is
+            `schedulers.make_scheduler("ddim")`.
 
     Example:
         >>> unet = SuperResolutionUNet(image_size=64, model_channels=32, channel_mult=(1, 2))
@@ -159,9 +160,9 @@ class SuperResolutionPipeline(DiffusionPipeline):  # type: ignore[misc]
             ValueError, TypeError: naming the argument, its value and what was expected.
         """
         if isinstance(scheduler, str):
-            scheduler = make_scheduler(scheduler)
+            scheduler = make_scheduler(scheduler, prediction_type=self.unet.config["prediction_type"])
         scheduler = self.scheduler if scheduler is None else scheduler
-        check_scheduler(scheduler, num_inference_steps)
+        check_scheduler(scheduler, num_inference_steps, self.unet.config["prediction_type"])
         self._check_variance(scheduler)
         if frames_per_call is not None:
             check_count("frames_per_call", frames_per_call)

@@ -29,6 +29,9 @@ from mmdiffusion.media._checks import Path, Rate, frame_rate, seconds, whole_num
 Fit = Literal["crop", "letterbox"]
 Channel = Literal["mix", "first"]
 
+# Titles may be no UTF-8, which PyAV 19 takes without being told.
+_OF_TITLES: Any = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+
 # Formats that hold their streams themselves; FFmpeg's others include playlists, devices and scripts.
 _CONTAINERS = (
     "3gp,aac,ac3,aiff,amr,ape,apng,asf,au,avi,bmp_pipe,caf,dts,dv,eac3,flac,flv,gif,h264,hevc,ivf,jpeg_pipe,m4v,matroska,"
@@ -301,7 +304,7 @@ class Film:
                     "max_pixels": str(_PIXELS),
                 },
                 io_open=_refuse_to_open,
-                metadata_errors="replace",
+                **_OF_TITLES,
             )
         except av.error.ArgumentError as error:  # of the format's name; other faults are invalid data
             raise ValueError(
@@ -556,11 +559,11 @@ class _Run:
         self.time = self._expected = piece.time
         self._form = _form(piece.frame)
         self._pieces: list[Tensor] = []
-        # PyAV reads past the planes of 8 channels and more, so none but the first ever becomes an array. Without the
-        # limit swresample divides by no sum where its output is floating point.
+        # All channels in one plane, as PyAV reads past the planes of 8 and more. Without the limit swresample divides
+        # by no sum where its output is floating point.
         layout = "mono" if channel == "mix" else piece.frame.layout
         self._resampler = av.AudioResampler(
-            format="fltp", layout=layout, rate=sample_rate, options={"rematrix_maxval": "1"}
+            format="flt", layout=layout, rate=sample_rate, options={"rematrix_maxval": "1"}
         )
 
     def continues_in(self, piece: _Decoded) -> bool:
@@ -577,8 +580,9 @@ class _Run:
 
     def _resample(self, frame: Any) -> None:
         for x in self._resampler.resample(frame):
-            plane = torch.frombuffer(bytearray(x.planes[0]), dtype=torch.float32)
-            self._pieces.append(plane[None, : x.samples])
+            samples = torch.frombuffer(bytearray(x.planes[0]), dtype=torch.float32)
+            channels = x.layout.nb_channels
+            self._pieces.append(samples[None, : x.samples * channels : channels])
 
 
 def _form(frame: Any) -> tuple[Any, ...]:

@@ -103,6 +103,16 @@ def refuse_too_large(network: Callable[..., nn.Module], config: Mapping[str, Any
         _refuse(config, "model_channels", expected)
 
 
+def refuse_unpublished(config: Mapping[str, Any]) -> None:
+    """Refuse a network that published checkpoints cannot describe.
+
+    Raises:
+        ValueError: naming what it predicts.
+    """
+    if config["prediction_type"] != "epsilon":
+        _refuse(config, "prediction_type", "'epsilon', as published checkpoints cannot say another")
+
+
 def _refuse(config: Mapping[str, Any], name: str, expected: str) -> None:
     raise ValueError(f"{name} is {config[name]!r}; expected {expected}")
 
@@ -132,8 +142,6 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
             _refuse(config, name, "True or False")
     if tuple(config["streams"]) not in (STREAMS, *((stream,) for stream in STREAMS)):
         _refuse(config, "streams", "('video', 'audio'), ('video',) or ('audio',)")
-    if config["prediction_type"] not in PREDICTION_TYPES:
-        _refuse(config, "prediction_type", f"one of {', '.join(map(repr, PREDICTION_TYPES))}")
 
 
 def _check_network(config: Mapping[str, Any], counts: Sequence[str]) -> None:
@@ -153,6 +161,8 @@ def _check_network(config: Mapping[str, Any], counts: Sequence[str]) -> None:
         _refuse(config, "dropout", "0 <= dropout < 1")
     if config["resblock_updown"] is not True:
         _refuse(config, "resblock_updown", "True: levels are resampled inside residual blocks")
+    if config["prediction_type"] not in PREDICTION_TYPES:
+        _refuse(config, "prediction_type", f"one of {', '.join(map(repr, PREDICTION_TYPES))}")
 
 
 def _check_parameters(config: Mapping[str, Any], taps: int, ends: Mapping[str, int]) -> int:

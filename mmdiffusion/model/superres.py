@@ -32,7 +32,14 @@ from mmdiffusion.model.blocks import (
     repeat_frames,
     zeroed,
 )
-from mmdiffusion.model.config import NORM_GROUPS, VIDEO_RATE, check_divisible, check_image_config, refuse_too_large
+from mmdiffusion.model.config import (
+    NORM_GROUPS,
+    VIDEO_RATE,
+    check_divisible,
+    check_image_config,
+    refuse_too_large,
+    refuse_unpublished,
+)
 from mmdiffusion.model.network import Network
 
 EMBEDDING_FACTOR = 4  # by which the time embedding is wider than its sinusoids
@@ -61,6 +68,9 @@ class SuperResolutionUNet(Network):
         resblock_updown: True: levels are resampled inside residual blocks, the one way there is.
         scale: how many times larger an image is than the smaller one it is made from; the network takes any, a pipeline
             needs to know.
+        prediction_type: what the first in_channels of the output are: "epsilon", the noise, as in the paper, or
+            "v_prediction", sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x (arXiv 2202.00512), of which a short training
+            makes better images; where alpha_bar is small the small image says most of it.
 
     Raises:
         ValueError: on an argument outside the ranges above, naming it, its value and what was expected.
@@ -87,6 +97,7 @@ class SuperResolutionUNet(Network):
         use_scale_shift_norm: bool = True,
         resblock_updown: bool = True,
         scale: int = 4,
+        prediction_type: str = "epsilon",
     ) -> None:
         # Long, since width and skips of a block follow from the blocks before it: one walk down and up.
         super().__init__()
@@ -147,8 +158,8 @@ class SuperResolutionUNet(Network):
             timesteps: [B], or one for all, those of the training process.
 
         Returns:
-            [B, Cout, H, W], contiguous, in the dtype of the inputs or of autocast: the noise and, where Cout is 2C, the
-            share v of the log-variance in each element, (v+1)/2 log beta_t + (1-v)/2 log posterior variance.
+            [B, Cout, H, W], contiguous, in the dtype of the inputs or of autocast: what it predicts and, where Cout is
+            2C, the share s of the log-variance in each element, (s+1)/2 log beta_t + (1-s)/2 log posterior variance.
 
         Raises:
             ValueError: on a shape or device outside the ranges above, naming it, its value and the range.
@@ -220,9 +231,14 @@ class SuperResolutionUNet(Network):
         return checkpoints.load_superres(cls, source, config)
 
     def to_published(self) -> dict[str, Tensor]:
-        """The state dict under the published keys and in their shapes; the tensors share the parameters' memory."""
+        """The state dict under the published keys and in their shapes; the tensors share the parameters' memory.
+
+        Raises:
+            ValueError: if the network does not predict the noise, as published ones do.
+        """
         from mmdiffusion import checkpoints
 
+        refuse_unpublished(self.config)
         return checkpoints.state_dict(self)
 
     def _run(self, function: Callable[..., Tensor], *args: Any) -> Tensor:

@@ -36,6 +36,7 @@ from mmdiffusion.model.config import (
     check_divisible,
     has_middle_cross_attention,
     refuse_too_large,
+    refuse_unpublished,
 )
 from mmdiffusion.model.network import Network
 
@@ -350,12 +351,7 @@ class CoupledUNet(Network):
         """
         from mmdiffusion import checkpoints
 
-        predicted = self.config["prediction_type"]
-        if predicted != "epsilon":
-            raise ValueError(
-                f"the network has prediction_type {predicted!r}, which published checkpoints cannot say; expected "
-                "'epsilon'"
-            )
+        refuse_unpublished(self.config)
         return checkpoints.state_dict(self)
 
     def capture(

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""The jobs behind the command line: processes, the folder a job writes to, sampling."""
+"""What the subcommands do: `jobs` has the options of all of them, and each other module a job, or what jobs share."""

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -15,34 +14,9 @@ from mmdiffusion._files import errors_of_safetensors, whole_folder
 from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
 from mmdiffusion.diffusion.superres import SuperResolutionPipeline
 from mmdiffusion.model.superres import SuperResolutionUNet
-from mmdiffusion.runs.models import DTYPES, ModelJob, load_any, pipeline_of, superres_pipeline_of
-from mmdiffusion.runs.options import option
+from mmdiffusion.runs.jobs import Convert
+from mmdiffusion.runs.models import load_any, pipeline_of, superres_pipeline_of
 from mmdiffusion.runs.results import refuse_to_overwrite
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Convert(ModelJob):
-    """Convert a published checkpoint (.pt, .safetensors), of super-resolution too, into a directory that
-    from_pretrained of MMDiffusionPipeline or SuperResolutionPipeline loads; a directory of save_pretrained back into a
-    published checkpoint, or into another directory, of another dtype.
-    """
-
-    summary: ClassVar = "a published checkpoint into a directory of a pipeline, and back"
-    examples: ClassVar = (
-        "convert landscape.pt landscape --preset landscape",
-        "convert ours.pt ours --config ours.json --dtype bfloat16",
-        "convert landscape landscape.pt",
-        "convert run/model half --dtype float16",
-    )
-
-    source: pathlib.Path = option("what is converted", metavar="IN", is_positional=True)
-    target: pathlib.Path = option("what is written", metavar="OUT", is_positional=True)
-    dtype: str | None = option(
-        "of the result; if not given, that of a published checkpoint, float32 from a directory",
-        default=None,
-        choices=tuple(DTYPES),
-    )
-    force: bool = option("overwrite OUT", default=False)
 
 
 def run(job: Convert) -> str:
@@ -51,7 +25,7 @@ def run(job: Convert) -> str:
     is_back = job.source.is_dir() and job.target.suffix in (".pt", ".safetensors")
     unet = load_any(job.source, job)
     if job.dtype:
-        torch.nn.Module.to(unet, DTYPES[job.dtype])  # that of diffusers warns of modules that are not here
+        torch.nn.Module.to(unet, getattr(torch, job.dtype))  # that of diffusers warns of modules that are not here
     if is_back:
         options = {"is_random": unet.config.get("random_weights", False), "may_replace": job.force}
         checkpoints.write(unet.to_published(), job.target, **options)

@@ -3,24 +3,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
-from typing import Any, ClassVar
+from typing import Any
 
 from mmdiffusion._files import printable, whole_file
 from mmdiffusion.clips import STREAMS
 from mmdiffusion.evaluation import frechet_distance, kernel_distance
 from mmdiffusion.evaluation.statistics import mean_and_error
 from mmdiffusion.runs import memorisation
+from mmdiffusion.runs.jobs import FIXED, Evaluate
 from mmdiffusion.runs.measure import Found, Measure
-from mmdiffusion.runs.options import check, option, refuse_unused
 from mmdiffusion.runs.processes import Processes
 from mmdiffusion.runs.results import files_of, said_if_not_written, write_texts
 
 _LABEL = 40  # letters of a folder's name in the picture, its last ones
 _FAD_SCALE = 10_000
-_FIXED = {"clips": 2048, "frames": 16, "size": 64, "fps": 10.0, "sample_rate": 16000}  # by `published`
 
 _FAULTS = """Where the published script errs, and what is done here:
 - AudioCLIP is given sound in [-1, 1] where it expects 16-bit units, and normalises by the statistics of the 8 clips
@@ -32,72 +30,7 @@ _FAULTS = """Where the published script errs, and what is done here:
 - For 256 x 256 fakes it measures the 64 x 64 folder again. Here the folder that is named is measured, at 64 x 64.
 - Pictures are cut to whole levels after rounding errors, by which some are a level too dark. Here they are rounded.
 - Distances are computed in float32, which is off by up to 0.5%. Here in float64.
-- Films that cannot be read are passed over in silence, and another clip is taken. Here they are named below."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluate:
-    """Compare folders of films, of any model, with a folder of real ones: Frechet and kernel distances of both streams
-    and the agreement of motion and sound, each with its standard error. Silent films and sounds alone are measured by
-    what they have. With published weights of I3D and AudioCLIP the distances are FVD, KVD and FAD; without them they
-    are of low-level statistics, which docs/evaluation.md describes. What is measured of a film is kept by its content,
-    so that the same command again goes on where it was stopped; processes of `accelerate launch` share the films.
-    """
-
-    summary: ClassVar = "films of models against real ones: distances, synchrony and memorisation"
-    examples: ClassVar = (
-        "eval --real films --fake ours theirs",
-        "eval --real films --fake ours --i3d i3d.pt --audioclip AudioCLIP-Full-Training.pt --out table",
-        "eval --real train --fake ours --i3d i3d.pt --audioclip AudioCLIP-Full-Training.pt --published",
-        "eval --real held-out --fake ours --training train --out table    # does it repeat training films?",
-    )
-
-    real: pathlib.Path = option("folder of real films", metavar="DIR")
-    fake: tuple[pathlib.Path, ...] = option("folders to compare with it", metavar="DIR")
-    i3d: pathlib.Path | None = option("published weights of I3D", default=None)
-    audioclip: pathlib.Path | None = option("published weights of AudioCLIP", default=None)
-    published: bool = option(
-        "all as the published script has it: 2048 clips, drawn of those that begin at every frame, the first channel "
-        "of sound, FAD times 10,000; says where that script errs",
-        default=False,
-    )
-    training: pathlib.Path | None = option(
-        "folder of what the models were trained on: finds the nearest clip of it for each clip of --fake, beside those "
-        "for the clips of --real, which no model may have seen then",
-        default=None,
-        metavar="DIR",
-    )
-    training_step: int = option(
-        "frames between the beginnings of training clips that are compared", default=4, minimum=1, maximum=1000
-    )
-    out: pathlib.Path | None = option(
-        "writes OUT.md, OUT.json and OUT.png; with --training OUT.nearest.png and OUT.pairs-N.png too, N of --fake",
-        default=None,
-    )
-    clips: int = option("of a folder at most, the first of its films", default=2048, minimum=2, maximum=1_000_000)
-    frames: int = option("of a clip", default=16, minimum=9, maximum=1000)
-    size: int = option("height and width, to which pictures are letterboxed", default=64, minimum=8, maximum=1024)
-    fps: float = option("frames a second", default=10.0, minimum=0.1, maximum=1000)
-    sample_rate: int = option(
-        "samples a second; AudioCLIP takes its own", default=16000, minimum=2000, maximum=1_000_000
-    )
-    cache: pathlib.Path | None = option(
-        "folder of what is known of films; mmdiffusion in the user's cache if not given", default=None
-    )
-    device: str | None = option("cpu, cuda, cuda:1; by default CUDA where there is one", default=None)
-    force: bool = option("overwrite what is there", default=False)
-
-    def __post_init__(self) -> None:
-        check(self)
-        refuse_unused(self, self.out, "out", "force")
-        refuse_unused(self, self.training, "training", "training_step")
-        for name, value in _FIXED.items() if self.published else ():
-            if getattr(self, name) != value:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected {value:g}, as published fixes it")
-        if self.published and not (self.i3d or self.audioclip):
-            raise ValueError("published is given without weights; expected i3d, audioclip or both")
-        if self.training and self.training.resolve() == self.real.resolve():
-            raise ValueError(f"training is {self.training}, as real is; expected films in real that no model has seen")
+- Films that cannot be read are passed over in silence, and another clip is taken. Here they are named above."""
 
 
 def run(job: Evaluate) -> str:
@@ -107,12 +40,23 @@ def run(job: Evaluate) -> str:
     outputs = files_of(job.out, (".md", ".json", ".png", *of_training), job.force)
     processes = Processes(job.device)
     measure = Measure(job, processes)
-    folders = (job.real, *job.fake)
-    found = [measure.folder(folder) for folder in folders]
+    found = [measure.folder(folder) for folder in (job.real, *job.fake)]
     training = measure.folder(job.training, step=job.training_step) if job.training else None
-    if processes.rank:
-        return ""
-    names = [printable(str(folder)) for folder in folders]
+    try:
+        return "" if processes.rank else _compared(job, measure, found, training, outputs)
+    finally:
+        processes.wait()  # the end of one would break the connections of the others
+
+
+def _compared(
+    job: Evaluate,
+    measure: Measure,
+    found: list[Found],
+    training: Found | None,
+    outputs: dict[str, pathlib.Path],
+) -> str:
+    """The table of all, which is written too."""
+    names = [printable(str(folder)) for folder in (job.real, *job.fake)]
     rows = [_row(name, x, found[0], measure) for name, x in zip(names[1:], found[1:], strict=True)]
     nearest = {}
     if training is not None:
@@ -123,9 +67,9 @@ def run(job: Evaluate) -> str:
     lines = [_table(rows), ""]
     lines += [memorisation.table(nearest), ""] if nearest else []
     for name, x in zip(names, found, strict=True):
-        lines += [f"{name}: {x.count} clips, {len(x.refused)} files of no use", *x.said()]
+        lines += x.said(name)
     if training is not None:
-        lines += [f"{job.training}: {training.count} clips, {len(training.refused)} files of no use", *training.said()]
+        lines += training.said(printable(str(job.training)))
     lines += sorted({caution for row in rows for caution in row["cautions"]})
     lines += _said_of_published(names, found) if job.published else []
     text = "\n".join(lines)
@@ -141,17 +85,18 @@ def run(job: Evaluate) -> str:
             _plot(rows, outputs[".png"], job.force)
             if nearest and job.training:
                 memorisation.plot(nearest, outputs[".nearest.png"], may_replace=job.force)
-                for folder, compared, suffix in zip(job.fake, nearest.values(), pairs, strict=True):
-                    memorisation.sheet(measure, folder, job.training, compared, outputs[suffix], may_replace=job.force)
+                for number, (folder, compared) in enumerate(zip(job.fake, nearest.values(), strict=True), 1):
+                    path = outputs[f".pairs-{number}.png"]
+                    memorisation.sheet(measure, folder, job.training, compared, path, may_replace=job.force)
     return text
 
 
 def _said_of_published(names: list[str], found: list[Found]) -> list[str]:
     lines = []
     for number, (name, x) in enumerate(zip(names, found, strict=True)):
-        if x.count < _FIXED["clips"]:
+        if x.count < FIXED["clips"]:
             lines.append(
-                f"{name} has {x.count} clips; published figures are of {_FIXED['clips']}, and are not to be compared"
+                f"{name} has {x.count} clips; published figures are of {FIXED['clips']}, and are not to be compared"
             )
         if number and x.recoded:
             lines.append(
@@ -165,7 +110,7 @@ def _figures(fake: Found, real: Found, measure: Measure) -> list[tuple[str, Any,
     """Titles, the features of both, and what distances are multiplied by."""
     figures: list[tuple[str, Any, float]] = []
     for stream in STREAMS:
-        if not all(stream in x.features for x in (fake, real)):
+        if not all(len(x.features.get(stream, ())) > 1 for x in (fake, real)):
             continue
         both, name = (fake.features[stream], real.features[stream]), measure.names.get(stream)
         if name == "I3D":
@@ -189,6 +134,8 @@ def _row(name: str, fake: Found, real: Found, measure: Measure) -> dict[str, Any
         row["figures"][title] = [scale * distance.value, scale * distance.standard_error]
         if distance.caution and "ernel" not in title and title != "KVD":
             row["cautions"].append(f"{title}: {distance.caution}")
+    if not row["figures"]:
+        row["cautions"].append(f"{name}: no distance, since no stream is in two clips or more of both sides")
     known = fake.scores[~fake.scores.isnan()]
     if len(known):
         row["figures"]["motion and sound agree"] = list(mean_and_error(known))

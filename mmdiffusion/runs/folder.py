@@ -12,9 +12,7 @@ from typing import Any
 from mmdiffusion._files import has_content, in_turn, whole_file
 from mmdiffusion.clips import Clip
 from mmdiffusion.media import contact_sheet, write_audio, write_image, write_video
-
-FORMATS = ("mp4", "wav", "png")
-"""What a clip is written as: film, sound, and contact sheet."""
+from mmdiffusion.runs.jobs import FORMATS
 
 _RECORDS = re.compile(r"samples(\.[1-9][0-9]*)?\.json")
 _CLIP = re.compile(rf"clip-([0-9]{{4}}|[1-9][0-9]{{4,}})\.({'|'.join(FORMATS)})")

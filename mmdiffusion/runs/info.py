@@ -3,29 +3,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import pathlib
-from typing import ClassVar
 
-from mmdiffusion.runs.models import PACKAGED, ModelJob, load_any
-from mmdiffusion.runs.options import option
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Info(ModelJob):
-    """Print the configuration and the parameters of a directory of save_pretrained, or of a published checkpoint
-    as it is inferred.
-    """
-
-    summary: ClassVar = "configuration and size of a model"
-    examples: ClassVar = ("info", "info landscape", "info landscape.pt", "info sr.pt")
-
-    path: pathlib.Path = option(
-        "a published checkpoint, of super-resolution too, or a directory; by default the small model of the package",
-        default=PACKAGED,
-        is_positional=True,
-    )
+from mmdiffusion.runs.jobs import Info
+from mmdiffusion.runs.models import load_any
 
 
 def run(job: Info) -> str:

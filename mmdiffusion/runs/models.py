@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 import os
@@ -21,36 +20,14 @@ from mmdiffusion.diffusion.schedulers import make_scheduler
 from mmdiffusion.diffusion.superres import SuperResolutionPipeline
 from mmdiffusion.model.superres import SuperResolutionUNet
 from mmdiffusion.model.unet import CoupledUNet
-from mmdiffusion.runs.options import check, option
+from mmdiffusion.runs.jobs import PACKAGED, ModelJob
 
 AnyNetwork = TypeVar("AnyNetwork", CoupledUNet, SuperResolutionUNet)
-
-PACKAGED = pathlib.Path(__file__).resolve().parent.parent / "weights" / "small"
-"""The model that comes with the package: of the synthetic world, a directory of its pipeline."""
 
 _PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 """What of a scheduler's configuration a network is trained for."""
 
 _PIPELINES = (MMDiffusionPipeline.__name__, SuperResolutionPipeline.__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelJob:
-    """Options that all jobs with a model have."""
-
-    preset: str | None = option(
-        "configuration of a published model, or a tiny one", default=None, choices=tuple(checkpoints.PRESETS)
-    )
-    config: pathlib.Path | None = option(
-        "JSON with arguments of the network, over what is inferred", default=None, metavar="FILE"
-    )
-
-    def __post_init__(self) -> None:
-        check(self)
-        if self.preset and self.config:
-            raise ValueError(f"preset is {self.preset} and config {self.config}; expected one of them")
 
 
 def load(source: pathlib.Path, job: ModelJob) -> CoupledUNet:
@@ -76,7 +53,7 @@ def load_pipeline(
     source: pathlib.Path, job: ModelJob, scheduler: str, dtype: str, device: torch.device
 ) -> MMDiffusionPipeline:
     """The pipeline of the model of `load`."""
-    return pipeline_of(torch.nn.Module.to(load(source, job), device, DTYPES[dtype]), scheduler)
+    return pipeline_of(torch.nn.Module.to(load(source, job), device, getattr(torch, dtype)), scheduler)
 
 
 def load_any(source: pathlib.Path, job: ModelJob) -> CoupledUNet | SuperResolutionUNet:
@@ -117,7 +94,7 @@ def load_superres(
     channels = unet.config["in_channels"]
     if channels != 3:
         raise ValueError(f"{source} has in_channels {channels}; expected 3, of colour")
-    made = superres_pipeline_of(torch.nn.Module.to(unet, device, DTYPES[dtype]), scheduler)
+    made = superres_pipeline_of(torch.nn.Module.to(unet, device, getattr(torch, dtype)), scheduler)
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -125,7 +102,9 @@ def load_superres(
 def superres_pipeline_of(unet: SuperResolutionUNet, scheduler: str = "ddim") -> SuperResolutionPipeline:
     """With a scheduler, by name, that takes the variance where the network has learned one."""
     has_variance = unet.config["out_channels"] == 2 * unet.config["in_channels"]
-    return SuperResolutionPipeline(unet, make_scheduler(scheduler, has_learned_variance=has_variance))
+    predicted = unet.config["prediction_type"]
+    made = make_scheduler(scheduler, has_learned_variance=has_variance, prediction_type=predicted)
+    return SuperResolutionPipeline(unet, made)
 
 
 def load_superres_unet(source: pathlib.Path, config: pathlib.Path | None) -> SuperResolutionUNet:

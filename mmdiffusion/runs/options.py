@@ -76,13 +76,13 @@ def add_options(parser: argparse.ArgumentParser, job: type) -> None:
         found = hints[field.name]
         is_optional = isinstance(found, types.UnionType)
         kind = next(x for x in (typing.get_args(found) if is_optional else (found,)) if x is not types.NoneType)
+        metavar = field.metadata["metavar"] or ("PATH" if kind is pathlib.Path else None)
         arguments: dict[str, Any] = {"help": field.metadata["help"], "choices": field.metadata["choices"]}
         if typing.get_origin(kind) is tuple:
-            arguments |= {"nargs": "+", "default": field.default, "type": typing.get_args(kind)[0]}
+            arguments |= {"nargs": "+", "default": field.default, "type": typing.get_args(kind)[0], "metavar": metavar}
         elif kind is bool:
             arguments = {"help": field.metadata["help"], "action": "store_true"}
         else:
-            metavar = field.metadata["metavar"] or ("PATH" if kind is pathlib.Path else None)
             arguments |= {"type": kind, "metavar": metavar}
         if field.metadata["is_positional"]:
             if field.default is not dataclasses.MISSING:
@@ -93,7 +93,7 @@ def add_options(parser: argparse.ArgumentParser, job: type) -> None:
         if kind is not bool:
             is_required = field.default is dataclasses.MISSING
             arguments |= {"required": True} if is_required else {"default": field.default}
-            if not is_required and field.default is not None:
+            if not is_required and field.default not in (None, ()):
                 default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
                 arguments["help"] += f" ({default})"
         parser.add_argument(f"--{field.name.replace('_', '-')}", **arguments)

@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import pathlib
 import platform
 import time
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import av
 import diffusers
@@ -22,83 +20,14 @@ from mmdiffusion import media
 from mmdiffusion._files import digest
 from mmdiffusion.clips import Clip, ClipFormat
 from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
-from mmdiffusion.diffusion.schedulers import SCHEDULERS, for_streams
+from mmdiffusion.diffusion.schedulers import for_streams
 from mmdiffusion.diffusion.superres import SuperResolutionPipeline
-from mmdiffusion.runs.folder import FORMATS, Folder
-from mmdiffusion.runs.models import DTYPES, PACKAGED, ModelJob, dtype_on, load_pipeline, load_superres, settings_of
-from mmdiffusion.runs.options import SEEDS, option, refuse_unused
+from mmdiffusion.runs.folder import Folder
+from mmdiffusion.runs.jobs import Sample
+from mmdiffusion.runs.models import dtype_on, load_pipeline, load_superres, settings_of
 from mmdiffusion.runs.processes import Processes
 
 _RANDOM_GAIN = 0.05  # -26 dB
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sample(ModelJob):
-    """Sample clips into a folder: clip-0000.mp4 and on, a contact sheet of each, and samples.json with all settings,
-    seeds, versions and seconds. The same command again makes what is missing, and --num can grow: a clip depends on the
-    seed and its number alone.
-    """
-
-    summary: ClassVar = "clips of video and sound, or one from the other"
-    examples: ClassVar = (
-        "sample --out out    # of the small model that comes with the package",
-        "sample --model landscape.pt --num 4 --steps 20 --seed 7 --out out",
-        "sample --model landscape.pt --audio-from rain.mp4 --guidance gradient --out rain",
-        "sample --model landscape.pt --superres sr.pt --out large",
-        "sample --model landscape --seconds 8 --dtype bfloat16 --out long",
-        "sample --model landscape.pt --out out    # several: accelerate launch --num_processes 2 -m mmdiffusion ...",
-    )
-
-    model: pathlib.Path = option(
-        "a published checkpoint, or a directory of save_pretrained; by default the small model of the package",
-        default=PACKAGED,
-    )
-    out: pathlib.Path = option("the folder; made if it is not there")
-    num: int = option("clips in the folder at the end", default=4, minimum=1, maximum=1_000_000)
-    steps: int = option("calls of the model for each window of a clip", default=20, minimum=1)
-    scheduler: str = option("how noise becomes clips", default="dpmsolver++", choices=tuple(SCHEDULERS))
-    seed: int = option("of all clips", default=0, **SEEDS)
-    seconds: float | None = option("length of a clip; by default that of the model, 1.6", default=None)
-    overlap: float = option("share of a window that is the end of the one before, in longer clips", default=0.5)
-    audio_from: pathlib.Path | None = option("find the video of this file's sound", default=None)
-    video_from: pathlib.Path | None = option("find the sound of this file's video", default=None)
-    start: float = option("where to begin in that file", default=0.0, minimum=0, maximum=1_000_000, metavar="SECONDS")
-    guidance: str = option(
-        "how what is given acts; gradient follows it more closely and takes three times as long",
-        default="replacement",
-        choices=("replacement", "gradient"),
-    )
-    guidance_scale: float = option("weight of the gradient", default=1e-4, metavar="SCALE")
-    superres: pathlib.Path | None = option(
-        "a super-resolution network, published or a directory, to make the clips larger by before they are written",
-        default=None,
-    )
-    superres_steps: int = option("calls of that for each frame", default=25, minimum=1)
-    batch_size: int = option("clips sampled together", default=1, minimum=1)
-    dtype: str | None = option(
-        "of the model: bfloat16 on CUDA, float32 on a CPU; with AMX bfloat16 is about 3 times as fast there too",
-        default=None,
-        choices=tuple(DTYPES),
-    )
-    device: str | None = option("cpu, cuda, cuda:1; by default CUDA where there is one", default=None)
-    formats: tuple[str, ...] = option("files of a clip", default=("mp4", "png"), choices=FORMATS)
-    force: bool = option("remove the clips in the folder first, and those of other settings", default=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.audio_from and self.video_from:
-            raise ValueError("audio_from and video_from are both given; expected one of them, to find the other")
-        is_long, source = self.seconds is not None, "audio_from or video_from"
-        refuse_unused(self, self.given_stream, source, "start")
-        refuse_unused(self, is_long, "seconds", "overlap")
-        refuse_unused(self, self.given_stream or is_long, f"{source} or seconds", "guidance")
-        refuse_unused(self, self.guidance == "gradient", "guidance gradient", "guidance_scale")
-        refuse_unused(self, self.superres, "superres", "superres_steps")
-
-    @property
-    def given_stream(self) -> str | None:
-        """The stream that is read from a file."""
-        return "audio" if self.audio_from else "video" if self.video_from else None
 
 
 def run(job: Sample) -> str:
@@ -109,7 +38,8 @@ def run(job: Sample) -> str:
     pipeline.check_inputs(**_of_the_call(job))
     clips = pipeline.clip_format
     _check_clips(job, clips)
-    enlarge = None if job.superres is None else load_superres(job.superres, "ddim", dtype, processes.device)
+    source = job.superres_source
+    enlarge = None if source is None else load_superres(source, "ddim", dtype, processes.device)
     if enlarge is not None:
         enlarge.check_inputs(torch.zeros(1, 1, *clips.video_size[1:]), job.superres_steps)
     given = _read(job, clips)
@@ -245,7 +175,7 @@ def _read(job: Sample, clips: ClipFormat) -> dict[str, Tensor]:
 
 def _settings(job: Sample, dtype: str, config: Any) -> dict[str, Any]:
     """All that a clip depends on besides its number."""
-    source = job.audio_from or job.video_from
+    source, enlarged = job.audio_from or job.video_from, job.superres_source
     return {
         "model": digest(job.model),
         "config": settings_of(config),
@@ -260,5 +190,5 @@ def _settings(job: Sample, dtype: str, config: Any) -> dict[str, Any]:
         "guidance_scale": job.guidance_scale if job.guidance == "gradient" else None,
         f"{job.given_stream or 'video'}_from": digest(source) if source else None,
         "start": job.start,
-        **({"superres": digest(job.superres), "superres_steps": job.superres_steps} if job.superres else {}),
+        **({"superres": digest(enlarged), "superres_steps": job.superres_steps} if enlarged else {}),
     }

@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import ipaddress
 import json
 import pathlib
 import socket
 import sys
-from typing import Any, ClassVar
+from typing import Any
 
-from mmdiffusion.runs.options import SEEDS, check, option, refuse_unused
+from mmdiffusion.runs.jobs import MakeStudy, ServeStudy, TallyStudy
 from mmdiffusion.runs.processes import told_to_stop
 from mmdiffusion.runs.results import files_of, said_if_not_written, write_texts
 from mmdiffusion.study import Study, make_app, make_study, tally
@@ -21,71 +20,7 @@ _THREADS = 8
 _REQUEST_BYTES = 1 << 16  # before it reaches the pages, which take less
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Make:
-    """Make the folder of a study: films under names that tell nothing, as they are unless no browser plays them, and
-    the database of its votes. Each rater scores films of every folder, 1 to 5, for picture, sound and how they fit;
-    then, of other films, half of them real, says which are real.
-    """
-
-    summary: ClassVar = "the folder of a study, from folders of films"
-    examples: ClassVar = ("study make --real films --ours samples --other digan tats --out study",)
-
-    real: pathlib.Path = option("folder of real films", metavar="DIR")
-    ours: pathlib.Path = option("folder of films of the model in question", metavar="DIR")
-    other: tuple[pathlib.Path, ...] = option("folders of other models' films", default=(), metavar="DIR")
-    out: pathlib.Path = option("the study's folder")
-    ratings: int = option("films of each folder that a rater scores", default=4, minimum=1, maximum=1000)
-    guesses: int = option(
-        "films of each model that a rater judges to be real or not, among as many real ones",
-        default=3,
-        minimum=1,
-        maximum=1000,
-    )
-    seed: int | None = option(
-        "of orders and choices; secret if not given, which a study should be", default=None, **SEEDS
-    )
-
-    def __post_init__(self) -> None:
-        check(self)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Serve:
-    """Serve the pages of a study and take its votes, until stopped; it goes on where it was. Only this machine reaches
-    it unless --host says otherwise. Whoever does reach it can take part.
-    """
-
-    summary: ClassVar = "serve a study's pages and take votes"
-    examples: ClassVar = ("study serve study", "study serve study --host 0.0.0.0 --port 8080")
-
-    study: pathlib.Path = option("the study's folder", is_positional=True)
-    host: str = option("address to listen at", default="127.0.0.1")
-    port: int = option("0 for any that is free", default=8000, minimum=0, maximum=65535)
-
-    def __post_init__(self) -> None:
-        check(self)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Count:
-    """Count the votes of a study: means and shares with 95% intervals, and how far raters agree. A study that is being
-    served can be counted too.
-    """
-
-    summary: ClassVar = "what the votes of a study say"
-    examples: ClassVar = ("study tally study --out result",)
-
-    study: pathlib.Path = option("the study's folder", is_positional=True)
-    out: pathlib.Path | None = option("writes OUT.md, OUT.json and OUT.png", default=None)
-    force: bool = option("overwrite what is there", default=False)
-
-    def __post_init__(self) -> None:
-        check(self)
-        refuse_unused(self, self.out, "out", "force")
-
-
-def make(job: Make) -> str:
+def make(job: MakeStudy) -> str:
     """Make it, and say what of."""
     sources = {"real": job.real, "ours": job.ours}
     for folder in job.other:
@@ -101,7 +36,7 @@ def make(job: Make) -> str:
     return "\n".join([*lines, f"next: mmdiffusion study serve {job.out}"])
 
 
-def serve(job: Serve) -> str:
+def serve(job: ServeStudy) -> str:
     """Serve until SIGINT or SIGTERM, and say what there is then."""
     study = Study(job.study)
     sockets: dict[int, Any] = {}
@@ -127,7 +62,7 @@ def serve(job: Serve) -> str:
     return f"{job.study} has {len(study.votes())} answers of {begun} raters, of whom {finished} came to the end"
 
 
-def count(job: Count) -> str:
+def count(job: TallyStudy) -> str:
     """Count, write the tables, and return the one to print."""
     files = files_of(job.out, (".md", ".json", ".png"), job.force)
     found = tally(Study(job.study))

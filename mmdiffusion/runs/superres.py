@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import pathlib
 import time
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,67 +17,13 @@ from tqdm import tqdm
 
 from mmdiffusion import media
 from mmdiffusion._files import alone_in, digest, has_content, remove_parts, whole_file
-from mmdiffusion.diffusion.schedulers import SCHEDULERS
 from mmdiffusion.diffusion.superres import SuperResolutionPipeline
-from mmdiffusion.runs.models import DTYPES, dtype_on, load_superres, settings_of
-from mmdiffusion.runs.options import SEEDS, check, option
+from mmdiffusion.runs.jobs import SuperResolve
+from mmdiffusion.runs.models import dtype_on, load_superres, settings_of
 from mmdiffusion.runs.processes import Processes
 from mmdiffusion.runs.sample import clip_seed, versions
 
 _FRAMES = "[0-9][0-9][0-9][0-9][0-9][0-9].png"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SuperResolve:
-    """Make films larger by a super-resolution network, 64 x 64 to 256 x 256 by the published one: NAME.mp4 of each in a
-    folder, at its own frame rate, with its sound copied as it is, and NAME.json with all settings. The same command
-    again goes on where it was stopped: finished frames are kept as NAME.frames/*.png until their film is written.
-    """
-
-    summary: ClassVar = "films made larger, with their sound as it is"
-    examples: ClassVar = (
-        "superres clip.mp4 --model sr.pt --out large",
-        "superres out/*.mp4 --model sr.pt --dtype bfloat16 --out large",
-    )
-
-    films: tuple[pathlib.Path, ...] = option("what is made larger", metavar="FILM", is_positional=True)
-    model: pathlib.Path = option("a published checkpoint, or a directory of save_pretrained")
-    out: pathlib.Path = option("the folder; made if it is not there")
-    config: pathlib.Path | None = option(
-        "JSON with arguments of SuperResolutionUNet, over what is inferred", default=None, metavar="FILE"
-    )
-    fit: str = option(
-        "how a film of another shape becomes the network's: all of it with black bars, or its middle",
-        default="letterbox",
-        choices=("letterbox", "crop"),
-    )
-    steps: int = option("calls of the network for each frame", default=25, minimum=1)
-    scheduler: str = option(
-        "how noise becomes frames; ddpm has the learned variance", default="ddim", choices=tuple(SCHEDULERS)
-    )
-    noise: str = option(
-        "shared by the frames of a film, so that what does not move stays as it is, or each has its own",
-        default="shared",
-        choices=("shared", "fresh"),
-    )
-    seed: int = option("of all films", default=0, **SEEDS)
-    frames_per_call: int | None = option(
-        "frames that go through the network together; as many as fit by default", default=None, minimum=1
-    )
-    dtype: str | None = option(
-        "of the network: bfloat16 on CUDA, float32 on a CPU; with AMX bfloat16 is several times as fast there too",
-        default=None,
-        choices=tuple(DTYPES),
-    )
-    device: str | None = option("cpu, cuda, cuda:1; by default CUDA where there is one", default=None)
-    force: bool = option("make anew what is there", default=False)
-
-    def __post_init__(self) -> None:
-        check(self)
-        names = [film.stem for film in self.films]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"films has {', '.join(twice)} more than once; expected names that differ in one folder")
 
 
 def run(job: SuperResolve) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 import time
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,66 +18,13 @@ from mmdiffusion.clips import STREAMS
 from mmdiffusion.data import SyntheticClips, to_clip
 from mmdiffusion.data.synthetic import ceiling_and_floor, synchrony
 from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
-from mmdiffusion.diffusion.schedulers import SCHEDULERS
-from mmdiffusion.runs.models import DTYPES, PACKAGED, ModelJob, dtype_on, load_pipeline, settings_of
-from mmdiffusion.runs.options import SEEDS, option, refuse_unused
+from mmdiffusion.runs.jobs import WAYS, MeasureSynchrony
+from mmdiffusion.runs.models import dtype_on, load_pipeline, settings_of
 from mmdiffusion.runs.processes import Processes
 from mmdiffusion.runs.results import files_of, said_if_not_written, write_texts
 from mmdiffusion.runs.sample import clip_seed, versions
 
-WAYS = {"joint": None, "video-from-audio": "audio", "audio-from-video": "video"}
-"""How clips are sampled, and the stream that is given."""
-
-GUIDANCES = ("replacement", "gradient")
 _RELEASE_SCALE = 3.0  # of the published gradient, whose squared norm is a mean over the elements
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeasureSynchrony(ModelJob):
-    """Sample clips of a model that was trained on the synthetic world, and measure by their pixels and samples alone
-    how many of the bounces seen are heard within one frame, and how many onsets have no bounce: of both streams made
-    together, and of each made from the other's real clips. Real clips are the ceiling, and each with the sound of
-    another one is the floor.
-    """
-
-    summary: ClassVar = "how far what a model of the synthetic world shows is what it lets hear"
-    examples: ClassVar = (
-        "synchrony",
-        "synchrony --model run/model",
-        "synchrony --model run/model --clips 32 --ways joint --dtype bfloat16",
-        "synchrony --model run/model --steps 30 --out synchrony    # synchrony.md and synchrony.json",
-    )
-
-    model: pathlib.Path = option(
-        "a published checkpoint, or a directory of save_pretrained; by default the small model of the package",
-        default=PACKAGED,
-    )
-    clips: int = option("of each way", default=256, minimum=2, maximum=100_000)
-    steps: int = option("calls of the model for a clip", default=20, minimum=1)
-    ways: tuple[str, ...] = option("what is sampled, and from what", default=tuple(WAYS), choices=tuple(WAYS))
-    guidance: tuple[str, ...] = option("how what is given acts", default=GUIDANCES, choices=GUIDANCES)
-    guidance_scale: float | None = option(
-        "weight of the gradient; if not given the published one, 3 over the elements of what is given", default=None
-    )
-    scheduler: str = option("how noise becomes clips", default="dpmsolver++", choices=tuple(SCHEDULERS))
-    seed: int = option("of the noise", default=0, **SEEDS)
-    world: int = option("seed of the real clips, another one than that of training", default=1, **SEEDS)
-    batch_size: int = option("clips sampled together", default=16, minimum=1)
-    dtype: str | None = option(
-        "of the model: bfloat16 on CUDA, float32 on a CPU, where with AMX bfloat16 is faster too",
-        default=None,
-        choices=tuple(DTYPES),
-    )
-    device: str | None = option("cpu, cuda, cuda:1; by default CUDA where there is one", default=None)
-    out: pathlib.Path | None = option("writes OUT.md and OUT.json", default=None)
-    force: bool = option("overwrite them", default=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        is_given = any(WAYS[way] for way in self.ways)
-        refuse_unused(self, is_given, "ways video-from-audio or audio-from-video", "guidance", "guidance_scale")
-        refuse_unused(self, "gradient" in self.guidance, "guidance gradient", "guidance_scale")
-        refuse_unused(self, self.out, "out", "force")
 
 
 @dataclasses.dataclass(frozen=True)

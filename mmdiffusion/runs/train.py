@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import pathlib
@@ -12,105 +11,23 @@ import platform
 import signal
 import sys
 import time
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 import mmattn
 import mmdiffusion
-from mmdiffusion import checkpoints
 from mmdiffusion._files import alone_in, digest, remove_parts
 from mmdiffusion.data import FilmError
 from mmdiffusion.runs import published
 from mmdiffusion.runs.convert import save_pipeline
-from mmdiffusion.runs.models import ModelJob, settings_of
-from mmdiffusion.runs.options import SEEDS, option, refuse_unused
+from mmdiffusion.runs.jobs import Train
+from mmdiffusion.runs.models import settings_of
 from mmdiffusion.runs.processes import Processes, told_to_stop
 from mmdiffusion.runs.sample import versions
 from mmdiffusion.runs.trained import TrainedClips, TrainedFrames
 from mmdiffusion.training import Recipe, State, States, train
 from mmdiffusion.training.log import Log, plot, row_of, summary
-from mmdiffusion.training.recipe import PRECISIONS, RECIPES, SUPERRES_RECIPES, TIMESTEPS, WEIGHTINGS
-
-_OF_PRESET = "; by default that of the preset"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Train(ModelJob):
-    """Train a network on clips, in a folder: states/ to go on from, model/ to sample from, log.jsonl, loss.png and
-    previews/. The same command again goes on where the run was stopped, to the bit; a state of other settings is
-    refused. --preset small, the default, is a network for the synthetic clips that a CPU can train; landscape is the
-    published one, trained as in the paper. With --superres it is a network that makes frames four times as large, of 16
-    x 16 by default, with landscape the published one.
-    """
-
-    summary: ClassVar = "a network on clips of a folder, or on synthetic ones"
-    examples: ClassVar = (
-        "train synthetic --out run",
-        "train films --preset landscape --micro-batch 2 --precision bfloat16 --out run",
-        "train synthetic --superres --steps 2000 --out run-sr",
-        "sample --model run/model --superres run-sr/model --out clips",
-    )
-
-    data: str = option("a folder of films, packed clips, or `synthetic`", is_positional=True)
-    out: pathlib.Path = option("the folder of the run; made if it is not there")
-    superres: bool = option("a super-resolution network instead, on single frames", default=False)
-    steps: int = option("at which the run ends", default=100_000, minimum=1)
-    batch_size: int | None = option("clips of a step" + _OF_PRESET, default=None, minimum=1)
-    micro_batch: int | None = option("clips of one call of the network" + _OF_PRESET, default=None, minimum=1)
-    lr: float | None = option("learning rate" + _OF_PRESET, default=None, minimum=0)
-    warmup: int | None = option("steps over which it grows from 0" + _OF_PRESET, default=None, minimum=0)
-    weight_decay: float | None = option("of AdamW" + _OF_PRESET, default=None, minimum=0)
-    clip_norm: float | None = option("largest norm of the gradients, 0 for any" + _OF_PRESET, default=None, minimum=0)
-    ema_rates: tuple[float, ...] | None = option("of the averages of the parameters" + _OF_PRESET, default=None)
-    weighting: str | None = option("of the loss by t" + _OF_PRESET, default=None, choices=WEIGHTINGS)
-    min_snr_gamma: float | None = option("of min-snr" + _OF_PRESET, default=None, minimum=0)
-    timesteps: str | None = option("how t is drawn" + _OF_PRESET, default=None, choices=TIMESTEPS)
-    precision: str | None = option("what the network computes in" + _OF_PRESET, default=None, choices=PRECISIONS)
-    seed: int = option("of the weights and of all that is drawn", default=0, **SEEDS)
-    device: str | None = option("cpu, cuda, cuda:1; by default CUDA where there is one", default=None)
-    flip: bool = option("films mirrored as well", default=False)
-    init: pathlib.Path | None = option(
-        "begin with the weights of a published checkpoint, or of a directory of save_pretrained", default=None
-    )
-    resume: pathlib.Path | None = option(
-        "begin where a run of the published code stopped: a folder of its model*.pt, ema_*.pt and opt*.pt", default=None
-    )
-    gradient_checkpointing: bool = option(
-        "compute each block again in backward, for a third of the memory", default=False
-    )
-    workers: int = option("processes that read clips ahead", default=0, minimum=0)
-    log_every: int = option("steps of a line in the log", default=50, minimum=1)
-    checkpoint_every: int = option("steps between states that are kept", default=1000, minimum=1)
-    keep: int = option("states that are kept, the newest", default=3, minimum=1)
-    preview_every: int = option("steps between previews, 0 for none", default=1000, minimum=0)
-    preview_clips: int = option("clips of a preview", default=4, minimum=1)
-
-    @property
-    def recipe(self) -> Recipe:
-        """That of the preset, with what is given here in its place."""
-        preset = (SUPERRES_RECIPES if self.superres else RECIPES).get(self.model_preset or "landscape", Recipe())
-        names = [field.name for field in dataclasses.fields(Recipe)]
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return dataclasses.replace(preset, **given)
-
-    @property
-    def model_preset(self) -> str | None:
-        """That of the recipe, and of the network where it does not come from a file."""
-        return self.preset or (None if self.init or self.resume else "small")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.superres and self.resume:
-            raise ValueError(f"resume is {self.resume} and superres is given; expected init, of its weights alone")
-        if self.superres and self.preset not in (None, *checkpoints.SUPERRES_PRESETS):
-            expected = ", ".join(map(repr, checkpoints.SUPERRES_PRESETS))
-            raise ValueError(f"preset is {self.preset!r}; expected one of {expected} with superres")
-        if self.init and self.resume:
-            raise ValueError(f"init is {self.init} and resume {self.resume}; expected one of them")
-        refuse_unused(self, self.data != "synthetic", "films as data", "flip")
-        refuse_unused(self, self.recipe.weighting == "min-snr", "weighting min-snr", "min_snr_gamma")
-        refuse_unused(self, self.preview_every, "preview_every", "preview_clips")
 
 
 def run(job: Train) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
@@ -28,7 +28,7 @@ from mmdiffusion.runs.sample import clip_seed
 from mmdiffusion.training.superres import FrameNetwork, Frames, small_images
 
 if TYPE_CHECKING:
-    from mmdiffusion.runs.train import Train
+    from mmdiffusion.runs.jobs import Train
 
 _SIZE_SHOWN = 128  # pixels of a frame of a preview, at least
 
@@ -115,7 +115,7 @@ class TrainedFrames:
         """A frame of each clip of the job."""
         return frames_of(self._job.data, self.config, self._job.seed, flip=self._job.flip)
 
-    def given(self, batch: Item, generators: Any) -> dict[str, torch.Tensor]:
+    def given(self, batch: Item, generators: Any) -> dict[str, Tensor]:
         """Of `train`: the small images, degraded as published."""
         return small_images(batch, generators, self.config["scale"])
 
@@ -142,10 +142,16 @@ class TrainedFrames:
         real = to_clip(batch).video[:, 0]  # type: ignore[index]
         size = tuple(real.shape[2:])
         bicubic = functional.interpolate(low_res, size, mode="bicubic").clamp(-1, 1)
-        columns = [functional.interpolate(low_res, size), bicubic, made, real]
-        picture = torch.cat([torch.cat(list(column), 1) for column in columns], 2)
-        times = max(1, _SIZE_SHOWN // size[0])
-        write_image(folder / f"step-{step:08d}.png", picture.repeat_interleave(times, 1).repeat_interleave(times, 2))
+        write_image(folder / f"step-{step:08d}.png", compared(low_res, bicubic, made, real))
+
+
+def compared(low_res: Tensor, *others: Tensor) -> Tensor:
+    """A picture [3, H, W] with a row of each image of batches [B, 3, h, w], the first of which are small."""
+    size = tuple(others[0].shape[2:])
+    columns = [functional.interpolate(low_res, size), *others]
+    picture = torch.cat([torch.cat(list(column), 1) for column in columns], 2)
+    times = max(1, _SIZE_SHOWN // size[0])
+    return picture.repeat_interleave(times, 1).repeat_interleave(times, 2)
 
 
 def frames_of(source: str, config: Mapping[str, Any], seed: int = 0, *, flip: bool = False) -> Frames:

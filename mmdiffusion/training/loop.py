@@ -64,7 +64,7 @@ def train(
     diffusion = GaussianDiffusion()
     state = State(unet, recipe, len(diffusion)) if state is None else state
     device = next(unet.parameters()).device
-    predicted = {"prediction_type": unet.config.get("prediction_type", "epsilon")}
+    predicted = {"prediction_type": unet.config["prediction_type"]}
     rank, count = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     network = accelerator.prepare_model(unet) if accelerator else unet
     size, micro_batches = _shares(recipe, count)

@@ -25,7 +25,7 @@ class FrameNetwork(nn.Module):
     def __init__(self, unet: SuperResolutionUNet) -> None:
         super().__init__()
         self.unet = unet
-        self.config = {"streams": ("video",)}
+        self.config = {"streams": ("video",), "prediction_type": unet.config["prediction_type"]}
 
     def shift_ranges(self) -> list[int]:
         """It has no windows that shift."""
