@@ -2,10 +2,12 @@
 """Distances, published feature networks, synchrony, low-level features and nearest clips."""
 
 import copy
+import dataclasses
 import io
 import json
 import math
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -14,13 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmdiffusion import evaluation
+from mmdiffusion._files import keep
 from mmdiffusion.clips import ClipFormat
 from mmdiffusion.data import SyntheticClips, to_clip
 from mmdiffusion.data.items import joined
 from mmdiffusion.evaluation import (
     I3D,
     AudioCLIPAudio,
-    LowLevelAudio,
     LowLevelVideo,
     Moments,
     alignment,
@@ -31,6 +33,10 @@ from mmdiffusion.evaluation import (
 from mmdiffusion.media import read_clip, write_audio, write_video
 from mmdiffusion.runs import evaluate, measure, memorisation
 from mmdiffusion.runs.evaluate import Evaluate, run
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "bench"))
+
+import evaluation as bench_evaluation
 
 DATA = pathlib.Path(__file__).parent / "data"
 FORM = ClipFormat((16, 3, 32, 32), (1, 6400), 10, 4000)
@@ -246,6 +252,23 @@ def shifted(audio, samples):
 
 
 @pytest.mark.parametrize("seconds", (-0.5, -0.25, 0.0, 0.25, 0.5))
+def test_the_lag_of_a_reel_is_that_of_the_sound(tmp_path_factory, seconds):
+    """Clips end to end, coded and read again: where they join, pictures jump and sound begins at the same time."""
+    path = tmp_path_factory.getbasetemp() / "reel.mp4"
+    if not path.exists():
+        random = torch.Generator().manual_seed(8)
+        scenes = torch.rand(9, 1, 3, 4, 4, generator=random).repeat_interleave(17, 1) * 1.6 - 0.8
+        drift = 0.02 * torch.arange(17)[None, :, None, None, None]
+        video = (scenes + drift).flatten(0, 1).repeat_interleave(16, 2).repeat_interleave(16, 3)
+        sound = 0.2 * torch.randn(9, 27200, generator=random)
+        sound[:, 25600:] = 0
+        write_video(path, video, sound.flatten()[None])
+    clips = bench_evaluation.pieces(path, 17, 9)
+    assert len(clips.video) == 8
+    assert alignment(clips.video, clips.sound(seconds), max_lag=0.75).lag == pytest.approx(seconds, abs=1e-9)
+
+
+@pytest.mark.parametrize("seconds", (-0.5, -0.25, 0.0, 0.25, 0.5))
 def test_the_lag_is_that_of_the_sound(world, seconds):
     video, audio = world
     found = alignment(video, shifted(audio, round(seconds * 4000)), 10, 4000, max_lag=0.7)
@@ -274,48 +297,27 @@ def test_streams_that_alignment_does_not_take(world):
 # Low-level features
 
 
-def distances(video, audio, reals):
-    """Of both streams of clips to those of others."""
-    as_bytes = [((x.clamp(-1, 1) + 1) * 127.5).round().byte() for x in (video, reals[0])]
-    of_video = frechet_distance(*(LowLevelVideo()(x) for x in as_bytes), standard_error=False).value
-    of_audio = frechet_distance(*(LowLevelAudio(4000)(x) for x in (audio, reals[1])), standard_error=False).value
-    return of_video, of_audio
-
-
-def test_degraded_copies_are_ranked(world):
-    """More of the same degradation is further away, and the least of it further than other real clips are."""
-    video, audio = (x[:48] for x in world)
-    reals = tuple(x[48:] for x in world)
-    random = torch.Generator().manual_seed(3)
-    own = distances(video, audio, reals)
-
-    def blurred(size):
-        return torch.nn.functional.avg_pool2d(video.flatten(0, 1), size, 1, size // 2).view_as(video)
-
-    pictures = {
-        "blur": [blurred(3), blurred(7), blurred(13)],
-        "noise": [video + s * torch.randn(video.shape, generator=random) for s in (0.05, 0.2, 0.6)],
-        "shuffle": [video[:, torch.randperm(16, generator=random)]],
-        "still": [video[:, :1].expand_as(video)],
-    }
-    for name, copies in pictures.items():
-        found = [own[0], *(distances(x, audio, reals)[0] for x in copies)]
-        assert found == sorted(found) and found[1] > 1.5 * found[0], f"{name}: {found}"
-    sounds = {
-        "noise": [audio + s * torch.randn(audio.shape, generator=random) for s in (0.003, 0.03, 0.2)],
-        "silence": [torch.cat([audio[..., :n], 0 * audio[..., n:]], 2) for n in (3200, 0)],
-    }
-    for name, copies in sounds.items():
-        found = [own[1], *(distances(video, x, reals)[1] for x in copies)]
-        assert found == sorted(found) and found[1] > 1.5 * found[0], f"{name}: {found}"
+def test_degraded_copies_are_ranked():
+    """More of the same is further away, and the least of it further than other real clips are; sound that is later fits
+    less. `bench/evaluation.py ranking` prints the same table, of films too.
+    """
+    clips = bench_evaluation.world(96)
+    own, reals = (bench_evaluation.Clips(*(x[first::2] for x in clips)) for first in (0, 1))
+    found = dict(bench_evaluation.rank(own, reals))
+    assert len(found) == 7
+    late = [value for value, _ in found.pop("sound late by seconds: correlation").values()]
+    assert late == sorted(late, reverse=True) and late[2] < 0.9 * late[0]
+    for name, figures in found.items():
+        values = [value for value, _ in figures.values()]
+        assert values == sorted(values) and values[1] > 1.5 * values[0], f"{name}: {values}"
 
 
 def test_what_low_level_features_do_not_tell(world):
-    """Mirrored clips and reversed sound are as near as real ones: what docs/evaluation.md says of them."""
-    video, audio = (x[:48] for x in world)
-    reals = tuple(x[48:] for x in world)
-    own, mirrored = distances(video, audio, reals), distances(video.flip(2), audio, reals)
-    assert mirrored[0] < 2 * own[0]
+    """Mirrored clips are as near as real ones: what docs/evaluation.md says of them."""
+    pictures = [((x + 1) * 127.5).round().byte() for x in (world[0][:48], world[0][:48].flip(2), world[0][48:])]
+    own, mirrored, reals = map(LowLevelVideo(), pictures)
+    near = frechet_distance(own, reals, standard_error=False).value
+    assert frechet_distance(mirrored, reals, standard_error=False).value < 2 * near
 
 
 # Nearest training clips
@@ -402,8 +404,11 @@ def test_what_was_kept_is_measured_again_where_it_is_broken(folders, tmp_path, m
     contents = (b"", b"x", foreign.getvalue(), whole[:-1], whole[:-400] + bytes([whole[-400] ^ 1]) + whole[-399:])
     for file, content in zip(kept, contents, strict=False):
         file.write_bytes(content)
+    for file, content in zip(kept[5:], (foreign.getvalue(), b"no tensors"), strict=False):
+        keep(file, content, "whole, of another program")
+    kept[8].write_bytes(kept[9].read_bytes())  # of another film, or network, or format
     assert run(command(folders, tmp_path, "others")) == first
-    assert kept[0].read_bytes() == whole
+    assert kept[0].read_bytes() == whole and kept[8].read_bytes() != kept[9].read_bytes()
     (tmp_path / "file").touch()
     with pytest.warns(UserWarning, match=r"what was measured of .* is not kept"):
         assert run(command(folders, tmp_path, "others", cache=tmp_path / "file")) == first
@@ -423,6 +428,8 @@ def test_folders_that_are_refused(folders, tmp_path):
         run(command(folders, tmp_path, tmp_path / "one"))
     with pytest.raises(NotADirectoryError, match="nothing', which is not there; expected a folder of films"):
         run(command(folders, tmp_path, tmp_path / "nothing"))
+    with pytest.raises(ValueError, match=r"others/\.\./others twice; expected each folder once"):
+        command(folders, tmp_path, "others", "others/../others")
     with pytest.raises(ValueError, match="frames is 8; expected 9 to 1000"):
         command(folders, tmp_path, "others", frames=8)
 
@@ -447,6 +454,47 @@ def test_files_that_are_refused_among_others(folders, tmp_path):
     }
 
 
+def test_rates_and_sizes_are_mixed(folders, tmp_path):
+    """Films of other rates and sizes of the same clips are as near to them as the coder leaves them."""
+    (tmp_path / "mixed").mkdir()
+    for number in range(12, 24):
+        clip = read_clip(folders / "others" / f"{number}.mp4", sample_rate=4000, size=None)
+        times, side, rate = ((1, 1, 16000), (2, 2, 32000), (3, 3, 48000))[number % 3]
+        video = clip.video.repeat_interleave(times, 0).repeat_interleave(side, 2).repeat_interleave(side, 3)
+        audio = torch.nn.functional.interpolate(clip.audio[None], scale_factor=rate // 4000, mode="linear")[0]
+        write_video(tmp_path / "mixed" / f"{number}.mp4", video, audio, fps=10 * times, sample_rate=rate)
+    job = command(folders, tmp_path, tmp_path / "mixed", "noisy", "others", out=tmp_path / "table")
+    said = run(dataclasses.replace(job, real=folders / "others"))
+    mixed, noisy, others = (row["figures"] for row in json.loads((tmp_path / "table.json").read_text())["rows"])
+    assert "mixed: 12 clips, 0 files of no use" in said
+    assert mixed["Frechet, video statistics"][0] < 0.1 * noisy["Frechet, video statistics"][0]
+    assert mixed["motion and sound agree"][0] == pytest.approx(others["motion and sound agree"][0], abs=0.1)
+
+
+def test_streams_that_some_films_lack(folders, tmp_path):
+    """Each figure is of the films that have its stream, how many is said, and one alone gives no distance."""
+    for name in ("parts", "one", "sounds"):
+        (tmp_path / name).mkdir()
+    for number in range(12, 15):
+        sound = read_clip(folders / "others" / f"{number}.mp4", sample_rate=4000, need=("audio",)).audio
+        for name in ("parts", "sounds") if number > 12 else ("one",):
+            write_audio(tmp_path / name / f"{number}.wav", sound, sample_rate=4000)
+        for name in ("parts", "one"):
+            (tmp_path / name / f"{number}.mp4").symlink_to(folders / "silent" / f"{number}.mp4")
+    fakes = [tmp_path / name for name in ("parts", "one", "sounds")]
+    said = run(command(folders, tmp_path, *fakes, out=tmp_path / "table"))
+    assert "parts: 5 clips, 3 of them with video, 2 of them with audio, 0 files" in said
+    assert "one: 4 clips, 3 of them with video, 1 of them with audio, 0 files" in said
+    assert "sounds: 2 clips, 0 of them with video, 0 files" in said
+    streams = [
+        {stream for stream in ("video", "audio") for title in row["figures"] if stream in title}
+        for row in json.loads((tmp_path / "table.json").read_text())["rows"]
+    ]
+    assert streams == [{"video", "audio"}, {"video"}, {"audio"}]
+    job = dataclasses.replace(command(folders, tmp_path, tmp_path / "sounds"), real=folders / "silent")
+    assert "sounds: no distance, since no stream is in two clips or more of both sides" in run(job)
+
+
 def test_features_that_are_not_finite_refuse_their_film(folders, tmp_path, monkeypatch):
     forward = LowLevelVideo.forward
     calls = []
@@ -467,9 +515,11 @@ def test_films_begin_where_both_streams_have_begun(tmp_path):
     found = []
     for at in (5, 8):
         video, audio = -torch.ones(16, 3, 32, 32), torch.zeros(1, 25600)
-        video[at] = 1
+        video[at:] = 1
         audio[0, 1600 * at : 1600 * at + 800] = torch.sin(torch.arange(800) * 0.35) * torch.linspace(1, 0, 800) ** 2
-        assert alignment(video[None], audio[None]).lag == 0
+        assert alignment(video[None], audio[None]).lag == 0  # of a cut
+        video[at + 1 :] = -1
+        assert alignment(video[None], audio[None]).lag == 0  # of a flash
         path = tmp_path / f"{at}.mp4"
         write_video(path, video, audio)
         with measure.open_film(path) as film:
@@ -512,18 +562,50 @@ def test_training_clips_that_are_repeated(folders, tmp_path, monkeypatch):
         command(folders, tmp_path, "others", training=folders / "real")
 
 
-def test_two_processes_are_one(folders, tmp_path):
-    """They share the films and have the same table."""
+def test_commands_at_once_share_a_cache_and_one_is_interrupted(folders, tmp_path):
+    """What is kept by then is whole, the other one has the table of one alone, and nothing half-written stays."""
     arguments = ["--real", folders / "real", "--fake", folders / "others", "--size", "32", "--sample-rate", "4000"]
-    one = run(command(folders, tmp_path, "others"))
+    program = [
+        sys.executable,
+        "-m",
+        "mmdiffusion",
+        "eval",
+        *arguments,
+        "--cache",
+        tmp_path / "cache",
+        "--device",
+        "cpu",
+    ]
+    features = tmp_path / "cache" / "features"
+    both = [
+        subprocess.Popen(list(map(str, program)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    begun = ""
+    while "film/s]" not in begun and (said := both[0].stderr.read(1)):  # the bar after the first film
+        begun += said
+    both[0].send_signal(signal.SIGINT)
+    _, said = both[0].communicate(timeout=120)
+    table, error = both[1].communicate(timeout=120)
+    assert both[0].returncode in (0, 130), begun + said  # 0 if it was through by then
+    assert both[1].returncode == 0, error
+    assert len(list(features.iterdir())) == 24 and all(file.suffix == ".features" for file in features.iterdir())
+    alone = run(command(folders, tmp_path, "others", cache=tmp_path / "own"))
+    assert table == f"{alone}\n" == f"{run(command(folders, tmp_path, 'others'))}\n"
+
+
+def test_two_processes_are_one(folders, tmp_path):
+    """They share the films and have the same tables."""
+    arguments = ["--real", folders / "real", "--fake", folders / "noisy", "--size", "32", "--sample-rate", "4000"]
+    arguments += ["--training", folders / "others"]
+    one = run(command(folders, tmp_path, "noisy", training=folders / "others"))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_cpu_threads_per_process", "1", "--main_process_port", "0", "-m", "mmdiffusion", "eval"]
     launch += [*arguments, "--cache", tmp_path / "own", "--device", "cpu", "--out", tmp_path / "two"]
     done = subprocess.run(list(map(str, launch)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    lines = (tmp_path / "two.md").read_text().splitlines()
-    assert one.splitlines()[:3] == lines[:3]
-    assert len(list((tmp_path / "own" / "features").iterdir())) == 24  # nothing was measured twice
+    assert (tmp_path / "two.md").read_text().splitlines() == one.splitlines()
+    assert len(list((tmp_path / "own" / "features").iterdir())) == 36  # nothing was measured twice
 
 
 def test_published_conventions(folders, tmp_path, monkeypatch, i3d_weights):
@@ -550,18 +632,29 @@ def test_published_conventions(folders, tmp_path, monkeypatch, i3d_weights):
             clip = read_clip(folders / ("real" if not first else "others") / f"{first + number}.mp4", size=None)
             longer = torch.cat([clip.video, clip.video[:4]])
             write_video(films / name / f"{number}.mp4", longer, torch.cat([clip.audio, clip.audio[:, :6400]], 1))
-    write_audio(films / "ours" / "sound.wav", torch.zeros(1, 40000))
+    for name in ("silent", "sounds"):
+        (films / name).mkdir()
+    write_video(films / "silent" / "0.mp4", longer)
+    write_audio(films / "sounds" / "0.wav", torch.cat([clip.audio, clip.audio[:, :6400]], 1))
+    (films / "ours" / "broken.mp4").write_bytes(b"no film")
     weights = {"i3d": tmp_path / "i3d.pt", "audioclip": tmp_path / "audioclip.pt", "cache": tmp_path / "cache"}
-    job = Evaluate(real=films / "real", fake=(films / "ours",), published=True, device="cpu", **weights)
-    said = run(job)
+    fakes = tuple(films / name for name in ("ours", "silent", "sounds"))
+    said = run(Evaluate(real=films / "real", fake=fakes, published=True, device="cpu", **weights))
     header = "| films | clips | FVD | KVD | FAD x10,000, as released | FAD x10,000, as meant | motion and sound agree |"
     assert said.splitlines()[0] == header
-    assert "ours: 15 clips, 1 files of no use\n  sound.wav: no picture" in said  # five beginnings of each film
+    assert "ours: 15 clips, 1 files of no use\n  broken.mp4: " in said  # five beginnings of each film
+    assert "silent: 5 clips, 0 of them with audio, 0 files" in said
+    assert "sounds: 5 clips, 0 of them with video, 0 files" in said
+    silent, sounds = (line.split(" | ") for line in said.splitlines()[3:5])
+    assert all(silent[2:4]) and not any(silent[4:6]) and not any(sounds[2:4]) and all(sounds[4:6])
     assert "real has 15 clips; published figures are of 2048" in said and "Where the published script errs" in said
     assert ("video", (1, 16, 3, 64, 64), torch.uint8) in seen and ("meant", (1, 70560), 1) in seen
-    assert [n for what, _, n in seen if what == "released"] == [8, 7, 8, 7]
+    assert [n for what, _, n in seen if what == "released"] == [8, 7, 8, 7, 5]
     cells = said.splitlines()[2].split(" | ")
     assert cells[4] == cells[5]  # of these networks, which know no neighbours
+    of_pictures = {"i3d": weights["i3d"], "cache": weights["cache"]}
+    with pytest.raises(ValueError, match=r"sounds has 0 clips of 16 frames; expected 2 or more \(no picture\)"):
+        run(Evaluate(real=films / "real", fake=(films / "sounds",), published=True, device="cpu", **of_pictures))
     plain = run(Evaluate(real=films / "real", fake=(films / "ours",), device="cpu", **weights))
     assert "| FVD | KVD | FAD | kernel, AudioCLIP |" in plain
     with pytest.raises(ValueError, match="size is 32; expected 64, as published fixes it"):

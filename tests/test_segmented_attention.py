@@ -393,14 +393,25 @@ def shapes_of_work():
             yield f"g {name} S={window}", queries, keys, heads, 64, equal
 
 
+# Where forward is less even than that, and how uneven. A piece has whole blocks of queries, of 48 on vectors and of 16
+# to 32 on tiles, and these shapes have 88, 88, 288 and 72 (on tiles 104) of them for 64 threads. Smaller blocks would
+# balance the count, not the time: every piece packs all its keys first, 1024 of them for 9 queries in the last case.
+UNEVEN = {
+    "vectors": {"f32": 1.46, "f1024": 1.46, "g audio S=4": 1.11, "g audio S=16": 1.77},
+    "tiles": {"f32": 1.46, "g audio S=16": 1.29},  # f32 has too few keys for tiles
+}
+
+
 @needs_extension
 @pytest.mark.parametrize("backward", (False, True), ids=("forward", "backward"))
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_work_is_even_over_64_threads(dtype, backward, instruction_set):
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_work_is_even_over_64_threads(isa, dtype, backward, instruction_set):
     """By count of queries times keys, where each thread takes the next piece as it becomes free."""
     from mmattn_kernels.cpu import attention
 
-    instruction_set("amx")  # whose blocks are the largest
+    instruction_set(isa)
+    blocks = "tiles" if isa == "amx" or (isa == "avx512_bf16" and dtype == torch.bfloat16) else "vectors"
     found = {}
     for name, queries, keys, heads, dim, windows in shapes_of_work():
         tables = windows if isinstance(windows, CircularWindows) else TableWindows(*windows.tables)
@@ -416,9 +427,8 @@ def test_work_is_even_over_64_threads(dtype, backward, instruction_set):
         )
         assert sum(pieces) == total, name
         found[name] = max(loads) * 64 / total
-    # These have too few blocks of queries for so many threads.
-    few = {} if backward else {"f32": 1.46, "g audio S=16": 1.29}
-    assert all(ratio < few.get(name, 1.1) for name, ratio in found.items()), found
+    uneven = {} if backward else UNEVEN[blocks]
+    assert all(ratio < uneven.get(name, 1.1) for name, ratio in found.items()), found
 
 
 ONES = torch.ones(1, 12, 2, 8)

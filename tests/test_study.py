@@ -186,17 +186,63 @@ def test_studies_that_are_refused(folders, tmp_path):
         "DELETE FROM settings WHERE name = 'id'",
         "UPDATE settings SET value = 'x' WHERE name = 'seed'",
         "UPDATE settings SET value = '-3' WHERE name = 'ratings'",
-        "UPDATE sources SET is_real = 0",
-        "DELETE FROM sources",
+        "DROP TRIGGER sources_are_not_changed; UPDATE sources SET is_real = 0",
+        "DROP TRIGGER sources_are_not_removed; DELETE FROM sources",
     ),
 )
 def test_a_database_that_is_not_whole_is_refused(folders, tmp_path, damage):
     make_study(tmp_path / "study", sources(folders), ratings=2, guesses=1, seed=1)
     with contextlib.closing(sqlite3.connect(tmp_path / "study" / "study.sqlite")) as database:
-        database.execute(damage)
-        database.commit()
+        database.executescript(damage)
     with pytest.raises(ValueError, match=r"study\.sqlite is no whole study; expected what"):
         Study(tmp_path / "study")
+
+
+def test_a_damaged_database_is_refused_or_whole(study):
+    """Bytes changed anywhere, and zeros in the place of a page: no vote is lost in silence, and every refusal names the
+    file.
+    """
+    for rater in range(3):
+        takes_part(study, rater=rater)
+    before, path = study.votes(), study.path / "study.sqlite"
+    whole = path.read_bytes()
+    random = numpy.random.default_rng(0)
+    refused = 0
+    for _ in range(60):
+        content = numpy.frombuffer(whole, numpy.uint8).copy()
+        if random.random() < 0.5:
+            page = random.integers(len(whole) // 4096) * 4096
+            content[page : page + 4096] = 0
+        else:
+            content[random.integers(len(whole), size=20)] = random.integers(256, size=20)
+        path.write_bytes(content.tobytes())
+        for journal in study.path.glob("study.sqlite-*"):
+            journal.unlink()
+        try:
+            found = Study(study.path).votes()
+        except (ValueError, OSError) as error:
+            refused += 1
+            assert str(path) in str(error) or str(study.path) in str(error), error
+        else:
+            assert len(found) == len(before)
+    assert refused > 30
+    path.write_bytes(whole)
+    assert Study(study.path).votes() == before
+
+
+def test_answers_that_something_else_wrote_are_not_counted(study):
+    token = study.begin()
+    item = study.next_item(token).id
+    with database(study) as found:
+        found.execute("INSERT INTO votes VALUES (?, 'video', 7, 0)", (item,))
+        found.commit()
+    with pytest.raises(ValueError, match=r"study\.sqlite has the answer 7 to 'video'; expected those that its pages"):
+        tally(study)
+    with database(study) as found:
+        found.execute("INSERT INTO votes VALUES ('nobody', 'video', 3, 0)")
+        found.commit()
+    with pytest.raises(ValueError, match=r"study\.sqlite is damaged.*: a row of votes has none in items"):
+        Study(study.path)
 
 
 def test_a_study_is_whole_or_absent(folders, tmp_path, monkeypatch, small_files):
@@ -264,10 +310,10 @@ def test_films_have_equal_votes(study):
 
 def test_who_leaves_does_not_hold_films(study, monkeypatch):
     """Films given to a rater who left without a vote are given first, an hour later."""
+    now = time.time()
+    monkeypatch.setattr("mmdiffusion.study.votes.time.time", lambda: now - 4000)
     study.begin()
-    with database(study) as found:
-        found.execute("UPDATE raters SET begun = begun - 4000")
-        found.commit()
+    monkeypatch.undo()
     token = study.begin()
     with database(study) as found:
         held = found.execute("SELECT count(*) FROM items WHERE part = 'opinion'").fetchone()[0]
@@ -323,8 +369,16 @@ def test_votes_are_neither_changed_nor_removed(study):
     token = study.begin()
     study.vote(token, study.next_item(token).id, OPINION)
     with database(study) as found:
-        for statement in ("UPDATE votes SET value = 5", "DELETE FROM votes"):
-            with pytest.raises(sqlite3.IntegrityError, match="votes are not"):
+        for statement, said in (
+            ("UPDATE votes SET value = 5", "votes are not changed"),
+            ("DELETE FROM votes", "votes are not removed"),
+            ("REPLACE INTO votes SELECT item, question, 5, time FROM votes", "votes are not replaced"),
+            ("UPDATE OR REPLACE items SET film = film + 1", "items are not changed"),
+            ("DELETE FROM raters", "raters are not removed"),
+            ("UPDATE films SET source = 0", "films are not changed"),
+            ("UPDATE sources SET name = 'theirs' WHERE is_real = 0", "sources are not changed"),
+        ):
+            with pytest.raises(sqlite3.IntegrityError, match=said):
                 found.execute(statement)
     assert [x.value for x in study.votes()] == [4, 3, 5]
 

@@ -69,24 +69,24 @@ class FilmEntry:
         part = Part(self.name.removeprefix(f"{self.shard}/"), self.begin, self.length)
         return open_film(folder / self.shard, part)
 
-    def clips(self, clip_format: ClipFormat) -> range:
-        """The frames, at the format's rate, at which a clip can begin: where both streams last for all of it, but for
-        half of the last frame at most.
+    def clips(self, clip_format: ClipFormat, need: Sequence[str] = STREAMS) -> range:
+        """The frames, at the format's rate, at which a clip can begin: where all the streams that it has last for all
+        of it, but for half of the last frame at most; none without those of `need`.
         """
-        if self.fault or not all(kind in self.ends for kind in STREAMS):
+        if self.fault or not all(kind in self.ends for kind in need):
             return range(0)
         first = math.ceil(max(self.starts.values()) * clip_format.frame_rate - 0.5)
         return range(first, math.floor(min(self.ends.values()) * clip_format.frame_rate + 0.5) - clip_format.frames + 1)
 
-    def refusal(self, clip_format: ClipFormat) -> str:
+    def refusal(self, clip_format: ClipFormat, need: Sequence[str] = STREAMS) -> str:
         """Why there is no clip of that format in it, or ""."""
         if self.fault:
             return self.fault
-        missing = [kind for kind in STREAMS if kind not in self.ends]
+        missing = [kind for kind in need if kind not in self.ends]
         if missing:
             names = {"video": "no picture", "audio": "no sound"}
             return " and ".join(names[kind] for kind in missing)
-        if not self.clips(clip_format):
+        if not self.clips(clip_format, need):
             length = min(self.ends.values()) - max(self.starts.values())
             return f"too short: {length:.2f} s of {clip_format.frames / clip_format.frame_rate:.2f}"
         return ""

@@ -63,7 +63,8 @@ def curves(
     """Change of motion and onsets of sound of each clip, [B, n] float64 each, at four times the frame rate.
 
     The former is the second difference in time of each colour's mean and first moments in space: large where something
-    starts, stops, turns or flashes. An onset is the rise of the sound's power in decibels, in eight bands.
+    starts, stops, turns or flashes. A cut counts at the first frame of what comes after it. An onset is the rise of the
+    sound's power in decibels, in eight bands.
 
     Raises:
         ValueError: on other shapes, or fewer than 4 frames.
@@ -118,9 +119,23 @@ def _turning(video: Tensor) -> Tensor:
     """
     x, y = (torch.linspace(-1, 1, size, device=video.device) for size in (video.shape[4], video.shape[3]))
     moments = torch.stack([video.mean((3, 4)), (video.mean(3) * x).mean(3), (video.mean(4) * y).mean(3)], 3)
-    change = moments.flatten(2).diff(dim=1).diff(dim=1).norm(dim=2)
+    turn = moments.flatten(2).diff(dim=1).diff(dim=1)
+    change = _at_the_first_frame(turn, turn.norm(dim=2))
     change = functional.pad(change, (1, 1), mode="replicate")
     return change / change.mean(1, keepdim=True).clamp(min=1e-6)
+
+
+def _at_the_first_frame(turn: Tensor, change: Tensor) -> Tensor:
+    """[B, n] the sizes `change` of `turn` [B, n, D], where a jump (a cut, a flash) counts at the first frame that shows
+    it, as a film does: its second differences before and after are opposite. Those of what turns between two frames
+    are alike, and both count.
+    """
+    before, after = (x.clamp(min=1e-12) for x in (change[:, :-1], change[:, 1:]))
+    opposite = (-(turn[:, :-1] * turn[:, 1:]).sum(2) / (before * after)).clamp(0, 1)
+    # Of a cut both are equal, and the later one stays; at a flash the middle one is twice its neighbours, and stays.
+    earlier = 1 - opposite * (2 * after / before - 1).clamp(0, 1)
+    later = 1 - opposite * (before / after - 1).clamp(0, 1)
+    return change * functional.pad(earlier, (0, 1), value=1.0) * functional.pad(later, (1, 0), value=1.0)
 
 
 def _onset(sound: Tensor, length: int, hop: float) -> Tensor:

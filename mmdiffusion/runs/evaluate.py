@@ -30,7 +30,7 @@ _FAULTS = """Where the published script errs, and what is done here:
 - For 256 x 256 fakes it measures the 64 x 64 folder again. Here the folder that is named is measured, at 64 x 64.
 - Pictures are cut to whole levels after rounding errors, by which some are a level too dark. Here they are rounded.
 - Distances are computed in float32, which is off by up to 0.5%. Here in float64.
-- Films that cannot be read are passed over in silence, and another clip is taken. Here they are named below."""
+- Films that cannot be read are passed over in silence, and another clip is taken. Here they are named above."""
 
 
 def run(job: Evaluate) -> str:
@@ -40,12 +40,23 @@ def run(job: Evaluate) -> str:
     outputs = files_of(job.out, (".md", ".json", ".png", *of_training), job.force)
     processes = Processes(job.device)
     measure = Measure(job, processes)
-    folders = (job.real, *job.fake)
-    found = [measure.folder(folder) for folder in folders]
+    found = [measure.folder(folder) for folder in (job.real, *job.fake)]
     training = measure.folder(job.training, step=job.training_step) if job.training else None
-    if processes.rank:
-        return ""
-    names = [printable(str(folder)) for folder in folders]
+    try:
+        return "" if processes.rank else _compared(job, measure, found, training, outputs)
+    finally:
+        processes.wait()  # the end of one would break the connections of the others
+
+
+def _compared(
+    job: Evaluate,
+    measure: Measure,
+    found: list[Found],
+    training: Found | None,
+    outputs: dict[str, pathlib.Path],
+) -> str:
+    """The table of all, which is written too."""
+    names = [printable(str(folder)) for folder in (job.real, *job.fake)]
     rows = [_row(name, x, found[0], measure) for name, x in zip(names[1:], found[1:], strict=True)]
     nearest = {}
     if training is not None:
@@ -56,9 +67,9 @@ def run(job: Evaluate) -> str:
     lines = [_table(rows), ""]
     lines += [memorisation.table(nearest), ""] if nearest else []
     for name, x in zip(names, found, strict=True):
-        lines += [f"{name}: {x.count} clips, {len(x.refused)} files of no use", *x.said()]
+        lines += x.said(name)
     if training is not None:
-        lines += [f"{job.training}: {training.count} clips, {len(training.refused)} files of no use", *training.said()]
+        lines += training.said(printable(str(job.training)))
     lines += sorted({caution for row in rows for caution in row["cautions"]})
     lines += _said_of_published(names, found) if job.published else []
     text = "\n".join(lines)
@@ -74,8 +85,9 @@ def run(job: Evaluate) -> str:
             _plot(rows, outputs[".png"], job.force)
             if nearest and job.training:
                 memorisation.plot(nearest, outputs[".nearest.png"], may_replace=job.force)
-                for folder, compared, suffix in zip(job.fake, nearest.values(), pairs, strict=True):
-                    memorisation.sheet(measure, folder, job.training, compared, outputs[suffix], may_replace=job.force)
+                for number, (folder, compared) in enumerate(zip(job.fake, nearest.values(), strict=True), 1):
+                    path = outputs[f".pairs-{number}.png"]
+                    memorisation.sheet(measure, folder, job.training, compared, path, may_replace=job.force)
     return text
 
 
@@ -98,7 +110,7 @@ def _figures(fake: Found, real: Found, measure: Measure) -> list[tuple[str, Any,
     """Titles, the features of both, and what distances are multiplied by."""
     figures: list[tuple[str, Any, float]] = []
     for stream in STREAMS:
-        if not all(stream in x.features for x in (fake, real)):
+        if not all(len(x.features.get(stream, ())) > 1 for x in (fake, real)):
             continue
         both, name = (fake.features[stream], real.features[stream]), measure.names.get(stream)
         if name == "I3D":
@@ -122,6 +134,8 @@ def _row(name: str, fake: Found, real: Found, measure: Measure) -> dict[str, Any
         row["figures"][title] = [scale * distance.value, scale * distance.standard_error]
         if distance.caution and "ernel" not in title and title != "KVD":
             row["cautions"].append(f"{title}: {distance.caution}")
+    if not row["figures"]:
+        row["cautions"].append(f"{name}: no distance, since no stream is in two clips or more of both sides")
     known = fake.scores[~fake.scores.isnan()]
     if len(known):
         row["figures"]["motion and sound agree"] = list(mean_and_error(known))

@@ -343,6 +343,9 @@ class Evaluate:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected {value:g}, as published fixes it")
         if self.published and not (self.i3d or self.audioclip):
             raise ValueError("published is given without weights; expected i3d, audioclip or both")
+        for number, folder in enumerate(self.fake):
+            if folder.resolve() in [x.resolve() for x in self.fake[:number]]:
+                raise ValueError(f"fake has {folder} twice; expected each folder once")
         if self.training and self.training.resolve() == self.real.resolve():
             raise ValueError(f"training is {self.training}, as real is; expected films in real that no model has seen")
 

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
 import json
 import pathlib
+import pickle
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,10 +31,10 @@ from mmdiffusion.runs.processes import Processes
 if TYPE_CHECKING:
     from mmdiffusion.runs.evaluate import Evaluate
 
-_VERSION = 2  # of what is kept of a film
+_VERSION = 3  # of what is kept of a film
 _RAW_SIDE, _RAW_RATE = 16, 4000  # pixels and samples a second of what nearest clips are found by
 _RELEASED_BATCH = 8  # clips whose statistics are the norms' in the published script
-_IN_RELEASE = ("h264", "aac")
+_IN_RELEASE = {"h264", "aac"}
 
 RAW = {"video": "pixels", "audio": "samples"}
 """Names of a stream itself, smaller, beside that of its features."""
@@ -70,8 +72,12 @@ class Found:
     refused: dict[str, str]
     recoded: int
 
-    def said(self) -> list[str]:
-        return [f"  {name}: {why}" for name, why in self.refused.items()]
+    def said(self, name: str) -> list[str]:
+        """How many clips of which streams there are under that name, and why films are of no use."""
+        streams = [f"{len(self.places[stream])} of them with {stream}" for stream in STREAMS]
+        lacking = [x for stream, x in zip(STREAMS, streams, strict=True) if len(self.places[stream]) != self.count]
+        first = ", ".join([f"{name}: {self.count} clips", *lacking, f"{len(self.refused)} files of no use"])
+        return [first, *(f"  {file}: {why}" for file, why in self.refused.items())]
 
 
 class Measure:
@@ -144,8 +150,9 @@ class Measure:
         }
         none = torch.zeros(0, dtype=torch.float64)
         scores = torch.cat([x["tensors"].get("scores", none) for x in films.values()])[:most]
-        recoded = sum(tuple(x["codecs"]) != _IN_RELEASE for x in films.values())
-        released = self._released(folder, places["audio"]) if self.released is not None else None
+        recoded = sum(not {*x["codecs"]} <= _IN_RELEASE for x in films.values())
+        has_released = self.released is not None and len(places["audio"]) > 1
+        released = self._released(folder, places["audio"]) if has_released else None
         return Found(features, released, places, scores, min(count, most or count), refused, recoded)
 
     def clip(self, folder: pathlib.Path, place: Place) -> Clip:
@@ -162,8 +169,11 @@ class Measure:
         )
         processes = None if self.processes.count == 1 else 1
         entries = index_folder(folder, cache=job.cache, processes=processes, progress=self.processes.rank == 0)
-        refused |= {printable(x.name): why for x in entries if (why := x.refusal(form))}
-        found = [(x.name, frame) for x in entries for frame in x.clips(form)]
+        # Silent films and sounds alone are measured by what they have, if it is measured at all.
+        need = [tuple(x.ends) if x.ends.keys() & self.networks.keys() else tuple(self.networks) for x in entries]
+        pairs = list(zip(entries, need, strict=True))
+        refused |= {printable(x.name): why for x, streams in pairs if (why := x.refusal(form, streams))}
+        found = [(x.name, frame) for x, streams in pairs for frame in x.clips(form, streams)]
         order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[: job.clips]
         chosen: dict[str, list[Fraction]] = {}
         for i in sorted(order.tolist()):
@@ -196,9 +206,13 @@ class Measure:
         text = json.dumps([*key, self.settings])
         file = self.cache / f"{hashlib.sha256(text.encode()).hexdigest()}.features"
         if content := kept(file):
-            return torch.load(io.BytesIO(content), weights_only=True)
+            # Whole, and yet of something else, if it was written by another program or copied to this name.
+            with contextlib.suppress(RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
+                found = torch.load(io.BytesIO(content), weights_only=True)
+                if isinstance(found, dict) and found.keys() == {"key", "made"} and found["key"] == text:
+                    return found["made"]
         made, buffer = make(), io.BytesIO()
-        torch.save(made, buffer)
+        torch.save({"key": text, "made": made}, buffer)
         keep(file, buffer.getvalue(), "what was measured of a film")
         return made
 

@@ -48,9 +48,15 @@ CREATE TABLE votes (
   item TEXT NOT NULL REFERENCES items, question TEXT NOT NULL, value INTEGER NOT NULL, time REAL NOT NULL,
   PRIMARY KEY (item, question)
 ) STRICT;
-CREATE TRIGGER votes_stay BEFORE UPDATE ON votes BEGIN SELECT RAISE(ABORT, 'votes are not changed'); END;
-CREATE TRIGGER votes_remain BEFORE DELETE ON votes BEGIN SELECT RAISE(ABORT, 'votes are not removed'); END;
-"""
+CREATE TRIGGER votes_are_not_replaced BEFORE INSERT ON votes
+WHEN EXISTS (SELECT 1 FROM votes WHERE item = NEW.item AND question = NEW.question)
+BEGIN SELECT RAISE(ABORT, 'votes are not replaced'); END;
+""" + "".join(
+    f"CREATE TRIGGER {table}_are_not_{past} BEFORE {verb} ON {table} "
+    f"BEGIN SELECT RAISE(ABORT, '{table} are not {past}'); END;\n"
+    for table in ("votes", "items", "raters", "films", "sources")  # votes, and what they are votes on
+    for verb, past in (("UPDATE", "changed"), ("DELETE", "removed"))
+)
 
 
 class VoteRefused(ValueError):
@@ -118,6 +124,8 @@ class Study:
             settings = dict(found.execute("SELECT name, value FROM settings"))
             names = found.execute("SELECT name, is_real FROM sources ORDER BY id").fetchall()
             tables = {name for (name,) in found.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            faults = [x for (x,) in found.execute("PRAGMA integrity_check(1)") if x != "ok"]
+            faults += [f"a row of {x[0]} has none in {x[2]}" for x in found.execute("PRAGMA foreign_key_check")]
         if settings.get("version") != str(_VERSION):
             raise ValueError(f"{self.path} is of version {settings.get('version')}; expected {_VERSION}")
         numbers = [settings.get(name, "") for name in ("seed", "ratings", "guesses")]
@@ -129,6 +137,8 @@ class Study:
             and len(names) > 1
         ):
             raise ValueError(f"{self.path / _DATABASE} is no whole study; expected what `mmdiffusion study make` made")
+        if faults:
+            raise ValueError(f"{self.path / _DATABASE} is damaged, and some votes may be lost: {faults[0]}")
         self.id = settings["id"]
         self._seed, self.ratings, self.guesses = map(int, numbers)
         self.sources = {name: bool(is_real) for name, is_real in names}
@@ -241,14 +251,26 @@ class Study:
             database.executemany("INSERT INTO votes VALUES (?, ?, ?, ?)", given)
 
     def votes(self) -> list[Vote]:
-        """All answers, of raters who have finished and of those who have not."""
+        """All answers, of raters who have finished and of those who have not.
+
+        Raises:
+            ValueError: if there is one that its question does not have, in a database that something else wrote to.
+        """
         with self._reading() as database:
             rows = database.execute(
                 "SELECT items.rater, items.film, sources.name, votes.question, votes.value FROM votes "
                 "JOIN items ON items.id = votes.item JOIN films ON films.id = items.film "
                 "JOIN sources ON sources.id = films.source ORDER BY items.rater, items.position, votes.rowid"
             ).fetchall()
-        return [Vote(*row) for row in rows]
+        answers = {question: values for part in QUESTIONS.values() for question, values in part.items()}
+        found = [Vote(*row) for row in rows]
+        for vote in found:
+            if vote.value not in answers.get(vote.question, ()):
+                raise ValueError(
+                    f"{self.path / _DATABASE} has the answer {vote.value} to {vote.question!r}; expected those that "
+                    f"its pages take"
+                )
+        return found
 
     def raters(self) -> tuple[int, int]:
         """How many began, and how many came to the end."""
@@ -357,7 +379,7 @@ def _connected(path: pathlib.Path) -> Iterator[sqlite3.Connection]:
         database.execute("PRAGMA foreign_keys = ON")
         database.execute("PRAGMA synchronous = FULL")
         yield database
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         if isinstance(error, sqlite3.OperationalError) and not str(error).startswith("no such"):
             raise OSError(f"{path} cannot be used: {error}") from error  # of the disk, or of who may write to it
         raise ValueError(f"{path} is no study: {error}") from error

@@ -86,7 +86,6 @@ class Forward {
                scale_.of_queries);
     for (int64_t r = 0; r < kQueryRows; ++r) top_[r] = factor_[r] = kLowest, sum_[r] = 0;
     const Vec scale = broadcast(scale_.of_differences);
-    std::memset(out_, 0, rows * padded_ * sizeof(float));
 
     bool is_first = true;
     run.each_key_range(block, [&](Range range) {
@@ -127,13 +126,15 @@ class Forward {
           }
           sum_[r] += reduce_add(total);
         }
-        gemm<Init::rescale>({rows,
+        const int64_t first = std::max<int64_t>(lo, 0), end = std::min(hi, panels * kLanes);
+        const Gemm of_values{rows,
                              padded_ / kLanes,
-                             panels * kLanes,
-                             {scores_, kKeyBlock, 1},
-                             {values_ + panel * kLanes * padded_, kLanes, padded_},
+                             end - first,
+                             {scores_ + first, kKeyBlock, 1},
+                             {values_ + (panel * kLanes + first) * padded_, kLanes, padded_},
                              {out_, padded_},
-                             factor_});
+                             factor_};
+        is_first ? gemm<Init::zero>(of_values) : gemm<Init::rescale>(of_values);
         is_first = false;
       });
     });
@@ -214,7 +215,7 @@ class Backward {
     run.each_key_range(block, [&](Range range) {
       each_key_block(range, kLanes, kKeyPanels, [&](int64_t panel, int64_t panels) {
         const int64_t first = panel * kLanes, lo = std::max<int64_t>(range.lo - first, 0);
-        const int64_t hi = std::min(range.hi - first, panels * kLanes), last = (panels - 1) * kLanes;
+        const int64_t hi = std::min(range.hi - first, panels * kLanes);
         const auto panel_product = [&](const float* of_rows, const float* of_keys, float* to) {
           gemm<Init::zero>({rows,
                             panels,
@@ -235,9 +236,6 @@ class Backward {
             store(s + v, weight);
             store(ds + v, weight * (load(ds + v) - row_delta));
           }
-          // Of these d_q is summed over whole vectors, all else over the window's keys alone.
-          if (lo > 0) store(ds, keep_lanes(load(ds), lo, kLanes, 0.0f));
-          if (hi < last + kLanes) store(ds + last, keep_lanes(load(ds + last), 0, hi - last, 0.0f));
         }
         const auto add_to_keys = [&](const float* scores, const float* of_rows, float* to) {
           gemm<Init::add>({hi - lo,
@@ -251,9 +249,9 @@ class Backward {
         add_to_keys(d_scores_, queries_, d_keys_);
         gemm<Init::add>({rows,
                          vecs,
-                         panels * kLanes,
-                         {d_scores_, kKeyBlock, 1},
-                         {key_rows_ + first * padded_, kLanes, padded_},
+                         hi - lo,
+                         {d_scores_ + lo, kKeyBlock, 1},
+                         {key_rows_ + (first + lo) * padded_, kLanes, padded_},
                          {d_queries_, padded_}});
       });
     });

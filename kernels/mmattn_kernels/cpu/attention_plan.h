@@ -18,6 +18,10 @@ namespace {
 
 constexpr int64_t kMaxDim = 256;
 constexpr int64_t kCacheBytes = 1 << 20;  // packed keys a run may hold: half of a common second-level cache
+// Queries of a forward piece, where packing its keys again costs next to nothing: their rows and those of the output
+// lie in as many pages as address caches hold, so that the next head, beside them in memory, finds the pages there.
+constexpr int64_t kReach = 1024;
+constexpr int64_t kRowsPerKey = 8;  // against which packing a key is next to nothing
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
 constexpr float kLowest = std::numeric_limits<float>::lowest();  // less than any score, and no NaN less a score
 
@@ -364,7 +368,8 @@ void cut_queries(Plan& plan, const Shape& shape, double most) {
     }
     const int64_t begin = plan.blocks.size();
     for (int64_t i = first; i < next; ++i) append_query_blocks(plan.blocks, w, i, shape.rows, shape.unit);
-    cut_blocks(plan, begin, pairs, parts_of(pairs, most));
+    const int64_t queries = w.segments[next - 1].queries.hi - w.segments[first].queries.lo;
+    cut_blocks(plan, begin, pairs, std::max(parts_of(pairs, most), queries / std::max(kReach, kRowsPerKey * longest)));
   }
 }
 
