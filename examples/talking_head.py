@@ -4,7 +4,7 @@
 Before: the sound of each frame is gathered, copied with its overlaps and padded, and the frames become the batch.
 After: `mmattn.Windows.centered`, by which every frame reads the sound where it lies. `python examples/talking_head.py`
 
-On a CPU that saves memory and no time, which the projections take: 135.6 ms instead of 133.1 (docs/embedding.md).
+On a CPU that saves memory and no time (docs/embedding.md).
 """
 
 import torch
