@@ -57,7 +57,10 @@ def methods(owner: str, value: Any) -> Iterator[str]:
 
 def entry(name: str, value: Any, level: int = 3) -> list[str]:
     """Heading, signature and docstring of one name."""
-    signature = re.sub(r" at 0x[0-9a-f]+", "", str(inspect.signature(value)))
+    signature = re.sub(r" at 0x[0-9a-f]+|\btyping\.", "", str(inspect.signature(value)))
+    # Python before 3.14 writes these its own way; the page is the same of any.
+    signature = re.sub(r"ForwardRef\('(.*?)'\)", r"\1", signature)
+    signature = re.sub(r"Optional\[(Literal\[.*?\])\]", r"\1 | None", signature)
     signature = re.sub(
         r"\((self|cls), ?|\((self|cls)\)", lambda m: "(" if m[0].endswith((",", " ")) else "()", signature
     )

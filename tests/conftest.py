@@ -100,10 +100,11 @@ def announcements(monkeypatch):
 @pytest.fixture(autouse=True)
 def one_instruction_set():
     """A test that chooses another for the CPU kernels leaves that of the process to the next ones."""
-    names = [module.instruction_set() for module in [sys.modules.get("mmattn_kernels._cpu")] if module]
+    module = sys.modules.get("mmattn_kernels._cpu")
+    name = module and module.instruction_set()
     yield
-    if names:
-        assert sys.modules["mmattn_kernels._cpu"].instruction_set() == names[0]
+    if module:
+        assert module.instruction_set() == name
 
 
 @pytest.fixture
