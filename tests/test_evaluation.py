@@ -653,7 +653,7 @@ def test_published_conventions(folders, tmp_path, monkeypatch, i3d_weights):
     cells = said.splitlines()[2].split(" | ")
     assert cells[4] == cells[5]  # of these networks, which know no neighbours
     of_pictures = {"i3d": weights["i3d"], "cache": weights["cache"]}
-    with pytest.raises(ValueError, match=r"sounds has 0 clips of 16 frames; expected 2 or more \(no picture\)"):
+    with pytest.raises(ValueError, match=r"sounds has 0 clips of 16 frames; expected 2 or more \(0.wav no picture\)"):
         run(Evaluate(real=films / "real", fake=(films / "sounds",), published=True, device="cpu", **of_pictures))
     plain = run(Evaluate(real=films / "real", fake=(films / "ours",), device="cpu", **weights))
     assert "| FVD | KVD | FAD | kernel, AudioCLIP |" in plain

@@ -504,7 +504,7 @@ REFUSALS = {
     "limit": (["--device", "cpu", "--limit", "1"], "--limit is 1; expected 2 or more"),
     "kernel": (["--device", "cpu", "--kernels", "gemm"], "invalid choice: 'gemm'"),
     "target": (["--device", "cpu", "--target", "sm_70"], "invalid choice: 'sm_70'"),
-    "head dim": (["--device", "cpu", "--head-dim", "48"], "invalid choice: 48"),
+    "head dim": (["--device", "cpu", "--head-dim", "48"], "argument --head-dim: invalid choice: "),
     "dtypes": (["--device", "cpu", "--dtype", "bfloat16", "float16"], "share the tables' entries"),
     "interpreter": (["--device", "cpu"], "TRITON_INTERPRET is set"),
 }

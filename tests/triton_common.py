@@ -21,7 +21,7 @@ SHARED_LIMIT = {name: target.shared_limit for name, target in TARGETS.items()}
 # In words of local memory. The configurations are those of Triton 3.7: older ones allocate registers a little worse,
 # and 3.9 keeps more of attention's forward kernel there, outside its loop over whole blocks (docs/perf-notes.md).
 _TRITON = tuple(int(part) for part in triton_version.split(".")[:2])
-SPILLS = 16 if _TRITON < (3, 7) else 0 if _TRITON < (3, 9) else 27
+SPILLS = 16 if _TRITON < (3, 7) else 0 if _TRITON < (3, 9) else 32
 MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "mfma"}
 
 

@@ -432,8 +432,9 @@ def _backward_dq_kernel(
     b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)  # [BM]
     b_lse = tl.load(p_lse + o_m, mask=m_m, other=0.0) * LOG2_E  # [BM]
     if query_bounds is not None:
-        tl.store(ranges + o_m, b_begin, mask=m_m & (i_bh == 0))
-        tl.store(ranges + len_q + o_m, b_length, mask=m_m & (i_bh == 0))
+        if i_bh == 0:
+            tl.store(ranges + o_m, b_begin, mask=m_m)
+            tl.store(ranges + len_q + o_m, b_length, mask=m_m)
         b_lse = tl.where(high > low, b_lse, 0.0)
     if d_lse is not None:
         b_delta -= tl.load(d_lse + i_bh.to(tl.int64) * len_q + o_m, mask=m_m & (high > low), other=0.0).to(tl.float32)
