@@ -24,11 +24,11 @@ _flop_formulas: dict[str, Callable[..., int]] = {}
 _differentiable: dict[str, type[torch.autograd.Function]] = {}
 
 
-def can_skip_dispatcher(*tensors: Tensor | None) -> bool:
+def can_skip_dispatcher(*tensors: Tensor | None, known: bool = False) -> bool:
     """Whether kernels may be called directly: no trace, mode, transform or profiler, and tensors that are memory.
 
     A small call spends half its time in the dispatcher. What only looks like memory (`_checks.is_plain`) torch
-    materialises there.
+    materialises there. `known`: by `_checks.is_known`, so the tensors are plain.
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
@@ -39,7 +39,7 @@ def can_skip_dispatcher(*tensors: Tensor | None) -> bool:
         return False
     if forward_ad._current_level >= 0 or torch.autograd.profiler._is_profiler_enabled:
         return False
-    for t in tensors:
+    for t in () if known else tensors:
         if t is None:
             continue
         if type(t) not in _checks.PLAIN_TYPES or not _checks.is_plain(t):
@@ -53,11 +53,8 @@ def wants_gradients(*tensors: Tensor | None) -> bool:
 
 
 def call(name: str, tensors: tuple[Tensor | None, ...], *args: Any, known: bool = False) -> tuple[Tensor, ...]:
-    """The op `name` on checked arguments, `tensors` among them: past the dispatcher where that may be.
-
-    `known`: by `_checks.is_known`, so the tensors are plain.
-    """
-    if not can_skip_dispatcher(*(() if known else tensors)):
+    """The op `name` on checked arguments, `tensors` among them: past `can_skip_dispatcher` where that may be."""
+    if not can_skip_dispatcher(*tensors, known=known):
         return getattr(torch.ops.mmattn, name)(*args)
     return _apply(name, None, *args) if wants_gradients(*tensors) else _functions[name][0](*args)
 
@@ -218,7 +215,7 @@ def gradients_of(name: str) -> Callable[..., Any]:
         which = len(given) == len(tensors) or tuple([t is None for t in tensors])
         key = op, which, options_of(args)
         known = _checks.is_known(key, given)
-        if not can_skip_dispatcher(*(() if known else given)):
+        if not can_skip_dispatcher(*given, known=known):
             return packet(*args)
         _, check_gradients, compute_gradients = _functions[name]
         if not known:

@@ -230,7 +230,7 @@ def _may_overwrite(x: Tensor, weight: Tensor, others: tuple[Tensor | None, ...],
     if weight.shape[::2] != (x.shape[2], 1) or not x.is_contiguous():
         return False
     # In training `call` asks can_skip_dispatcher, so that it is not asked here; a trace knows no is_inference.
-    if wants_gradients(x, *others) or not can_skip_dispatcher(*(() if known else (x, *others))) or x.is_inference():
+    if wants_gradients(x, *others) or not can_skip_dispatcher(x, *others, known=known) or x.is_inference():
         return False
     return not any(_shares_memory(x, t) for t in others if t is not None)
 
@@ -355,20 +355,24 @@ def _dilation_within(dilation: int, length: int) -> int:
     return min(dilation, length)
 
 
+def _options(x: Tensor, groups: int, dilation: int, height: int, width: int, silu: bool) -> dict[str, Any]:
+    """What the kernels of both directions are told besides tensors; of frames, only those that know of them."""
+    options = {"groups": groups, "dilation": _dilation_within(dilation, x.shape[1]), "silu": silu}
+    return {**options, "height": height, "width": width} if width else options
+
+
 def _compute(*args: Any, **out: Tensor) -> tuple[Tensor, Tensor]:
     x, *tensors, groups, dilation, height, width, silu, eps, impl = args
-    options: dict[str, Any] = {"groups": groups, "dilation": _dilation_within(dilation, x.shape[1]), "silu": silu}
-    frames = {"height": height, "width": width} if width else {}  # only some kernels know of them
-    return _kernels(width, impl, x).forward(x, *tensors, eps=eps, **options, **frames, **out)
+    options = _options(x, groups, dilation, height, width, silu)
+    return _kernels(width, impl, x).forward(x, *tensors, eps=eps, **options, **out)
 
 
 def _compute_gradients(*args: Any) -> tuple[Tensor, ...]:
     d_out, x, *tensors, groups, dilation, height, width, silu, need_x, need_weight, need_bias, impl = args
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
-    options: dict[str, Any] = {"groups": groups, "dilation": _dilation_within(dilation, x.shape[1]), "silu": silu}
-    frames = {"height": height, "width": width} if width else {}
+    options = _options(x, groups, dilation, height, width, silu)
     needs = {"need_x": need_x, "need_weight": need_weight, "need_bias": need_bias}
-    d_x, d_weight, d_bias, sums = _kernels(width, impl, x).backward(d_out, x, *tensors, **options, **frames, **needs)
+    d_x, d_weight, d_bias, sums = _kernels(width, impl, x).backward(d_out, x, *tensors, **options, **needs)
     return d_x, d_weight.to(tensors[0].dtype), d_bias, sums
 
 

@@ -145,7 +145,7 @@ def parameter_gradients(
         given = [t for t in (sums, *parameters) if t is not None]
         key = "parameter_gradients", *[p is None for p in parameters]
         known = _checks.is_known(key, given)
-        if can_skip_dispatcher(*(() if known else given)):
+        if can_skip_dispatcher(*given, known=known):
             if not known:
                 _checks.remember(key, given)
             return dispatch.kernels("group_norm", impl, sums).parameter_gradients(sums, *parameters)

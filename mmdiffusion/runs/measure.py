@@ -74,9 +74,9 @@ class Found:
 
     def said(self, name: str) -> list[str]:
         """How many clips of which streams there are under that name, and why films are of no use."""
-        streams = [f"{len(self.places[stream])} of them with {stream}" for stream in STREAMS]
-        lacking = [x for stream, x in zip(STREAMS, streams, strict=True) if len(self.places[stream]) != self.count]
-        first = ", ".join([f"{name}: {self.count} clips", *lacking, f"{len(self.refused)} files of no use"])
+        counts = {stream: len(self.places[stream]) for stream in STREAMS}
+        fewer = [f"{count} of them with {stream}" for stream, count in counts.items() if count != self.count]
+        first = ", ".join([f"{name}: {self.count} clips", *fewer, f"{len(self.refused)} files of no use"])
         return [first, *(f"  {file}: {why}" for file, why in self.refused.items())]
 
 

@@ -23,8 +23,8 @@ from mmdiffusion.media import write_image
 from mmdiffusion.runs.jobs import MeasurePsnr
 from mmdiffusion.runs.models import dtype_on, load_superres, settings_of
 from mmdiffusion.runs.processes import Processes
-from mmdiffusion.runs.results import files_of, refuse_to_overwrite, said_if_not_written, write_texts
-from mmdiffusion.runs.sample import clip_seed, versions
+from mmdiffusion.runs.results import files_of, said_if_not_written, write_texts
+from mmdiffusion.runs.sample import clip_generators, versions
 from mmdiffusion.runs.trained import compared, frames_of
 from mmdiffusion.training.superres import small_images
 
@@ -78,8 +78,8 @@ def run(job: MeasurePsnr) -> str:
         }
         with said_if_not_written(text):
             write_texts(files, {".md": text, ".json": json.dumps(content, indent=1)}, job.force)
-            refuse_to_overwrite(files[".png"], job.force)
-            write_image(files[".png"], torch.cat([picture for _, picture in measured.values()], 1))
+            picture = torch.cat([picture for _, picture in measured.values()], 1)
+            write_image(files[".png"], picture, may_replace=job.force)
     return text
 
 
@@ -89,7 +89,7 @@ def _measured(pipeline: SuperResolutionPipeline, frames: Any, job: MeasurePsnr, 
     begun = time.perf_counter()
     for batch, numbers in _batches(frames, job, kind):
         low_res, real = _small(batch, scale, kind, job.seed, numbers), to_clip(batch).video[:, 0]  # type: ignore[index]
-        generators = [torch.Generator().manual_seed(clip_seed(job.seed, i)) for i in numbers]
+        generators = clip_generators(job.seed, numbers)
         (video,) = pipeline(low_res[:, None], job.steps, generator=generators, return_dict=False)
         made = video[:, 0].cpu()
         bicubic = functional.interpolate(low_res, real.shape[2:], mode="bicubic").clamp(-1, 1)
@@ -120,9 +120,7 @@ def _batches(frames: Any, job: MeasurePsnr, kind: str) -> Iterator[tuple[Item, r
 def _small(batch: Item, scale: int, kind: str, seed: int, numbers: range) -> Tensor:
     """Small images [B, 3, h, w] in [-1, 1]."""
     if kind != "resized":
-        return small_images(batch, [torch.Generator().manual_seed(clip_seed(seed, i)) for i in numbers], scale)[
-            "low_res"
-        ]
+        return small_images(batch, clip_generators(seed, numbers), scale)["low_res"]
     height, width = batch.video.shape[-2:]
     return torch.stack([resized(x, (height // scale, width // scale)) for x in batch.video[:, 0]]) / 127.5 - 1
 

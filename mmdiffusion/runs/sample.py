@@ -129,6 +129,11 @@ def clip_seed(seed: int, number: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:8], "big") >> 1
 
 
+def clip_generators(seed: int, numbers: Iterable[int]) -> list[torch.Generator]:
+    """Each clip's own."""
+    return [torch.Generator().manual_seed(clip_seed(seed, number)) for number in numbers]
+
+
 def versions() -> dict[str, str]:
     """Of what a clip is made with."""
     packages = {module.__name__: module.__version__ for module in (mmattn, torch, diffusers, av)}

@@ -22,7 +22,7 @@ from mmdiffusion.runs.jobs import WAYS, MeasureSynchrony
 from mmdiffusion.runs.models import dtype_on, load_pipeline, settings_of
 from mmdiffusion.runs.processes import Processes
 from mmdiffusion.runs.results import files_of, said_if_not_written, write_texts
-from mmdiffusion.runs.sample import clip_seed, versions
+from mmdiffusion.runs.sample import clip_generators, versions
 
 _RELEASE_SCALE = 3.0  # of the published gradient, whose squared norm is a mean over the elements
 
@@ -140,7 +140,7 @@ def _sampled(
             video, audio = pipeline(
                 len(numbers),
                 job.steps,
-                generator=[torch.Generator().manual_seed(clip_seed(job.seed, i)) for i in numbers],
+                generator=clip_generators(job.seed, numbers),
                 shift_seed=job.seed,
                 return_dict=False,
                 **options,

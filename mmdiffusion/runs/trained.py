@@ -24,7 +24,7 @@ from mmdiffusion.model.superres import SuperResolutionUNet
 from mmdiffusion.model.unet import CoupledUNet
 from mmdiffusion.runs import published
 from mmdiffusion.runs.models import load, load_superres_unet, pipeline_of, read_config, superres_pipeline_of
-from mmdiffusion.runs.sample import clip_seed
+from mmdiffusion.runs.sample import clip_generators
 from mmdiffusion.training.superres import FrameNetwork, Frames, small_images
 
 if TYPE_CHECKING:
@@ -75,10 +75,8 @@ class TrainedClips:
     def preview(self, pipeline: Any, data: Any, folder: pathlib.Path, step: int) -> None:
         """Clips with seeds of their own, the same at each step."""
         job = self._job
-        seeds = [clip_seed(job.seed, number) for number in range(job.preview_clips)]
-        made: Any = pipeline(
-            len(seeds), 20, generator=[torch.Generator().manual_seed(x) for x in seeds], shift_seed=job.seed
-        )
+        generators = clip_generators(job.seed, range(job.preview_clips))
+        made: Any = pipeline(job.preview_clips, 20, generator=generators, shift_seed=job.seed)
         clips = [Clip(video.cpu(), audio.cpu()) for video, audio in zip(made.video, made.audio, strict=True)]
         rates: dict[str, Any] = {
             "fps": pipeline.clip_format.frame_rate,
@@ -136,7 +134,7 @@ class TrainedFrames:
         """
         count = min(self._job.preview_clips, len(data))
         batch = joined([data[i] for i in range(count)])
-        generators = [torch.Generator().manual_seed(clip_seed(self._job.seed, i)) for i in range(count)]
+        generators = clip_generators(self._job.seed, range(count))
         low_res = small_images(batch, generators, self.config["scale"])["low_res"]
         made = pipeline(low_res[:, None], generator=generators).video[:, 0].cpu()
         real = to_clip(batch).video[:, 0]  # type: ignore[index]
