@@ -18,6 +18,8 @@ import report
 import torch
 from tqdm import tqdm
 
+import mmattn
+
 MODES = ("forward", "backward", "both")
 DTYPES = ("float32", "bfloat16", "float16")
 COMPILE = "torch.compile"
@@ -138,7 +140,8 @@ def run(
 
     With --base, this checkout and that one instead. Nothing is measured where the tests of it fail: status 1.
     `header` is the op's part of a results file's; shapes are dataclasses with a batch, whose str is that of the tables.
-    `minimum` is the least number of samples by mode, where it is not the harness's.
+    `minimum` is the least number of samples by mode, where it is not the harness's. On a CPU freed memory is kept for
+    all providers, so that every time is of the steady state.
     """
     if not args.no_gate and (reason := registry.gate(args.program, args.device)):
         print(reason, file=sys.stderr)
@@ -146,6 +149,8 @@ def run(
     if args.threads:
         torch.set_num_threads(args.threads)
     args.threads = torch.get_num_threads()
+    if args.device == "cpu":
+        mmattn.keep_freed_memory()
     settings = _settings(args, header)
     header = header | harness.describe_machine(args.device)
     sample = harness.sampler(args.device)

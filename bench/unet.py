@@ -220,7 +220,6 @@ def comparable(unet: nn.Module, result: list[Tensor]) -> list[Tensor]:
 
 def own_call(shape: Shape, dtype: str, mode: str, device: str) -> tuple[harness.Call, harness.Compare]:
     """The call of mmdiffusion alone, for --base, and the tensors of its result that are compared."""
-    mmattn.keep_freed_memory()
     compare = functools.partial(comparable, network_of(OWN, shape, dtype, device))
     return make_call(OWN, shape, dtype, mode, device), harness.detached if mode == "forward" else compare
 
@@ -444,8 +443,6 @@ def shapes_of(args: argparse.Namespace) -> list[Shape]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    if args.device == "cpu":
-        mmattn.keep_freed_memory()
     # A step of the published network takes a minute on a few cores, and warming up is one more.
     header = HEADER | {"versus": [peer for peer in HEADER["versus"] if peer in args.providers]}
     status = cli.run(args, header, shapes_of(args), providers_of, minimum={"both": 2})
