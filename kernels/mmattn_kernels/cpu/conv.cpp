@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "conv_plan.h"
+#include "conv_winograd.h"
 #include "gemm.h"
 #if defined(__AVX512BF16__)
 #include "conv_tiles.h"
@@ -80,6 +81,7 @@ class FmaConv : public FmaWeights {
     const Buffer packed(p.packed ? 0 : FmaWeights::packed_bytes(p.out_channels, p.in_channels, p.taps) / 4);
     if (!p.packed) FmaWeights::pack(p.weights, packed.data());
     const float* weights = p.packed ? static_cast<const float*>(p.packed) : packed.data();
+    if (WinogradConv<T>::is_faster(p)) return WinogradConv<T>::forward(p, weights, coefficients);
     const std::vector<Block> blocks = cut(p, kMostRows);
     const int64_t panels = FmaWeights::panels(p.out_channels);
     const int64_t splits = channel_splits(p, blocks.size(), panels);

@@ -209,14 +209,9 @@ void fill_rows(const Conv& p, const Block& block, const Coefficients& coefficien
 template <class T, class Out>
 void fill_rows(const Conv& p, const Block& block, const Coefficients& coefficients, int64_t begin, int64_t end, Out* to,
                int64_t stride) {
-  switch (prologue_of(p.norm)) {
-    case Prologue::none:
-      return fill_rows<Prologue::none, T>(p, block, coefficients, begin, end, to, stride);
-    case Prologue::affine:
-      return fill_rows<Prologue::affine, T>(p, block, coefficients, begin, end, to, stride);
-    case Prologue::silu:
-      return fill_rows<Prologue::silu, T>(p, block, coefficients, begin, end, to, stride);
-  }
+  with_prologue(p.norm, [&](auto prologue) {
+    fill_rows<decltype(prologue)::value, T>(p, block, coefficients, begin, end, to, stride);
+  });
 }
 
 }  // namespace

@@ -300,14 +300,7 @@ class TileConv {
   }
 
   void fill(const Block& block, int64_t chunk, int64_t chunk_end) const {
-    switch (prologue_of(p_.norm)) {
-      case Prologue::none:
-        return fill<Prologue::none>(block, chunk, chunk_end);
-      case Prologue::affine:
-        return fill<Prologue::affine>(block, chunk, chunk_end);
-      case Prologue::silu:
-        return fill<Prologue::silu>(block, chunk, chunk_end);
-    }
+    with_prologue(p_.norm, [&](auto prologue) { fill<decltype(prologue)::value>(block, chunk, chunk_end); });
   }
 
   template <Prologue kPrologue>

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "memory.h"
@@ -325,6 +326,19 @@ enum class Prologue { none, affine, silu };
 inline Prologue prologue_of(const Norm& norm) {
   if (norm.silu) return Prologue::silu;
   return norm.groups || norm.scale.data || norm.shift.data ? Prologue::affine : Prologue::none;
+}
+
+// visit(std::integral_constant of it)
+template <class Visit>
+void with_prologue(const Norm& norm, Visit visit) {
+  switch (prologue_of(norm)) {
+    case Prologue::none:
+      return visit(std::integral_constant<Prologue, Prologue::none>{});
+    case Prologue::affine:
+      return visit(std::integral_constant<Prologue, Prologue::affine>{});
+    case Prologue::silu:
+      return visit(std::integral_constant<Prologue, Prologue::silu>{});
+  }
 }
 
 // One batch's coefficients, as pointers that a loop keeps in registers, and those of one vector of channels.
