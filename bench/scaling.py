@@ -64,7 +64,8 @@ def sweeps(header: dict[str, Any], rows: list[Row]) -> Iterator[Sweep]:
 
     The best peer is at each size the fastest of those that give the same result.
     """
-    base, own = header["sweep_base"], report.own_of(header)
+    base, own, others = header["sweep_base"], report.own_of(header), header["other_result"]
+    providers = {row["provider"] for row in rows}
     for kind in dict.fromkeys(map(_kind, rows)):
         for axis in base:
             by_size: dict[int, list[Row]] = {}
@@ -72,19 +73,20 @@ def sweeps(header: dict[str, Any], rows: list[Row]) -> Iterator[Sweep]:
                 is_other = any(row["dims"][name] != value for name, value in base.items() if name != axis)
                 if _kind(row) == kind and not is_other:
                     by_size.setdefault(row["dims"][axis], []).append(row)
-            measured = {size: [r for r in found if r.get("ms_p50")] for size, found in by_size.items()}
-
-            def curve(name: str, belongs: Callable[[str], bool], measured: dict[int, list[Row]] = measured) -> Curve:
-                fits = {size: [r for r in found if belongs(r["provider"])] for size, found in measured.items()}
-                return Curve(name, {s: min(found, key=lambda r: r["ms_p50"]) for s, found in fits.items() if found})
-
-            others = header["other_result"]
             curves = [
-                curve(own, lambda name: name == own),
-                curve(report.BEST, lambda name: name != own and name not in others),
-                *(curve(other, lambda name, other=other: name == other) for other in others),
+                _curve(own, by_size, {own}),
+                _curve(report.BEST, by_size, providers - {own, *others}),
+                *(_curve(other, by_size, {other}) for other in others),
             ]
             yield Sweep(axis, kind, sorted(by_size), curves)
+
+
+def _curve(name: str, by_size: dict[int, list[Row]], providers: set[str]) -> Curve:
+    """Of the fastest of the providers at each size."""
+    rows = {
+        size: [r for r in found if r.get("ms_p50") and r["provider"] in providers] for size, found in by_size.items()
+    }
+    return Curve(name, {size: min(found, key=lambda r: r["ms_p50"]) for size, found in rows.items() if found})
 
 
 def _kind(row: Row) -> str:
