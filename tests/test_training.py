@@ -362,7 +362,7 @@ def test_command(capsys):
     out, err = capsys.readouterr()
     assert "done at step 4" in out and re.search(r"step 2: loss [\d.]+, video .* waiting for data", err)
     names = sorted(str(x.relative_to("run")) for x in pathlib.Path("run").rglob("*") if x.is_file())
-    assert [x for x in names if not x.startswith("model")] == [
+    assert [x for x in names if not x.startswith(("model", "tensorboard"))] == [
         "log.jsonl",
         "loss.png",
         *(f"previews/step-00000003{x}" for x in ("-0.mp4", "-1.mp4", "-2.mp4", "-3.mp4", ".png")),
@@ -384,6 +384,70 @@ def test_command_goes_on():
     assert rows() == rows("whole")
     expected = read(weights("whole"))
     assert all(torch.equal(x, expected[name]) for name, x in read(weights()).items())
+
+
+def curve(out="run"):
+    """Of TensorBoard, as it shows it: steps and values of the loss."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = reader.EventAccumulator(f"{out}/tensorboard")
+    found.Reload()
+    return [(event.step, pytest.approx(event.value, rel=1e-6)) for event in found.Scalars("loss")]
+
+
+def test_tensorboard():
+    """By default; a run that goes on from a state before its last line has each step once, and is no other run."""
+    pytest.importorskip("tensorboard")
+    run("--preview-every", "0", "--trackers", "none", steps=6, out="whole")
+    assert not pathlib.Path("whole/tensorboard").exists()
+    run(*shlex.split("--preview-every 0 --checkpoint-every 2 --log-every 1"), steps=5)
+    assert [step for step, _ in curve()] == [1, 2, 3, 4, 5]
+    weights().unlink()
+    weights().unlink()
+    run("--preview-every", "0", "--log-every", "2", steps=6)  # from step 2
+    assert [step for step, _ in curve()] == [1, 2, 4, 6]
+    assert curve() == [(row["step"], row["loss"]) for row in Log(pathlib.Path("run/log.jsonl")).read()]
+    expected = read(weights("whole"))
+    assert all(torch.equal(x, expected[name]) for name, x in read(weights()).items())
+
+
+def test_a_tracker_that_is_missing(monkeypatch, capsys):
+    """By default the run goes on without it; one that is named is refused before anything is written."""
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [])
+    for name in ("tensorboard", "wandb"):
+        expected = f"tracker {name} needs a package that is missing; pip install {name}"
+        assert expected in refused(capsys, "--trackers", name)
+    assert "trackers is none wandb; expected none alone" in refused(capsys, "--trackers", "none", "wandb")
+    assert not pathlib.Path("run").exists()
+    run("--preview-every", "0", steps=2)
+    assert "pip install tensorboard" in capsys.readouterr().err and not pathlib.Path("run/tensorboard").exists()
+
+
+def test_a_tracker_that_fails(monkeypatch, capsys):
+    """In mid-run it costs the run nothing; at the beginning the run has not begun either."""
+    from accelerate import tracking
+
+    class Failing(tracking.GeneralTracker):
+        name, requires_logging_directory, tracker = "tensorboard", True, None
+
+        def __init__(self, *args, **options):
+            super().__init__()
+
+        def log(self, values, step=None, **options):
+            assert step == 2 and values["share/data"] >= 0
+            raise OSError("no space")
+
+        def finish(self):
+            raise AssertionError
+
+    monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType.TENSORBOARD])
+    monkeypatch.setattr(tracking, "TensorBoardTracker", Failing)
+    run("--preview-every", "0", steps=4)
+    said = capsys.readouterr().err
+    assert said.count("tracker tensorboard has failed, and the run goes on without it: no space") == 1
+    assert [row["step"] for row in rows()] == [2, 4]
+    monkeypatch.setattr(Failing, "start", Failing.finish)
+    assert "tracker tensorboard does not begin: " in refused(capsys, out="other")
+    assert not pathlib.Path("other/states").exists()
 
 
 def test_signal(monkeypatch, capsys):
