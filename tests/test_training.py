@@ -575,19 +575,8 @@ def test_processes_share_a_step(monkeypatch):
     pathlib.Path("config.json").write_text(json.dumps({**TINY, "dropout": 0.0, "prediction_type": "epsilon"}))
     options = "train synthetic --config config.json --steps 3 --batch-size 4 --micro-batch 2 --lr 0.001 --log-every 3"
     command = shlex.split(f"{options} --preview-every 0 --device cpu --out")
-    done = subprocess.run(
-        [
-            sys.executable,
-            *shlex.split("-m torch.distributed.run --nproc_per_node 2 -m -- mmdiffusion"),
-            *command,
-            "two",
-        ],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    status, said = launched("torch.distributed.run --nproc_per_node 2 -m -- mmdiffusion", *command, "two")
+    assert status == 0, said
     monkeypatch.setitem(RECIPES, "small", SMALL_RECIPE)
     cli.main([*command, "one"])
     expected = read(weights("one"))
@@ -595,6 +584,67 @@ def test_processes_share_a_step(monkeypatch):
     assert found.keys() == expected.keys()
     assert all((x - expected[name]).abs().max() < 2e-3 for name, x in found.items())
     assert rows("two")[0]["loss"] == pytest.approx(rows("one")[0]["loss"], rel=1e-2)
+
+
+ASKED = {
+    "ACCELERATE_USE_FSDP=true": "the launcher asks for FSDP (ACCELERATE_USE_FSDP=true), which is not done here; e",
+    "ACCELERATE_USE_DEEPSPEED=true": "asks for DeepSpeed (ACCELERATE_USE_DEEPSPEED=true), which is not done here",
+    "ACCELERATE_USE_MEGATRON_LM=true": "the launcher asks for Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG=true": "the launcher asks for a parallelism configuration",
+    "ACCELERATE_DYNAMO_BACKEND=INDUCTOR": "the launcher asks for torch.compile (ACCELERATE_DYNAMO_BACKEND=INDUCTOR)",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4": "asks for gradient accumulation (ACCELERATE_GRADIENT_ACCUMULATION_S",
+    "ACCELERATE_MIXED_PRECISION=bf16": "precision is float32 and the launcher's --mixed_precision bf16; expected the",
+    "ACCELERATE_MIXED_PRECISION=fp8": "precision is float32 and the launcher's --mixed_precision fp8",
+    "ACCELERATE_USE_CPU=True": "device is 'cuda' and the launcher says --cpu; expected one of them",
+    "OMPI_COMM_WORLD_SIZE=2": "OMPI_COMM_WORLD_SIZE is 2, of processes of MPI, which do not find each other here",
+    "ACCELERATE_DYNAMO_BACKEND=NO MASTER_ADDR=127.0.0.1": "as for several processes, and started one; expected accele",
+}
+
+
+@pytest.mark.parametrize("variables", ASKED)
+def test_what_the_launcher_asks_for(monkeypatch, capsys, variables):
+    """By its variables: what would be ignored is refused before anything is written."""
+    for variable in variables.split():
+        monkeypatch.setenv(*variable.split("="))
+    options = ("--device", "cuda") if "USE_CPU" in variables else ()
+    assert ASKED[variables] in refused(capsys, *options)
+    assert not pathlib.Path("run").exists()
+
+
+def test_what_the_launcher_says_anyway(monkeypatch):
+    """Its defaults, and what a run does as asked."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    run("--precision", "bfloat16", "--preview-every", "0", "--trackers", "none", steps=1)
+    assert read_state(weights())[0]["notes"]["machine"].split(", ")[1] == "cpu"
+
+
+def launched(launcher, *arguments, **variables):
+    """A command in processes of a launcher: its exit status, and what it said on stderr."""
+    done = subprocess.run(
+        [sys.executable, "-m", *shlex.split(launcher), *arguments],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    "options", ("--use_fsdp", "--multi_gpu --dynamo_backend eager", ""), ids=("fsdp", "dynamo", "none")
+)
+def test_launched_for_what_is_not_done(options):
+    """By the launcher itself; without options it starts one process of two on a machine with fewer GPUs."""
+    if not options and torch.cuda.device_count() > 1:
+        pytest.skip("accelerate starts both")
+    launcher = f"accelerate.commands.launch --num_processes 2 --main_process_port 0 {options} -m mmdiffusion"
+    status, said = launched(launcher, "train", "synthetic", "--device", "cpu", "--out", "run")
+    expected = {"": "and started one; expected accelerate launch --multi_gpu"}.get(options, "which is not done here")
+    assert status != 0 and "mmdiffusion train: the launcher " in said and expected in said
+    assert not pathlib.Path("run").exists()
 
 
 def test_killed_in_the_middle(monkeypatch):

@@ -23,7 +23,7 @@ from mmdiffusion.runs import published
 from mmdiffusion.runs.convert import save_pipeline
 from mmdiffusion.runs.jobs import Train
 from mmdiffusion.runs.models import settings_of
-from mmdiffusion.runs.processes import Processes, told_to_stop
+from mmdiffusion.runs.processes import Processes, refuse_other_precision, told_to_stop
 from mmdiffusion.runs.sample import versions
 from mmdiffusion.runs.trackers import Trackers
 from mmdiffusion.runs.trained import TrainedClips, TrainedFrames
@@ -33,6 +33,7 @@ from mmdiffusion.training.log import Log, plot, row_of, summary
 
 def run(job: Train) -> str:
     """Train until `steps`, or until the process is told to stop; what was trained is kept."""
+    refuse_other_precision(job.recipe.precision)
     processes = Processes(job.device)
     if processes.device.type == "cpu":
         mmattn.keep_freed_memory()
