@@ -15,7 +15,7 @@ $(VENV)/.packages: constraints.txt
 	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info < (3, 15), f"Python {sys.version.split()[0]}: 3.10 to 3.14 is needed; set PYTHON="'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -c constraints.txt setuptools wheel pybind11 torch triton pytest pytest-xdist diffusers \
-	  safetensors accelerate av peft ruff mypy clang-format matplotlib tqdm flask waitress krippendorff selenium webdataset
+	  safetensors accelerate av peft ruff mypy clang-format matplotlib tqdm flask waitress krippendorff selenium webdataset tensorboard
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.packages setup.py pyproject.toml $(SOURCES)
@@ -41,7 +41,7 @@ NEWEST := .venv-newest/bin/python
 test-newest: ## all tests on the newest torch, triton and diffusers, in an environment of its own
 	test -x $(NEWEST) || $(PYTHON) -m venv .venv-newest
 	$(NEWEST) -m pip install -q -U setuptools wheel pybind11 torch triton pytest pytest-xdist diffusers safetensors \
-	  accelerate av peft matplotlib tqdm flask waitress krippendorff selenium webdataset
+	  accelerate av peft matplotlib tqdm flask waitress krippendorff selenium webdataset tensorboard
 	$(NEWEST) -m pip install -q --no-build-isolation --no-deps -e .
 	$(NEWEST) -m pytest $(PARALLEL)
 
@@ -72,12 +72,14 @@ fix: install ## what lint can repair by itself
 
 bench: install ## the full benchmarks of this machine into bench/results and the documents (an hour, nothing else running)
 	$(RUN) bench/attn.py --modes forward both --json bench/results/attn-cpu.json
+	$(RUN) bench/attn.py --shapes scaling --modes forward --dtype float32 --budget 0.5 --json bench/results/scaling-cpu.json
 	$(RUN) bench/segments.py --modes forward both --json bench/results/segments-cpu.json
 	$(RUN) bench/norm.py --json bench/results/norm-cpu.json
 	$(RUN) bench/conv.py --json bench/results/conv-cpu.json
 	$(RUN) bench/unet.py --breakdown --json bench/results/unet-cpu.json
 	$(RUN) bench/superres.py --breakdown --json bench/results/superres-cpu.json
 	$(RUN) bench/plot.py bench/results/attn-cpu.json docs/attn-cpu.png --modes forward
+	$(RUN) bench/plot.py bench/results/scaling-cpu.json docs/scaling-cpu.png
 	$(RUN) bench/plot.py bench/results/conv-cpu.json docs/conv-cpu.png --modes forward --shape block
 	$(RUN) bench/plot.py bench/results/unet-cpu.json docs/unet-cpu.png
 	$(RUN) bench/tables.py

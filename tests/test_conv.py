@@ -139,6 +139,11 @@ CASES = {
     "frames of 20 x 48": frames(2, 20, 48, channels=(16, 20), silu=True),
     "frames of 17 x 64": frames(1, 17, 64, channels=(16, 16), residual=True),
     "frames of 30 x 30": frames(2, 30, 30, channels=(16, 20), film=True),
+    "frames of 16 x 16, wide": frames(1, 16, 16, channels=(32, 32), silu=True),
+    "frames of 8 x 8, several a block": frames(9, 8, 8, channels=(64, 48), batch=2, **BLOCK),
+    "frames of 17 x 19, wide": frames(2, 17, 19, channels=(40, 33), batch=2, strided=True, **BLOCK),
+    "frames of 2 x 131, wide": frames(1, 2, 131, channels=(33, 70), residual=True),
+    "frames of 40 x 27, wide": frames(1, 40, 27, channels=(80, 130), groups=8, silu=True),
     "frames of three channels": frames(2, 16, 16, channels=(3, 32)),
     "frames, fp32 parameters": frames(2, 6, 16, fp32_parameters=True, **BLOCK),
 }  # fmt: skip
@@ -317,6 +322,29 @@ def test_any_number_of_threads(count, dtype, threads, poisoned_memory):
     threads(count)
     for name in ("several blocks, everything", "channels 160 to 130", "one position, everything", "projection"):
         assert_within_budget(outputs(CASES[name], dtype), CASES[name], dtype)
+
+
+# Of so much work that as many threads as that are given it, and of so few positions that the usual cut is too coarse.
+SHARED = {
+    "few positions": Case(length=400, channels=(256, 192), dilation=1, **BLOCK),
+    "dilation 64": Case(length=800, channels=(160, 192), dilation=64, **BLOCK),
+    "dilation 300": Case(length=700, channels=(192, 160), dilation=300, batch=2, **BLOCK),
+    "projection": Case(length=400, channels=(512, 256), taps=1, **BLOCK),
+    "frames of 8 x 8": frames(6, 8, 8, channels=(192, 160), **BLOCK),
+    "frames of 4 x 32": frames(5, 4, 32, channels=(96, 320), **BLOCK),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("name", SHARED)
+def test_cut_finer_for_many_threads(name, isa, dtype, instruction_set, threads, poisoned_memory):
+    """Within the budget, and the same bits each time."""
+    instruction_set(isa)
+    threads(48)
+    one, two = outputs(SHARED[name], dtype), outputs(SHARED[name], dtype)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert_within_budget(one, SHARED[name], dtype)
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)

@@ -20,6 +20,7 @@ struct TileBlock {
   // The lines and columns of pixels of a frame that they read.
   int64_t lines() const { return 2 * rows + 2; }
   int64_t line() const { return 2 * columns + 2; }
+  int64_t pixels() const { return frames * lines() * line(); }
 };
 
 // B^T d of four rows, A^T m of four, G g of three.
@@ -47,19 +48,18 @@ class WinogradConv {
  public:
   // Where the saved products outweigh the transforms, those of the weights above all.
   static bool is_faster(const Conv& p) {
-    constexpr int64_t kPositions = 256, kChannels = 32;
+    constexpr int64_t kPositions = 64, kChannels = 32;
     return p.width > 1 && p.height > 1 && p.length % (p.height * p.width) == 0 && p.length >= kPositions &&
            p.in_channels >= kChannels && p.out_channels >= kChannels;
   }
 
   // `packed` are the weights as FmaConv has them: panels [panel of out channels][tap][in channel][kPanel].
   static void forward(const Conv& p, const float* packed, const Coefficients& coefficients) {
-    const int64_t panels = (p.out_channels + kPanel - 1) / kPanel;
+    const Plan plan(p);
+    const int64_t panels = panels_of(p), splits = plan.splits;
     const Buffer weights(panels * kPoints * p.in_channels * kPanel);
-    const std::vector<TileBlock> blocks = cut(p);
-    const int64_t splits = channel_splits(p, blocks.size(), panels);
     int64_t pixels = 0;
-    for (const TileBlock& b : blocks) pixels = std::max(pixels, b.frames * b.lines() * b.line());
+    for (const TileBlock& b : plan.blocks) pixels = std::max(pixels, b.pixels());
     const PerChannel bias(1, p.out_channels, 1);
     fill_bias(p, bias);
     const WinogradConv conv(p, weights.data(), coefficients, bias.at(0, 0), pixels);
@@ -71,15 +71,29 @@ class WinogradConv {
         conv.transform_weights(packed, weights.data(), i / p.in_channels, i % p.in_channels);
       float* own = memory.data() + thread_number() * conv.per_thread_;
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < static_cast<int64_t>(blocks.size()) * splits; ++i) {
+      for (int64_t i = 0; i < plan.count(); ++i) {
         const int64_t split = i % splits;
-        conv.run(blocks[i / splits], panels * split / splits, panels * (split + 1) / splits, own);
+        conv.run(plan.blocks[i / splits], panels * split / splits, panels * (split + 1) / splits, own);
       }
     }
   }
 
+  static void tell(const Conv& p, const Work& work) {
+    tell_prepare(p.norm, p.batch, p.length, p.in_channels, p.threads, work);
+    const int64_t panels = panels_of(p);
+    if (!p.packed) tell_packing(p, panels, kPanel, work);
+    for (int64_t i = 0; i < panels * p.in_channels; ++i) work.fixed("weights", 0, kPoints * kPanel / kOfNumber);
+    const Plan plan(p);
+    for (const TileBlock& block : plan.blocks)
+      for (int64_t split = 0; split < plan.splits; ++split) {
+        const int64_t columns = (panels * (split + 1) / plan.splits - panels * split / plan.splits) * kPanel;
+        work.dynamic("products", products_of(p, block, columns), numbers_of(p, block, columns));
+      }
+  }
+
  private:
-  static constexpr int64_t kPanel = kTileVecs * kLanes, kTiles = 64, kStrip = 8;
+  static constexpr int64_t kPanel = kTileVecs * kLanes, kTiles = 128, kFewestTiles = 8,
+                           kStrip = 8;      // of a block, its lines
   static constexpr int64_t kChannels = 64;  // whose prepared pixels are there at a time
 
   const Conv& p_;
@@ -97,12 +111,52 @@ class WinogradConv {
         inputs_(kPoints * kTiles * stride_),
         per_thread_(round_up(pixels_ + inputs_ + kPoints * kTiles * kPanel, 16)) {}
 
-  // Rectangles of at most kTiles tiles, as square as that allows: pixels at their borders are prepared for each.
-  static std::vector<TileBlock> cut(const Conv& p) {
+  static int64_t panels_of(const Conv& p) { return (p.out_channels + kPanel - 1) / kPanel; }
+  static double products_of(const Conv& p, const TileBlock& block, int64_t columns) {
+    return static_cast<double>(kPoints) * block.tiles() * p.in_channels * columns;
+  }
+  // What is prepared, transformed and written, of which a transform's number takes a quarter of the time.
+  static double numbers_of(const Conv& p, const TileBlock& block, int64_t columns) {
+    return static_cast<double>(block.pixels() + kPoints / 4 * block.tiles()) * p.in_channels +
+           kPoints / 4 * block.tiles() * columns;
+  }
+
+  // Each block and range of output channels is a piece, which transforms all of the block's inputs.
+  struct Plan {
+    std::vector<TileBlock> blocks;
+    int64_t splits = 1;
+    int64_t count() const { return blocks.size() * splits; }
+
+    // Smaller blocks, and ranges of channels, where threads would else wait long for the others.
+    explicit Plan(const Conv& p) : blocks(cut(p, kTiles)) {
+      if (count() >= 4 * p.threads) return;
+      double least = time(p);
+      for (int64_t tiles = kTiles; tiles >= kFewestTiles; tiles /= 2)
+        for (Plan other(cut(p, tiles)); other.splits <= panels_of(p); ++other.splits)
+          if (const double found = other.time(p); found < least)
+            least = found, blocks = other.blocks, splits = other.splits;
+    }
+
+   private:
+    explicit Plan(std::vector<TileBlock> of) : blocks(std::move(of)) {}
+
+    // Of the threads, at most, in multiply-adds.
+    double time(const Conv& p) const {
+      const int64_t columns = (panels_of(p) + splits - 1) / splits * kPanel;
+      double most = 0;
+      for (const TileBlock& block : blocks)
+        most = std::max(most, products_of(p, block, columns) + kOfNumber * numbers_of(p, block, columns));
+      return most * ((count() + p.threads - 1) / p.threads);
+    }
+  };
+
+  // Rectangles of at most `most` tiles (kStrip or more), as square as that allows: the pixels at a border are prepared
+  // for both sides of it.
+  static std::vector<TileBlock> cut(const Conv& p, int64_t most) {
     const int64_t frames = p.length / (p.height * p.width), rows = (p.height + 1) / 2, columns = (p.width + 1) / 2;
     const int64_t strips = (rows + kStrip - 1) / kStrip, strip = (rows + strips - 1) / strips;
-    const int64_t pieces = (columns * strip + kTiles - 1) / kTiles;
-    const int64_t together = strips * pieces > 1 ? 1 : kTiles / (rows * columns);
+    const int64_t piece = most / strip, pieces = (columns + piece - 1) / piece;
+    const int64_t together = strips * pieces > 1 ? 1 : most / (rows * columns);
     std::vector<TileBlock> blocks;
     for (int64_t b = 0; b < p.batch; ++b)
       for (int64_t f = 0; f < frames; f += together)
