@@ -17,6 +17,7 @@ from torch.nn import functional
 import mmattn
 from mmattn import _layers
 from mmattn._layers import convolve_frames
+from mmattn._replay import replayed
 from mmattn._streams import side_by_side
 from mmattn.modules import project_residual
 from mmdiffusion.model.config import AUDIO_RATE, NORM_GROUPS, VIDEO_RATE
@@ -86,6 +87,9 @@ class SelfAttention(nn.Module):
         self.out = zeroed(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        return replayed(SelfAttention._update, self, (self.norm, self.qkv, self.out), (x,), self.num_heads)
+
+    def _update(self, x: Tensor, _num_heads: int) -> Tensor:
         attended = self._attend(convolve(x, self.qkv, norm=self.norm), 1)
         return convolve(attended, self.out, residual=x)
 
@@ -111,9 +115,14 @@ class TemporalAttention(SelfAttention):
         pixels = height * width
         by_frame = video.view(batch, frames, pixels, channels)
         by_pixel = by_frame.transpose(1, 2).reshape(batch * pixels, frames, channels)
-        normed = _layers.normalise(by_pixel, self.norm).view(batch, pixels * frames, channels)
-        update = convolve(self._attend(convolve(normed, self.qkv), pixels), self.out)
+        layers = self.norm, self.qkv, self.out
+        update = replayed(TemporalAttention._of_pixels, self, layers, (by_pixel,), batch, self.num_heads)
         return (by_frame + update.view(batch, pixels, frames, channels).transpose(1, 2)).view(video.shape)
+
+    def _of_pixels(self, by_pixel: Tensor, batch: int, _num_heads: int) -> Tensor:
+        pixels = len(by_pixel) // batch
+        normed = _layers.normalise(by_pixel, self.norm).view(batch, -1, by_pixel.shape[2])
+        return convolve(self._attend(convolve(normed, self.qkv), pixels), self.out)
 
 
 class _StreamBlock(nn.Module):
@@ -130,6 +139,12 @@ class _StreamBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor, *, is_film: bool) -> Tensor:
         """Tokens from tokens; embedding [B, 2*Cout] is FiLM, scale before shift, or [B, Cout] is added to h."""
+        if self.resampling or not is_film or (self.training and self.dropout):
+            return self._transform(x, embedding, is_film)
+        layers = self.norm1, *self._convolutions(), self.norm2, self.conv2, self.skip
+        return replayed(_StreamBlock._transform, self, layers, (x, embedding), is_film)
+
+    def _transform(self, x: Tensor, embedding: Tensor, is_film: bool) -> Tensor:
         h = self._convolve(x)
         if self.resampling == "down":
             x = self._pool(x)
@@ -153,6 +168,10 @@ class _StreamBlock(nn.Module):
 
     def _convolve(self, x: Tensor) -> Tensor:
         """The first half, to h at the resolution of the output, or of x in an up block."""
+        raise NotImplementedError
+
+    def _convolutions(self) -> tuple[nn.Module, ...]:
+        """The layers of `_convolve` behind its norm."""
         raise NotImplementedError
 
     def _pool(self, x: Tensor) -> Tensor:
@@ -189,6 +208,9 @@ class VideoBlock(_StreamBlock):
             h = self._pool(h)
         return convolve_over_frames(h, self.temporal)
 
+    def _convolutions(self) -> tuple[nn.Module, ...]:
+        return self.spatial, self.temporal
+
     def _pool(self, x: Tensor) -> Tensor:
         return pool_frames(x)
 
@@ -219,6 +241,9 @@ class AudioBlock(_StreamBlock):
     def _convolve(self, x: Tensor) -> Tensor:
         h = convolve(x, self.conv1, norm=self.norm1, activation="silu")
         return self._pool(h) if self.resampling == "down" else h
+
+    def _convolutions(self) -> tuple[nn.Module, ...]:
+        return (self.conv1,)
 
     def _pool(self, x: Tensor) -> Tensor:
         return x.unflatten(1, (-1, AUDIO_RATE)).mean(2)
