@@ -20,7 +20,7 @@ from mmattn import _checks, dispatch
 from mmattn._layers import is_plain
 from mmattn._library import can_skip_dispatcher, is_autocast
 
-_LARGEST = 1 << 20  # bytes of a part's first tensor: of larger ones, the kernels take ten times as long as all else
+LARGEST = 1 << 20  # bytes of a part's first tensor: of larger ones, the kernels take ten times as long as all else
 _KEYS, _CALLS_OF_A_KEY = 1024, 8
 # Guards and plans by key; no plan where the part does not consist of forward kernels alone.
 _plans: dict[Any, list[tuple[_checks.Guard, Any]]] = {}
@@ -38,10 +38,10 @@ def replayed(
         inputs: in one dtype, the first one the largest.
         options: that are equal where they are the same, and have a hash.
     """
-    tensors = _read(layers, inputs) if _is_worth_it(inputs[0]) else None
-    if tensors is None:
+    found = _read(layers, inputs) if is_worth_it(inputs[0]) else None
+    if found is None:
         return part(owner, *inputs, *options)
-    settings, given = tensors
+    settings, given = found
     from mmattn_kernels.cpu import extension
 
     machine = extension().instruction_set(), torch.get_num_threads(), dispatch.requested("auto")
@@ -58,20 +58,20 @@ def replayed(
                 break
             return results[0] if len(results) == 1 else tuple(results)
     else:
-        guard = _checks.guard(given) if len(calls) < _CALLS_OF_A_KEY else None
-        if guard is not None:
-            return _record(calls, guard, given, lambda: part(owner, *inputs, *options))
+        new = _checks.guard(given) if len(calls) < _CALLS_OF_A_KEY else None
+        if new is not None:
+            return _record(calls, new, given, lambda: part(owner, *inputs, *options))
     return part(owner, *inputs, *options)
 
 
-def _is_worth_it(x: Any) -> bool:
+def is_worth_it(x: Any) -> bool:
     """Whether the extension can be called directly, and it takes little time."""
     return (
         not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and type(x) is Tensor
         and x.is_cpu
-        and 0 < x.nbytes <= _LARGEST
+        and 0 < x.nbytes <= LARGEST
         and can_skip_dispatcher(known=True)
         and not torch._C._len_torch_function_stack()
         and not is_autocast("cpu")

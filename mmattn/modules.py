@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmattn import _checks
 from mmattn._layers import convolve, dtype_of, innermost, normalise
 from mmattn._library import is_autocast
-from mmattn._replay import replayed
+from mmattn._replay import is_worth_it, replayed
 from mmattn._streams import side_by_side
 from mmattn.attention import draw_shift, random_shift_attention
 
@@ -191,6 +192,9 @@ def cross_attend(
 ) -> tuple[Tensor, Tensor]:
     """What `RandomShiftAttention` computes, by layers that are linear or convolutions with kernels of 1."""
     video, audio = video.permute(0, 1, 3, 4, 2), audio.transpose(1, 2)  # channels last; in memory too, if all is well
+    if isinstance(shift, Tensor) and is_worth_it(video):
+        _checks.window(video.shape[1], window)
+        shift = _checks.shift_in_range(shift, video.shape[1] - window, video)
     options = num_heads, window, shift
     if type(shift) is int and video.is_contiguous() and audio.is_contiguous():
         layers = *video_layers, *audio_layers

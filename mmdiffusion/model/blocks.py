@@ -89,13 +89,14 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return replayed(SelfAttention._update, self, (self.norm, self.qkv, self.out), (x,), self.num_heads)
 
-    def _update(self, x: Tensor, _num_heads: int) -> Tensor:
-        attended = self._attend(convolve(x, self.qkv, norm=self.norm), 1)
+    def _update(self, x: Tensor, num_heads: int) -> Tensor:
+        attended = self._attend(convolve(x, self.qkv, norm=self.norm), 1, num_heads)
         return convolve(attended, self.out, residual=x)
 
-    def _attend(self, qkv: Tensor, segments: int) -> Tensor:
+    @staticmethod
+    def _attend(qkv: Tensor, segments: int, num_heads: int) -> Tensor:
         """[B, L, C] from [B, L, 3C], inside equal segments of the sequence."""
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
         return mmattn.self_attention(q, k, v, segments=segments).flatten(2)
 
 
@@ -119,10 +120,10 @@ class TemporalAttention(SelfAttention):
         update = replayed(TemporalAttention._of_pixels, self, layers, (by_pixel,), batch, self.num_heads)
         return (by_frame + update.view(batch, pixels, frames, channels).transpose(1, 2)).view(video.shape)
 
-    def _of_pixels(self, by_pixel: Tensor, batch: int, _num_heads: int) -> Tensor:
-        pixels = len(by_pixel) // batch
+    def _of_pixels(self, by_pixel: Tensor, batch: int, num_heads: int) -> Tensor:
+        """What is added to each pixel [B*P, F, C]: [B, P*F, C]."""
         normed = _layers.normalise(by_pixel, self.norm).view(batch, -1, by_pixel.shape[2])
-        return convolve(self._attend(convolve(normed, self.qkv), pixels), self.out)
+        return convolve(self._attend(convolve(normed, self.qkv), len(by_pixel) // batch, num_heads), self.out)
 
 
 class _StreamBlock(nn.Module):

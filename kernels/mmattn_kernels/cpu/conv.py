@@ -147,7 +147,7 @@ def _packed_weight(weight: Tensor, is_bf16: bool) -> Tensor:
 
 
 def _kept(key: tuple[Any, ...], size: int, weight: Tensor) -> Tensor | None:
-    """The packed copy under a key of what `weight`, whose memory the key describes, holds now; None if it is not kept."""
+    """The packed copy under a key, if it is of what the memory of `weight` holds now; None otherwise."""
     copies = _packed.get(weight if weight._base is None else weight._base)
     kept = copies.get(key) if copies else None
     if kept is None or kept[0] != extension().content_hash(weight.data_ptr(), size, get_num_threads()):

@@ -8,6 +8,7 @@ packed copies of those that are weights, in its results, and in one block of mem
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -80,9 +81,11 @@ class Plan:
         written = {_range(t) for t in recorder.written if t.numel()}
         self._shapes = [result.shape for result in results]
         for result in results:
-            written.remove(_range(result)) if _range(result) in written else _refuse("a result is not of a kernel")
+            if _range(result) not in written:
+                raise ValueError("a result is not what a kernel has written")
             if not result.is_contiguous() or result.dtype != tensors[0].dtype:
-                _refuse("a result is not contiguous, or of another dtype")
+                raise ValueError("a result is not contiguous, or of another dtype")
+            written.remove(_range(result))
             blocks.append(_range(result))
         ranges = [(*block, at, 0) for at, block in enumerate(blocks)]
         self._bytes = 0
@@ -90,8 +93,8 @@ class Plan:
             ranges.append((begin, size, len(blocks), self._bytes))
             self._bytes += -(-size // _LINE) * _LINE
         ranges.sort()
-        if any(one[0] + one[1] > other[0] for one, other in zip(ranges, ranges[1:], strict=False)):
-            _refuse("tensors share memory")
+        if any(one[0] + one[1] > other[0] for one, other in itertools.pairwise(ranges)):
+            raise ValueError("tensors share memory")
         self._plan = extension().Plan(ranges)
         for kernel, arguments in recorder.calls:
             getattr(self._plan, kernel)(*arguments)
@@ -117,7 +120,3 @@ def _range(t: Tensor) -> tuple[int, int]:
     """First byte and number of bytes that a tensor spans."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
     return t.data_ptr(), span * t.itemsize
-
-
-def _refuse(why: str) -> None:
-    raise ValueError(why)
