@@ -15,7 +15,7 @@ $(VENV)/.packages: constraints.txt
 	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info < (3, 15), f"Python {sys.version.split()[0]}: 3.10 to 3.14 is needed; set PYTHON="'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -c constraints.txt setuptools wheel pybind11 torch triton pytest pytest-xdist diffusers \
-	  safetensors accelerate av peft ruff mypy clang-format matplotlib tqdm flask waitress krippendorff selenium webdataset
+	  safetensors accelerate av peft ruff mypy clang-format matplotlib tqdm flask waitress krippendorff selenium webdataset tensorboard
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.packages setup.py pyproject.toml $(SOURCES)
@@ -41,7 +41,7 @@ NEWEST := .venv-newest/bin/python
 test-newest: ## all tests on the newest torch, triton and diffusers, in an environment of its own
 	test -x $(NEWEST) || $(PYTHON) -m venv .venv-newest
 	$(NEWEST) -m pip install -q -U setuptools wheel pybind11 torch triton pytest pytest-xdist diffusers safetensors \
-	  accelerate av peft matplotlib tqdm flask waitress krippendorff selenium webdataset
+	  accelerate av peft matplotlib tqdm flask waitress krippendorff selenium webdataset tensorboard
 	$(NEWEST) -m pip install -q --no-build-isolation --no-deps -e .
 	$(NEWEST) -m pytest $(PARALLEL)
 

@@ -69,7 +69,7 @@ HAVE_AN_EFFECT = {
     "superres": "films model out fit steps scheduler noise seed frames_per_call dtype device force",
     "train": "data out steps batch_size micro_batch lr warmup weight_decay clip_norm ema_rates weighting timesteps "
     "superres precision seed device gradient_checkpointing workers log_every checkpoint_every keep "
-    "preview_every preset",
+    "preview_every preset trackers",
     "eval": "real fake i3d audioclip published training out clips frames size fps sample_rate cache device",
     "synchrony": "model clips steps ways scheduler seed world batch_size dtype device out",
     "psnr": "data model frames steps scheduler seed batch_size dtype device out",

@@ -362,7 +362,7 @@ def test_command(capsys):
     out, err = capsys.readouterr()
     assert "done at step 4" in out and re.search(r"step 2: loss [\d.]+, video .* waiting for data", err)
     names = sorted(str(x.relative_to("run")) for x in pathlib.Path("run").rglob("*") if x.is_file())
-    assert [x for x in names if not x.startswith("model")] == [
+    assert [x for x in names if not x.startswith(("model", "tensorboard"))] == [
         "log.jsonl",
         "loss.png",
         *(f"previews/step-00000003{x}" for x in ("-0.mp4", "-1.mp4", "-2.mp4", "-3.mp4", ".png")),
@@ -384,6 +384,70 @@ def test_command_goes_on():
     assert rows() == rows("whole")
     expected = read(weights("whole"))
     assert all(torch.equal(x, expected[name]) for name, x in read(weights()).items())
+
+
+def curve(out="run"):
+    """Of TensorBoard, as it shows it: steps and values of the loss."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = reader.EventAccumulator(f"{out}/tensorboard")
+    found.Reload()
+    return [(event.step, pytest.approx(event.value, rel=1e-6)) for event in found.Scalars("loss")]
+
+
+def test_tensorboard():
+    """By default; a run that goes on from a state before its last line has each step once, and is no other run."""
+    pytest.importorskip("tensorboard")
+    run("--preview-every", "0", "--trackers", "none", steps=6, out="whole")
+    assert not pathlib.Path("whole/tensorboard").exists()
+    run(*shlex.split("--preview-every 0 --checkpoint-every 2 --log-every 1"), steps=5)
+    assert [step for step, _ in curve()] == [1, 2, 3, 4, 5]
+    weights().unlink()
+    weights().unlink()
+    run("--preview-every", "0", "--log-every", "2", steps=6)  # from step 2
+    assert [step for step, _ in curve()] == [1, 2, 4, 6]
+    assert curve() == [(row["step"], row["loss"]) for row in Log(pathlib.Path("run/log.jsonl")).read()]
+    expected = read(weights("whole"))
+    assert all(torch.equal(x, expected[name]) for name, x in read(weights()).items())
+
+
+def test_a_tracker_that_is_missing(monkeypatch, capsys):
+    """By default the run goes on without it; one that is named is refused before anything is written."""
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [])
+    for name in ("tensorboard", "wandb"):
+        expected = f"tracker {name} needs a package that is missing; pip install {name}"
+        assert expected in refused(capsys, "--trackers", name)
+    assert "trackers is none wandb; expected none alone" in refused(capsys, "--trackers", "none", "wandb")
+    assert not pathlib.Path("run").exists()
+    run("--preview-every", "0", steps=2)
+    assert "pip install tensorboard" in capsys.readouterr().err and not pathlib.Path("run/tensorboard").exists()
+
+
+def test_a_tracker_that_fails(monkeypatch, capsys):
+    """In mid-run it costs the run nothing; at the beginning the run has not begun either."""
+    from accelerate import tracking
+
+    class Failing(tracking.GeneralTracker):
+        name, requires_logging_directory, tracker = "tensorboard", True, None
+
+        def __init__(self, *args, **options):
+            super().__init__()
+
+        def log(self, values, step=None, **options):
+            assert step == 2 and values["share/data"] >= 0
+            raise OSError("no space")
+
+        def finish(self):
+            raise AssertionError
+
+    monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType.TENSORBOARD])
+    monkeypatch.setattr(tracking, "TensorBoardTracker", Failing)
+    run("--preview-every", "0", steps=4)
+    said = capsys.readouterr().err
+    assert said.count("tracker tensorboard has failed, and the run goes on without it: no space") == 1
+    assert [row["step"] for row in rows()] == [2, 4]
+    monkeypatch.setattr(Failing, "start", Failing.finish)
+    assert "tracker tensorboard does not begin: " in refused(capsys, out="other")
+    assert not pathlib.Path("other/states").exists()
 
 
 def test_signal(monkeypatch, capsys):
@@ -511,19 +575,8 @@ def test_processes_share_a_step(monkeypatch):
     pathlib.Path("config.json").write_text(json.dumps({**TINY, "dropout": 0.0, "prediction_type": "epsilon"}))
     options = "train synthetic --config config.json --steps 3 --batch-size 4 --micro-batch 2 --lr 0.001 --log-every 3"
     command = shlex.split(f"{options} --preview-every 0 --device cpu --out")
-    done = subprocess.run(
-        [
-            sys.executable,
-            *shlex.split("-m torch.distributed.run --nproc_per_node 2 -m -- mmdiffusion"),
-            *command,
-            "two",
-        ],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    status, said = launched("torch.distributed.run --nproc_per_node 2 -m -- mmdiffusion", *command, "two")
+    assert status == 0, said
     monkeypatch.setitem(RECIPES, "small", SMALL_RECIPE)
     cli.main([*command, "one"])
     expected = read(weights("one"))
@@ -531,6 +584,67 @@ def test_processes_share_a_step(monkeypatch):
     assert found.keys() == expected.keys()
     assert all((x - expected[name]).abs().max() < 2e-3 for name, x in found.items())
     assert rows("two")[0]["loss"] == pytest.approx(rows("one")[0]["loss"], rel=1e-2)
+
+
+ASKED = {
+    "ACCELERATE_USE_FSDP=true": "the launcher asks for FSDP (ACCELERATE_USE_FSDP=true), which is not done here; e",
+    "ACCELERATE_USE_DEEPSPEED=true": "asks for DeepSpeed (ACCELERATE_USE_DEEPSPEED=true), which is not done here",
+    "ACCELERATE_USE_MEGATRON_LM=true": "the launcher asks for Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG=true": "the launcher asks for a parallelism configuration",
+    "ACCELERATE_DYNAMO_BACKEND=INDUCTOR": "the launcher asks for torch.compile (ACCELERATE_DYNAMO_BACKEND=INDUCTOR)",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4": "asks for gradient accumulation (ACCELERATE_GRADIENT_ACCUMULATION_S",
+    "ACCELERATE_MIXED_PRECISION=bf16": "precision is float32 and the launcher's --mixed_precision bf16; expected the",
+    "ACCELERATE_MIXED_PRECISION=fp8": "precision is float32 and the launcher's --mixed_precision fp8",
+    "ACCELERATE_USE_CPU=True": "device is 'cuda' and the launcher says --cpu; expected one of them",
+    "OMPI_COMM_WORLD_SIZE=2": "OMPI_COMM_WORLD_SIZE is 2, of processes of MPI, which do not find each other here",
+    "ACCELERATE_DYNAMO_BACKEND=NO MASTER_ADDR=127.0.0.1": "as for several processes, and started one; expected accele",
+}
+
+
+@pytest.mark.parametrize("variables", ASKED)
+def test_what_the_launcher_asks_for(monkeypatch, capsys, variables):
+    """By its variables: what would be ignored is refused before anything is written."""
+    for variable in variables.split():
+        monkeypatch.setenv(*variable.split("="))
+    options = ("--device", "cuda") if "USE_CPU" in variables else ()
+    assert ASKED[variables] in refused(capsys, *options)
+    assert not pathlib.Path("run").exists()
+
+
+def test_what_the_launcher_says_anyway(monkeypatch):
+    """Its defaults, and what a run does as asked."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    run("--precision", "bfloat16", "--preview-every", "0", "--trackers", "none", steps=1)
+    assert read_state(weights())[0]["notes"]["machine"].split(", ")[1] == "cpu"
+
+
+def launched(launcher, *arguments, **variables):
+    """A command in processes of a launcher: its exit status, and what it said on stderr."""
+    done = subprocess.run(
+        [sys.executable, "-m", *shlex.split(launcher), *arguments],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    "options", ("--use_fsdp", "--multi_gpu --dynamo_backend eager", ""), ids=("fsdp", "dynamo", "none")
+)
+def test_launched_for_what_is_not_done(options):
+    """By the launcher itself; without options it starts one process of two on a machine with fewer GPUs."""
+    if not options and torch.cuda.device_count() > 1:
+        pytest.skip("accelerate starts both")
+    launcher = f"accelerate.commands.launch --num_processes 2 --main_process_port 0 {options} -m mmdiffusion"
+    status, said = launched(launcher, "train", "synthetic", "--device", "cpu", "--out", "run")
+    expected = {"": "and started one; expected accelerate launch --multi_gpu"}.get(options, "which is not done here")
+    assert status != 0 and "mmdiffusion train: the launcher " in said and expected in said
+    assert not pathlib.Path("run").exists()
 
 
 def test_killed_in_the_middle(monkeypatch):

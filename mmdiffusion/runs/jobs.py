@@ -44,6 +44,9 @@ SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "dpmsolver", "unipc")
 WEIGHTINGS = ("uniform", "min-snr")
 TIMESTEPS = ("uniform", "loss-second-moment")
 
+TRACKERS = ("tensorboard", "wandb", "none")
+"""Those of accelerate whose curve is known to go on as the run does."""
+
 _SMALL = pathlib.Path("small")
 _OF_PRESET = "; by default that of the preset"
 
@@ -252,6 +255,11 @@ class Train(ModelJob):
     keep: int = option("states that are kept, the newest", default=3, minimum=1)
     preview_every: int = option("steps between previews, 0 for none", default=1000, minimum=0)
     preview_clips: int = option("clips of a preview", default=4, minimum=1)
+    trackers: tuple[str, ...] | None = option(
+        "what shows the curve besides loss.png; tensorboard, where it is installed, if not given",
+        default=None,
+        choices=TRACKERS,
+    )
 
     @property
     def recipe(self) -> Recipe:
@@ -280,6 +288,8 @@ class Train(ModelJob):
         refuse_unused(self, self.data != "synthetic", "films as data", "flip")
         refuse_unused(self, self.recipe.weighting == "min-snr", "weighting min-snr", "min_snr_gamma")
         refuse_unused(self, self.preview_every, "preview_every", "preview_clips")
+        if "none" in (self.trackers or ()) and len(set(self.trackers or ())) > 1:
+            raise ValueError(f"trackers is {' '.join(self.trackers or ())}; expected none alone, or others")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,9 @@ from mmdiffusion.runs import published
 from mmdiffusion.runs.convert import save_pipeline
 from mmdiffusion.runs.jobs import Train
 from mmdiffusion.runs.models import settings_of
-from mmdiffusion.runs.processes import Processes, told_to_stop
+from mmdiffusion.runs.processes import Processes, refuse_other_precision, told_to_stop
 from mmdiffusion.runs.sample import versions
+from mmdiffusion.runs.trackers import Trackers
 from mmdiffusion.runs.trained import TrainedClips, TrainedFrames
 from mmdiffusion.training import Recipe, State, States, train
 from mmdiffusion.training.log import Log, plot, row_of, summary
@@ -32,10 +33,12 @@ from mmdiffusion.training.log import Log, plot, row_of, summary
 
 def run(job: Train) -> str:
     """Train until `steps`, or until the process is told to stop; what was trained is kept."""
+    refuse_other_precision(job.recipe.precision)
     processes = Processes(job.device)
     if processes.device.type == "cpu":
         mmattn.keep_freed_memory()
     processes.refuse_if_different("code", code_digest()[:12])
+    trackers = Trackers(job.trackers if processes.rank == 0 else ("none",), _say)
     recipe = job.recipe
     trained = TrainedFrames(job) if job.superres else TrainedClips(job)
     torch.nn.Module.to(trained.network, processes.device, torch.float32)
@@ -43,8 +46,8 @@ def run(job: Train) -> str:
         trained.enable_gradient_checkpointing()
     data = trained.data()
     alone = alone_in(job.out, "trained in") if processes.rank == 0 else contextlib.nullcontext()
-    with alone, told_to_stop() as signals:
-        return _Run(job, recipe, trained, data, processes).go(signals)
+    with alone, told_to_stop() as signals, contextlib.closing(trackers):
+        return _Run(job, recipe, trained, data, processes, trackers).go(signals)
 
 
 @functools.cache
@@ -61,9 +64,16 @@ class _Run:
     """One sitting of a run."""
 
     def __init__(
-        self, job: Train, recipe: Recipe, trained: TrainedClips | TrainedFrames, data: Any, processes: Processes
+        self,
+        job: Train,
+        recipe: Recipe,
+        trained: TrainedClips | TrainedFrames,
+        data: Any,
+        processes: Processes,
+        trackers: Trackers,
     ) -> None:
         self.job, self.recipe, self.trained, self.data, self.processes = job, recipe, trained, data, processes
+        self.trackers = trackers
         self.is_first = processes.rank == 0
         begun_from = job.init or job.resume
         settings = {
@@ -123,6 +133,7 @@ class _Run:
             return
         for sentence in broken:
             _say(f"passed over: {sentence}")
+        self.trackers.begin(self.job.out, self.states.settings, None if path is None else state.step)
         self.log.begin(state.step)
         if path is None:
             self._save()  # a folder that cannot hold it is better known now
@@ -136,6 +147,7 @@ class _Run:
             row = row_of(state)
             state.meter.clear()
             self.log.add(row)
+            self.trackers.log(row)
             _say(summary(row))
             if self.saved < state.step - job.checkpoint_every:  # one failed, on a full disk
                 self._try_to_save()
