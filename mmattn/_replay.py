@@ -35,7 +35,7 @@ def replayed(
         part: what it computes depends on the inputs, the options, the class of the owner and the layers alone.
         owner: whatever has the layers.
         layers: all that the part uses.
-        inputs: in one dtype, the first one the largest.
+        inputs: the first one the largest, and in the dtype of the results.
         options: that are equal where they are the same, and have a hash.
     """
     found = _read(layers, inputs) if is_worth_it(inputs[0]) else None
@@ -95,10 +95,11 @@ def _read(layers: Sequence[nn.Module | None], inputs: Sequence[Tensor]) -> tuple
             continue
         if not is_plain(layer):
             return None
-        weight, bias, own = layer.weight, layer.bias, layer.__dict__
-        if weight is None:
+        own = layer.__dict__
+        weight, bias = map(own["_parameters"].get, ("weight", "bias"))  # half the time of the attributes
+        if weight is None or "bias" not in own["_parameters"]:
             return None
-        tensors += (weight, bias) if bias is not None else (weight,)  # type: ignore[arg-type]
+        tensors += (weight,) if bias is None else (weight, bias)
         if type(layer) is nn.GroupNorm:
             groups, eps = own["num_groups"], own["eps"]
             settings += type(groups), groups, type(eps), eps

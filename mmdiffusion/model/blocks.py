@@ -140,24 +140,27 @@ class _StreamBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor, *, is_film: bool) -> Tensor:
         """Tokens from tokens; embedding [B, 2*Cout] is FiLM, scale before shift, or [B, Cout] is added to h."""
-        if self.resampling or not is_film or (self.training and self.dropout):
-            return self._transform(x, embedding, is_film)
-        layers = self.norm1, *self._convolutions(), self.norm2, self.conv2, self.skip
-        return replayed(_StreamBlock._transform, self, layers, (x, embedding), is_film)
-
-    def _transform(self, x: Tensor, embedding: Tensor, is_film: bool) -> Tensor:
-        h = self._convolve(x)
-        if self.resampling == "down":
-            x = self._pool(x)
         # All that follows the repetition is pointwise, statistics of a norm do not change by it, and dropout's mask
         # alone is drawn at the full resolution; so without dropout the repetition comes last. Of a layer
         # that is not plain nobody knows, and it is given what the published one is.
-        is_last = self.resampling == "up" and not (self.training and self.dropout) and self._is_plain()
+        drops = self.training and bool(self.dropout)
+        is_last = self.resampling == "up" and not drops and self._is_plain()
+        if (self.resampling and not is_last) or drops or not is_film:
+            out = self._transform(x, embedding, is_film, is_last)
+        else:
+            layers = self.norm1, *self._convolutions(), self.norm2, self.conv2, self.skip
+            out = replayed(_StreamBlock._transform, self, layers, (x, embedding), is_film, is_last)
+        return self._repeat(out) if is_last else out
+
+    def _transform(self, x: Tensor, embedding: Tensor, is_film: bool, is_last: bool) -> Tensor:
+        """The same but for a repetition that comes last."""
+        h = self._convolve(x)
+        if self.resampling == "down":
+            x = self._pool(x)
         if self.resampling == "up" and not is_last:
             h, x = self._repeat(h), self._repeat(x)
         h, film = embedded(h, embedding, is_film=is_film)
-        out = self._project(h, x, film)
-        return self._repeat(out) if is_last else out
+        return self._project(h, x, film)
 
     def _project(self, h: Tensor, x: Tensor, film: tuple[Tensor, Tensor] | None) -> Tensor:
         if h.dim() == 3:
