@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from mmattn import _checks, dispatch
 from mmattn._layers import is_plain
 from mmattn._library import can_skip_dispatcher, is_autocast
+from mmattn_kernels import cpu
+from mmattn_kernels.cpu.plan import Plan, Recorder, is_recording
 
 LARGEST = 1 << 20  # bytes of a part's first tensor: of larger ones, the kernels take ten times as long as all else
 _KEYS, _CALLS_OF_A_KEY = 1024, 8
@@ -42,9 +44,7 @@ def replayed(
     if found is None:
         return part(owner, *inputs, *options)
     settings, given = found
-    from mmattn_kernels.cpu import extension
-
-    machine = extension().instruction_set(), torch.get_num_threads(), dispatch.requested("auto")
+    machine = cpu.extension().instruction_set(), torch.get_num_threads(), dispatch.requested("auto")
     key = part, type(owner), options, *map(type, options), settings, machine, len(given), inputs[0].shape
     calls = _plans.get(key)
     if calls is None:
@@ -75,14 +75,8 @@ def is_worth_it(x: Any) -> bool:
         and can_skip_dispatcher(known=True)
         and not torch._C._len_torch_function_stack()
         and not is_autocast("cpu")
-        and _extension_is_there()
+        and cpu.missing() is None
     )
-
-
-def _extension_is_there() -> bool:
-    from mmattn_kernels import cpu
-
-    return cpu.missing() is None
 
 
 def _read(layers: Sequence[nn.Module | None], inputs: Sequence[Tensor]) -> tuple[tuple[Any, ...], list[Tensor]] | None:
@@ -106,14 +100,13 @@ def _read(layers: Sequence[nn.Module | None], inputs: Sequence[Tensor]) -> tuple
         elif type(layer) is nn.Linear:
             settings.append(bias is None)
         else:
-            settings += bias is None, own["kernel_size"], own["dilation"], *map(type, own["dilation"])
+            dilation = tuple(own["dilation"])
+            settings += bias is None, tuple(own["kernel_size"]), dilation, *map(type, dilation)
     return tuple(settings), tensors
 
 
 def _record(calls: list[Any], guard: Any, tensors: list[Tensor], call: Callable[[], Any]) -> Any:
     """call(), noted."""
-    from mmattn_kernels.cpu.plan import Plan, Recorder, is_recording
-
     if is_recording():
         return call()
     with Recorder() as recorder:
