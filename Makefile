@@ -72,12 +72,14 @@ fix: install ## what lint can repair by itself
 
 bench: install ## the full benchmarks of this machine into bench/results and the documents (an hour, nothing else running)
 	$(RUN) bench/attn.py --modes forward both --json bench/results/attn-cpu.json
+	$(RUN) bench/attn.py --shapes scaling --modes forward --dtype float32 --budget 0.5 --json bench/results/scaling-cpu.json
 	$(RUN) bench/segments.py --modes forward both --json bench/results/segments-cpu.json
 	$(RUN) bench/norm.py --json bench/results/norm-cpu.json
 	$(RUN) bench/conv.py --json bench/results/conv-cpu.json
 	$(RUN) bench/unet.py --breakdown --json bench/results/unet-cpu.json
 	$(RUN) bench/superres.py --breakdown --json bench/results/superres-cpu.json
 	$(RUN) bench/plot.py bench/results/attn-cpu.json docs/attn-cpu.png --modes forward
+	$(RUN) bench/plot.py bench/results/scaling-cpu.json docs/scaling-cpu.png
 	$(RUN) bench/plot.py bench/results/conv-cpu.json docs/conv-cpu.png --modes forward --shape block
 	$(RUN) bench/plot.py bench/results/unet-cpu.json docs/unet-cpu.png
 	$(RUN) bench/tables.py

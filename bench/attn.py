@@ -80,6 +80,11 @@ class Shape:
 
 PUBLISHED = [(4, 1024, 6400, 1), (6, 256, 1600, 4), (8, 64, 400, 8), (8, 64, 400, 16)]  # H, P, T, S of each U-Net level
 SMALL = [(2, 16, 160, 1), (2, 16, 160, 4), (2, 16, 160, 16)]
+# --shapes scaling: the second level of the published U-Net at twice its frames, so that no window is of all, and one
+# size at a time; a frame has as much sound in all.
+SWEEP_BASE = {"frames": 32, "window": 4, "pixels": 256}
+SWEEPS = {"frames": (8, 16, 32, 64, 128), "window": (1, 2, 4, 8, 16), "pixels": (64, 256, 1024, 2304)}
+SWEEP_HEADS, SWEEP_SEGMENT = 6, 100
 
 
 def fused(shape: Shape) -> Attend:
@@ -308,8 +313,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--quick",
         "--device cuda --dtype bfloat16 --batch 1 16 --json bench/results/attn-cuda.json",
         "--shapes custom --shape 1,4,16,64,400,8,64 --modes forward --threads 1",
+        "--shapes scaling --modes forward --json out/scaling.json",
     )
-    parser = cli.make_parser("attn", "random-shift attention", examples, ATTENDS, _shape, "B,H,F,P,T,S,D")
+    what, shape = "random-shift attention", "B,H,F,P,T,S,D"
+    parser = cli.make_parser("attn", what, examples, ATTENDS, _shape, shape, more_shapes=["scaling"])
     return cli.parse(parser, argv)
 
 
@@ -326,13 +333,21 @@ def _shape(text: str) -> Shape:
 def shapes_of(args: argparse.Namespace) -> list[Shape]:
     if args.shapes == "custom":
         return args.shape
+    if args.shapes == "scaling":
+        sweeps = [SWEEP_BASE | {axis: size} for axis, sizes in SWEEPS.items() for size in sizes]
+        return list(dict.fromkeys(_of_sweep(batch, **sizes) for batch in args.batch for sizes in sweeps))
     sizes = PUBLISHED if args.shapes == "published" else SMALL
     return [Shape(b, h, 16, p, t, s, 64) for b in args.batch for h, p, t, s in sizes]
 
 
+def _of_sweep(batch: int, frames: int, window: int, pixels: int) -> Shape:
+    return Shape(batch, SWEEP_HEADS, frames, pixels, SWEEP_SEGMENT * frames, window, 64)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    return cli.run(args, HEADER, shapes_of(args), providers_of)
+    header = HEADER | ({"sweep_base": SWEEP_BASE} if args.shapes == "scaling" else {})
+    return cli.run(args, header, shapes_of(args), providers_of)
 
 
 if __name__ == "__main__":

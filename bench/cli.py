@@ -39,10 +39,11 @@ def make_parser(
     modes: Iterable[str] = MODES,
     batches: Iterable[int] = (1, 4, 16),
     quick_shapes: str = "published",
+    more_shapes: Iterable[str] = (),
 ) -> argparse.ArgumentParser:
     """The command line of bench/{name}.py; `shape` reads a custom shape, shown as `metavar`; `modes` is the default.
 
-    `batches` are the default on CUDA, `quick_shapes` with --quick.
+    `batches` are the default on CUDA, `quick_shapes` with --quick; `more_shapes` are lists that others do not have.
     """
     prog = f"python bench/{name}.py"
     parser = argparse.ArgumentParser(
@@ -55,7 +56,8 @@ def make_parser(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="found by itself")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="float32 bfloat16 on a CPU; bfloat16 on CUDA")
-    parser.add_argument("--shapes", choices=("published", "small", "custom"), default=None, help="default: published")
+    lists = "published", "small", *more_shapes, "custom"
+    parser.add_argument("--shapes", choices=lists, default=None, help="default: published")
     parser.add_argument(
         "--shape", action="append", type=shape, metavar=metavar, default=[], help="repeatable; implies custom"
     )

@@ -49,7 +49,9 @@ class TorchcodecClips(Dataset[Item]):
             self._decoders[name] = video, AudioDecoder(path, sample_rate=FORMAT.sample_rate, num_channels=1)
         video, audio = self._decoders[name]
         start = frame / FORMAT.frame_rate
-        times = [start + (k + 0.01) / FORMAT.frame_rate for k in range(FORMAT.frames)]
+        # It refuses times outside of the stream, which need not begin at 0, nor with the sound.
+        first, last = video.metadata.begin_stream_seconds, video.metadata.end_stream_seconds - 1e-3
+        times = [min(max(start + (k + 0.01) / FORMAT.frame_rate, first), last) for k in range(FORMAT.frames)]
         pictures = video.get_frames_played_at(times).data
         sound = audio.get_samples_played_in_range(start, start + FORMAT.frames / FORMAT.frame_rate).data
         wanted = FORMAT.audio_size[1]

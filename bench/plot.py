@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Draws a results file: speed relative to a peer, share of the ceiling, peak extra memory.
+"""Draws a results file: speed relative to a peer, share of the ceiling, peak extra memory; or how these grow.
 
 python bench/plot.py out/attn.json out/attn.png [--dtype bfloat16] [--modes forward both] [--batch 1] [--shape d16]
 """
@@ -18,6 +18,8 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import report
+import scaling
+from matplotlib.ticker import LogLocator
 
 # Okabe and Ito's palette: distinct to colour-blind readers, and in lightness, with mmattn the darkest.
 COLOURS = {
@@ -30,6 +32,7 @@ COLOURS = {
     "SDPA over unfold": "#009E73",
     "SDPA over copies": "#F0E442",
     "full SDPA": "#56B4E9",
+    report.BEST: "#009E73",
     "frame loop": "#BBBBBB",
     "FlexAttention": "#CC79A7",
     "mmattn, channels-first input": "#56B4E9",
@@ -40,6 +43,7 @@ COLOURS = {
 CEILINGS = {"matmul": "share of the matrix product's rate", "copy": "share of the copy's rate"}
 SPARE = ("#D55E00", "#000000")
 BAR_INCHES = 0.17
+Row = dict[str, Any]
 
 
 def draw(
@@ -66,6 +70,8 @@ def draw(
     ]
     if not rows:
         raise ValueError(f"{source} has no measured row of that kind to draw")
+    if "sweep_base" in header:
+        return _draw_sweeps(header, rows, target)
     providers = sorted({r["provider"] for r in rows}, key=lambda name: [*COLOURS, name].index(name))
     colours = {name: COLOURS.get(name) or SPARE[i % len(SPARE)] for i, name in enumerate(providers)}
     groups, labels = _grouped(rows, providers)
@@ -85,12 +91,53 @@ def draw(
     axes[0].set_yticks([sum(y for y, _ in group) / len(group) for group in groups], labels, fontsize=8)
     axes[0].set_ylim(end - 0.5, -1)
     _describe(figure, header, colours, 1 / height)
+    _save(figure, target)
+
+
+def _save(figure: Any, target: Path | str) -> None:
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=130, facecolor="white")
     plt.close(figure)
 
 
-Row = dict[str, Any]
+def _draw_sweeps(header: dict[str, Any], rows: list[Row], target: Path | str) -> None:
+    """Lines over each size on logarithmic axes, a row of panels for each kind and measure that has figures."""
+    by_kind: dict[str, list[scaling.Sweep]] = {}
+    for sweep in scaling.sweeps(header, rows):
+        by_kind.setdefault(sweep.kind, []).append(sweep)
+    lines = [
+        (sweeps, measure)
+        for sweeps in by_kind.values()
+        for measure, (_, value) in scaling.MEASURES.items()
+        if any(curve.points(value) for sweep in sweeps for curve in sweep.curves)
+    ]
+    height = 3.4 * len(lines) + 1
+    figure, axes = plt.subplots(len(lines), len(header["sweep_base"]), figsize=(13, height), squeeze=False)
+    for panels, (sweeps, measure) in zip(axes, lines, strict=True):
+        unit, value = scaling.MEASURES[measure]
+        for axis, sweep in zip(panels, sweeps, strict=True):
+            for curve in sweep.curves:
+                points = curve.points(value)
+                label = f"{curve.name}: {scaling.number(curve.exponent(value))}"
+                if measure == "time":
+                    label += f" (counted {scaling.number(curve.exponent(lambda row: row['gflop']))})"
+                colour = COLOURS.get(curve.name, SPARE[0])
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour, label=label)
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log", subs=())
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(lambda x, _: f"{x:g}")
+            axis.set_xticks(sweep.sizes, [str(size) for size in sweep.sizes])
+            axis.set_xlabel(scaling.AXES[sweep.axis], fontsize=9)
+            axis.set_title(f"{measure}, {unit}: {sweep.kind}", fontsize=10, loc="left")
+            axis.grid(alpha=0.3, linewidth=0.6)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.legend(title="exponent", fontsize=8, title_fontsize=8, frameon=False)
+    inch = 1 / height
+    figure.suptitle(report.describe(header), fontsize=11, x=0.01, y=1 - 0.12 * inch, ha="left", va="top")
+    figure.text(0.01, 0.12 * inch, f"$ {header['command']}".replace("$", r"\$"), fontsize=7, family="monospace")
+    figure.tight_layout(rect=(0, 0.25 * inch, 1, 1 - 0.35 * inch))
+    _save(figure, target)
 
 
 def _grouped(rows: list[Row], providers: list[str]) -> tuple[list[list[tuple[float, Row]]], list[str]]:

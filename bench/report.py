@@ -5,7 +5,8 @@ A results file is {"schema", "header", "rows"}. The header says what ran on what
 the machine's ceilings, and how to read the rows: op, baseline (the peer that the others are compared with), bound (the
 ceiling that counts, matmul or copy), versus (the peers of README's table; BEST is the fastest of the same result) and
 other_result (the peers that compute something else, and when); where they differ from the default, own (the provider
-that is measured against the others) and disagreement (relative difference allowed to the baseline, by dtype). A row is
+that is measured against the others), disagreement (relative difference allowed to the baseline, by dtype) and
+sweep_base (sizes by name, where the cases are sweeps over one of them each, see scaling.py). A row is
 one provider on one case (op, shape, dims, dtype, mode, device) with its times in ms (ms_p20, ms_p50, ms_p80), its speed
 relative to named peers, GFLOP/s, GB/s, shares of the ceilings and peak extra memory in MB (2^20 bytes), or with the
 reason why it has none. Its parts, if any, are {part: {"ms", "gflop"}} of one call.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import report
+import scaling
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs/benchmarks.md")
@@ -29,6 +30,8 @@ def block(path: Path) -> str:
     if not path.exists():
         return "Not measured yet.\n"
     header, rows = report.read_json(path)
+    if "sweep_base" in header:
+        return scaling.table(header, rows)
     baseline, bound, name_of_own = header["baseline"], header["bound"], report.own_of(header)
     titles = ["shape", "dtype", "mode", f"{name_of_own} ms", report.UNITS[bound], f"of {bound}"]
     titles += [*(f"vs {peer}" for peer in header["versus"]), f"extra MB: {name_of_own}, {baseline.split()[-1]}"]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The benchmarks' own correctness: peers, statistics, reasons, results files, tables, pictures. No time is asserted."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -31,6 +32,7 @@ import plot
 import published
 import registry
 import report
+import scaling
 import superres
 import tables
 import unet
@@ -486,6 +488,73 @@ def test_tables_check_detects_a_stale_readme(results, tmp_path):
     assert readme.read_text() == text
     readme.write_text(text.replace("float32", "float33", 1))
     assert tables.main([*options, "--check"]) == 1
+
+
+def rows_of_sweeps(ms_of):
+    """Rows of all that `--shapes scaling` asks for, whose time is ms_of(provider, shape), or None for none."""
+    rows = []
+    for shape in attn.shapes_of(attn.parse(["--device", "cpu", "--shapes", "scaling"])):
+        for name in (attn.BASELINE, "mmattn", "SDPA over unfold", attn.FULL):
+            row = {"dims": dataclasses.asdict(shape), "shape": str(shape), "provider": name, "mode": "forward"}
+            row |= {"dtype": "float32", "gflop": shape.gflop("forward", full=name == attn.FULL), "reason": None}
+            rows.append(row | {"ms_p50": ms_of(name, shape), "peak_extra_mb": 2.0 * shape.frames})
+    return rows
+
+
+def test_scaling_finds_the_exponents(tmp_path):
+    """Each the law of its own line, though small sizes break it and the best peer is another one at each size."""
+
+    def ms_of(name, shape):
+        if name == attn.FULL:
+            return None if shape.frames == 128 else 3.0 * shape.frames**2 * shape.pixels
+        law = shape.frames**1.25 * shape.window * shape.pixels**0.5
+        if name == "mmattn":
+            return law if shape.frames > 8 else 100 * law
+        is_fast = (shape.frames >= 64) == (name == "SDPA over unfold")
+        return law * shape.frames**0.5 * (2 if is_fast else 7)
+
+    header = attn.HEADER | {"sweep_base": attn.SWEEP_BASE}
+    rows = rows_of_sweeps(ms_of)
+    by_axis = {sweep.axis: sweep for sweep in scaling.sweeps(header, rows)}
+    assert {axis: tuple(sweep.sizes) for axis, sweep in by_axis.items()} == attn.SWEEPS
+    counted, timed = (
+        {
+            (axis, curve.name): pytest.approx(curve.exponent(value), abs=1e-9)
+            for axis, sweep in by_axis.items()
+            for curve in sweep.curves
+        }
+        for value in (lambda row: row["gflop"], scaling.MEASURES["time"][1])
+    )
+    names = "mmattn", report.BEST, attn.FULL
+    for axis, work, time in (
+        ("frames", (1, 1, 2), (1.25, 1.75, 2)),
+        ("window", (1, 1, 0), (1, 1, 0)),
+        ("pixels", (1, 1, 1), (0.5, 0.5, 1)),
+    ):
+        assert [counted[axis, name] for name in names] == list(work), axis
+        assert [timed[axis, name] for name in names] == list(time), axis
+
+    ceilings = {"matmul_gflop_per_s": {"float32": 100.0}, "copy_gbyte_per_s": 10.0}
+    machine = {"device": "cpu", "device_name": "a CPU", "threads": 1, "command": "python bench/attn.py"}
+    report.write_json(tmp_path / "scaling-cpu.json", header | machine | {"ceilings": ceilings}, rows)
+    table = tables.block(tmp_path / "scaling-cpu.json").splitlines()
+    assert table[0] == "| what grows | of | exponent of | mmattn | best peer | full SDPA |"
+    of_frames = "| frames F, 8 to 128 | float32, forward, B1 |"
+    assert table[2] == f"{of_frames} counted work | 1.00 | 1.00 | 2.00 |"
+    assert table[3] == f"{of_frames} time | 1.25 (27554 ms) | 1.75 (623487 ms) | 2.00 (3145728 ms at 64) |"
+    assert table[4] == f"{of_frames} extra memory | 1.00 (256 MB) | 1.00 (256 MB) | 1.00 (128 MB at 64) |"
+    assert len(table) == 2 + 3 * 3 + 2
+    assert plot.main([str(tmp_path / "scaling-cpu.json"), str(tmp_path / "scaling.png")]) == 0
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [([(2, 3.0), (4, 12.0), (8, 48.0)], 2.0), ([(1, 5.0), (10, 5.0)], 0.0), ([(4, 1.0)], None), ([], None)],
+    ids=["square", "constant", "one point", "none"],
+)
+def test_slope(points, expected):
+    assert scaling.slope(points) == (expected if expected is None else pytest.approx(expected, abs=1e-12))
 
 
 @pytest.fixture

@@ -319,6 +319,29 @@ def test_any_number_of_threads(count, dtype, threads, poisoned_memory):
         assert_within_budget(outputs(CASES[name], dtype), CASES[name], dtype)
 
 
+# Of so much work that as many threads as that are given it, and of so few positions that the usual cut is too coarse.
+SHARED = {
+    "few positions": Case(length=400, channels=(256, 192), dilation=1, **BLOCK),
+    "dilation 64": Case(length=800, channels=(160, 192), dilation=64, **BLOCK),
+    "dilation 300": Case(length=700, channels=(192, 160), dilation=300, batch=2, **BLOCK),
+    "projection": Case(length=400, channels=(512, 256), taps=1, **BLOCK),
+    "frames of 8 x 8": frames(6, 8, 8, channels=(192, 160), **BLOCK),
+    "frames of 4 x 32": frames(5, 4, 32, channels=(96, 320), **BLOCK),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("name", SHARED)
+def test_cut_finer_for_many_threads(name, isa, dtype, instruction_set, threads, poisoned_memory):
+    """Within the budget, and the same bits each time."""
+    instruction_set(isa)
+    threads(48)
+    one, two = outputs(SHARED[name], dtype), outputs(SHARED[name], dtype)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert_within_budget(one, SHARED[name], dtype)
+
+
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_a_nan_or_an_infinity_reaches_whoever_reads_it(isa, instruction_set):
     """And nobody else: what pads the input is no copy of it."""

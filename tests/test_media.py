@@ -437,7 +437,9 @@ def test_contact_sheet(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("suffix", ("mov", "mkv"))
 def test_clips_from_anywhere_in_an_open_film(tmp_path, suffix, monkeypatch):
-    """In any order, at any frame of the rate, the same bits as of the whole, opened once."""
+    """In any order, at any frame of the rate, the same bits as of the whole; opened once, and for sound that begins
+    within the first second.
+    """
     times, tones = every("0.1", 60), torch.cat([tone(1.0, hertz=200 * (i + 1)) for i in range(6)], 1)
     path = film(tmp_path / f"film.{suffix}", times=times[:50], parts=[(0, tones)])
     opened = []
@@ -452,13 +454,31 @@ def test_clips_from_anywhere_in_an_open_film(tmp_path, suffix, monkeypatch):
             assert torch.allclose(clip.audio, whole.audio[:, 1600 * i :][:, :25600], atol=1e-6)
         only = opened_film.read_clip(num_frames=3, start=2, need=["audio"])
         assert only.video is None and torch.equal(only.audio, opened_film.read_clip(num_frames=3, start=2).audio)
-        assert len(opened) == 1
+        assert len(opened) == 1 + 1 + 3  # of the whole, and of 0, 1 and 9
         assert opened_film.durations == {"video": 5, "audio": 6}
         assert numbers(opened_film.read_clip(num_frames=2, start=4).video) == [40, 41]
     with pytest.raises(ValueError, match=rf"film\.{suffix} is closed"):
         opened_film.read_clip()
     with pytest.raises(ValueError, match="is closed"):
         opened_film.durations  # noqa: B018
+
+
+def test_a_clip_is_the_same_whatever_was_read_before(tmp_path):
+    """Where a film begins too, where no jump is to before a clip: of AAC a decoder keeps its last window."""
+    source = torch.Generator().manual_seed(0)
+    path = tmp_path / "noise.mp4"
+    write_video(path, torch.rand(20, 3, 16, 16, generator=source) * 2 - 1, torch.rand(1, 32000, generator=source) - 0.5)
+    starts = (0, 0, 0.5, 1.2, 0, 1.5, 0.1)
+
+    def clip(film, start):
+        return film.read_clip(num_frames=2, fps=10, sample_rate=16000, size=(8, 8), fit="letterbox", start=start)
+
+    with open_film(path) as film:
+        found = [clip(film, start) for start in starts]
+    for start, again in zip(starts, found, strict=True):
+        with open_film(path) as film:
+            first = clip(film, start)
+        assert torch.equal(first.video, again.video) and torch.equal(first.audio, again.audio), start
 
 
 def test_a_jump_that_comes_out_late_is_not_believed(tmp_path):

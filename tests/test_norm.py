@@ -69,6 +69,7 @@ CASES = {
     "several chunks of positions": Case(channels=32, length=5000, groups=8),
     "several chunks, one channel a group": Case(channels=32, length=4097, batch=2),
     "many channels, few positions": Case(channels=1024, length=3),
+    "wide, fewer chunks than threads": Case(channels=256, length=1100, batch=2),
     "strided": Case(channels=48, groups=16, batch=2, strided=True),
     "strided, several chunks": Case(channels=20, groups=4, length=2111, batch=2, strided=True),
     "strided, one channel": Case(channels=1, groups=1, batch=2, strided=True),
@@ -241,9 +242,10 @@ def test_gradients_that_cancel(isa, dtype, instruction_set):
 @needs_extension
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_the_same_bits_from_any_number_of_threads(dtype, threads, poisoned_memory):
-    for name in ("several chunks of positions", "strided, several chunks", "one position", "odd length, two batches"):
+    names = "several chunks of positions", "strided, several chunks", "one position", "odd length, two batches"
+    for name in (*names, "wide, fewer chunks than threads"):
         found = []
-        for count in (2, 2, 1, 3, 5):
+        for count in (2, 2, 1, 3, 5, 16):
             threads(count)
             found.append(outputs(CASES[name], dtype))
         for other in found[1:]:

@@ -10,7 +10,6 @@ from helpers import DTYPES, INSTRUCTION_SETS, assert_as_exact, largest_error, ne
 
 import mmattn
 from mmattn.testing import relative_error
-from mmattn_kernels import CircularWindows, TableWindows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,67 +367,6 @@ def test_block_mask_is_the_mask():
     assert torch.equal(block.to_dense()[0, 0].bool(), by_block)
     q, k = torch.meshgrid(torch.arange(384), torch.arange(256), indexing="ij")
     assert torch.equal(block.mask_mod(torch.tensor(0), torch.tensor(0), q, k), windows.mask())
-
-
-SIZED = {  # of bench/segments.py: queries, keys, heads, dim, windows
-    "a": (6144, 126, 32, 64, ((0, 1536, 2688, 3840, 4992, 6144), (0,) * 5, (26, 51, 76, 101, 126))),
-    "b": (126, 6144, 32, 64, ((0, 26, 51, 76, 101, 126), (0,) * 5, (1536, 2688, 3840, 4992, 6144))),
-    "c": (126, 126, 32, 64, ((0, 26, 51, 76, 101, 126), (0,) * 5, (26, 51, 76, 101, 126))),
-    "d": (6144, 6144, 32, 128, ((0, 1536, 2688, 3840, 4992, 6144), (0,) * 5, (1536, 2688, 3840, 4992, 6144))),
-}
-PUBLISHED = [(4, 1024, 6400, 1), (6, 256, 1600, 4), (8, 64, 400, 8), (8, 64, 400, 16)]  # H, P, T, S
-
-
-def shapes_of_work():
-    """(name, queries, keys, heads, dim, windows) of the shapes of the benchmark."""
-    for name, (queries, keys, heads, dim, tables) in SIZED.items():
-        yield name, queries, keys, heads, dim, mmattn.Windows.from_ranges(*tables, keys=keys)
-    centers = [-3, *(int(173 / 81 * (8 * i - 2) / 2) - 1 for i in range(1, 21))]
-    yield "e", 21504, 173, 40, 128, mmattn.Windows.centered(centers, 8, queries=21504, keys=173)
-    for keys in (32, 1024):
-        yield f"f{keys}", 1024, keys, 4, 64, mmattn.Windows.blocks([0, 512, 1024], [0, keys // 2, keys], keys=keys)
-    for heads, pixels, length, window in PUBLISHED:
-        for name, queries, keys in (("video", 16 * pixels, length), ("audio", length, 16 * pixels)):
-            equal = CircularWindows(16, window, (16 - window) // 2)
-            yield f"g {name} S={window}", queries, keys, heads, 64, equal
-
-
-# Where forward is less even than that, and how uneven. A piece has whole blocks of queries, of 48 on vectors and of 16
-# to 32 on tiles, and these shapes have 88, 88, 288 and 72 (on tiles 104) of them for 64 threads. Smaller blocks would
-# balance the count, not the time: every piece packs all its keys first, 1024 of them for 9 queries in the last case.
-UNEVEN = {
-    "vectors": {"f32": 1.46, "f1024": 1.46, "g audio S=4": 1.11, "g audio S=16": 1.77},
-    "tiles": {"f32": 1.46, "g audio S=16": 1.29},  # f32 has too few keys for tiles
-}
-
-
-@needs_extension
-@pytest.mark.parametrize("backward", (False, True), ids=("forward", "backward"))
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
-def test_work_is_even_over_64_threads(isa, dtype, backward, instruction_set):
-    """By count of queries times keys, where each thread takes the next piece as it becomes free."""
-    from mmattn_kernels.cpu import attention
-
-    instruction_set(isa)
-    blocks = "tiles" if isa == "amx" or (isa == "avx512_bf16" and dtype == torch.bfloat16) else "vectors"
-    found = {}
-    for name, queries, keys, heads, dim, windows in shapes_of_work():
-        tables = windows if isinstance(windows, CircularWindows) else TableWindows(*windows.tables)
-        shape = 1, queries, heads, dim
-        pieces = attention.pairs(shape, keys, tables, backward=backward, dtype=dtype, threads=64)
-        loads = [0] * 64
-        for pairs in pieces:
-            loads[loads.index(min(loads))] += pairs
-        total = heads * (
-            queries * (windows.size * (keys // 16))
-            if isinstance(windows, CircularWindows)
-            else int(windows.mask().sum())
-        )
-        assert sum(pieces) == total, name
-        found[name] = max(loads) * 64 / total
-    uneven = {} if backward else UNEVEN[blocks]
-    assert all(ratio < uneven.get(name, 1.1) for name, ratio in found.items()), found
 
 
 ONES = torch.ones(1, 12, 2, 8)

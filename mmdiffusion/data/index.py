@@ -62,12 +62,15 @@ class FilmEntry:
         """The film.
 
         Raises:
-            OSError, ValueError: if it cannot be opened.
+            OSError, ValueError: if it cannot be opened, or is not the file that was looked at.
         """
+        path = folder / (self.shard or self.name)
+        status = os.stat(path)
+        if (status.st_size, status.st_mtime_ns) != (self.size, self.time_ns):
+            raise ValueError(f"{path} has changed since it was looked at; expected the same file")
         if not self.shard:
-            return open_film(folder / self.name)
-        part = Part(self.name.removeprefix(f"{self.shard}/"), self.begin, self.length)
-        return open_film(folder / self.shard, part)
+            return open_film(path)
+        return open_film(path, Part(self.name.removeprefix(f"{self.shard}/"), self.begin, self.length))
 
     def clips(self, clip_format: ClipFormat, need: Sequence[str] = STREAMS) -> range:
         """The frames, at the format's rate, at which a clip can begin: where all the streams that it has last for all

@@ -376,7 +376,8 @@ class Film:
                 pieces = self._decode_from(kind, begin - preroll, latest=max(begin, first))
                 if pieces is not None:
                     return pieces
-        pieces = self._decode_from(kind, self._zero - _PREROLL, latest=first)
+        # Where there is no preroll, AAC's first samples after a jump depend on what was decoded before it.
+        pieces = None if kind == "audio" else self._decode_from(kind, self._zero - _PREROLL, latest=first)
         if pieces is None:
             self._open()
             pieces = self._pieces(self._stream(kind))

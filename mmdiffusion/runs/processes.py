@@ -125,7 +125,7 @@ def _refuse_what_is_not_done() -> None:
     if "WORLD_SIZE" in os.environ:
         return
     for name in _MPI_SIZES:
-        if int(os.environ.get(name, "1")) > 1:
+        if os.environ.get(name, "1") not in ("0", "1"):
             raise ValueError(
                 f"{name} is {os.environ[name]}, of processes of MPI, which do not find each other here; expected "
                 f"{_DDP}, or no {name}"

@@ -6,17 +6,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.util
+import json
 import pathlib
 import platform
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 import mmattn
-import mmdiffusion
 from mmdiffusion._files import alone_in, digest, remove_parts
 from mmdiffusion.data import FilmError
 from mmdiffusion.runs import published
@@ -38,6 +40,7 @@ def run(job: Train) -> str:
     if processes.device.type == "cpu":
         mmattn.keep_freed_memory()
     processes.refuse_if_different("code", code_digest()[:12])
+    processes.refuse_if_different("versions of torch", torch.__version__)
     trackers = Trackers(job.trackers if processes.rank == 0 else ("none",), _say)
     recipe = job.recipe
     trained = TrainedFrames(job) if job.superres else TrainedClips(job)
@@ -52,11 +55,14 @@ def run(job: Train) -> str:
 
 @functools.cache
 def code_digest() -> str:
-    """SHA-256 of the sources of mmattn and mmdiffusion, as they were when this was first asked."""
+    """SHA-256 of our sources, those of the kernels too, as they were when this was first asked."""
     total = hashlib.sha256()
-    for package in (mmattn, mmdiffusion):
-        for file in sorted(pathlib.Path(str(package.__file__)).parent.rglob("*.py")):
-            total.update(file.read_bytes())
+    for package in ("mmattn", "mmattn_kernels", "mmdiffusion"):
+        spec = importlib.util.find_spec(package)
+        folders = spec.submodule_search_locations if spec else None
+        for file in sorted(x for folder in folders or () for x in pathlib.Path(folder).rglob("*")):
+            if file.suffix in (".py", ".cpp", ".h"):
+                total.update(file.read_bytes())
     return total.hexdigest()
 
 
@@ -84,6 +90,8 @@ class _Run:
             **recipe.settings(),
             **({"flip": True} if job.flip else {}),
         }
+        for name, value in {**settings, "steps": job.steps}.items():
+            processes.refuse_if_different(f"settings, {name}", json.dumps(value))
         self.states = States(job.out / "states", settings, keep=job.keep)
         self.log = Log(job.out / "log.jsonl")
         self.previewed = trained.copy().to(processes.device).eval().requires_grad_(False)
@@ -109,9 +117,10 @@ class _Run:
                         break
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}; the last good state is {self.states.files()[0]}") from error
-        except FilmError:  # raised between two steps, so the state is whole
+        except FilmError:  # raised by all, between two steps, so the state is whole
             if self.is_first and self.saved < state.step:
                 self._save()
+            processes.wait()  # a launcher ends all when one has ended
             raise
         if not self.is_first:
             return ""
@@ -126,6 +135,7 @@ class _Run:
         if self.is_first:
             remove_parts(self.job.out)
         path, broken = self.states.load(state)
+        self.processes.refuse_if_different("states to go on from", str(path and path.name))
         if path is None and self.job.resume:
             published.load(state, self.job.resume)
         self.processes.wait()  # until all have read what the first one now goes on to write
@@ -146,7 +156,8 @@ class _Run:
         if state.step % job.log_every == 0:
             row = row_of(state)
             state.meter.clear()
-            self.log.add(row)
+            with self._going_on("the line of the log"):
+                self.log.add(row)
             self.trackers.log(row)
             _say(summary(row))
             if self.saved < state.step - job.checkpoint_every:  # one failed, on a full disk
@@ -154,19 +165,36 @@ class _Run:
         if state.step % job.checkpoint_every == 0:
             self._try_to_save()
         if job.preview_every and state.step % job.preview_every == 0:
-            self._preview()
+            with self._going_on("the preview"):
+                self._preview()
+
+    @contextlib.contextmanager
+    def _going_on(self, what: str) -> Iterator[None]:
+        """What was trained is in memory, and worth more than what is written of it: the run goes on without."""
+        try:
+            yield
+        except Exception as error:
+            _say(f"{what} of step {self.state.step} is not kept, and the run goes on: {error}")
 
     def _try_to_save(self) -> None:
-        """What was trained is in memory: the run goes on without this state, and tries again."""
-        try:
-            self._save()
-        except OSError as error:
-            _say(f"the state of step {self.state.step} is not kept, and the run goes on: {error}")
+        """The next line of the log tries again."""
+        with self._going_on("the state"):
+            self._save_state()
+        if self.saved == self.state.step:
+            with self._going_on("the model"):
+                self._save_model()
 
     def _save(self) -> None:
+        self._save_state()
+        self._save_model()
+
+    def _save_state(self) -> None:
+        self.states.save(self.state, self.notes)
+        self.saved = self.state.step
+
+    def _save_model(self) -> None:
+        """What samples are made of, and the plot."""
         state = self.state
-        self.states.save(state, self.notes)
-        self.saved = state.step
         state.ema.copy_to(self.previewed, self.recipe.ema_rates[0])
         pipeline = self.trained.pipeline(self.previewed)
         if pipeline is not None:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -53,9 +55,20 @@ class Log:
             part.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Append a line."""
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        """Append a line, all of it or nothing.
+
+        Raises:
+            OSError: if there is no space for it.
+        """
+        line = (json.dumps(row) + "\n").encode()
+        with open(self.path, "ab", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            try:
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            except OSError:
+                file.truncate(size)
+                raise
 
 
 def row_of(state: State) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import mmattn
 from mmdiffusion.clips import STREAMS
-from mmdiffusion.data import Batches, Item, to_clip
+from mmdiffusion.data import Batches, FilmError, Item, to_clip
 from mmdiffusion.diffusion.process import GaussianDiffusion
 from mmdiffusion.training.losses import denoising_losses, loss_weights
 from mmdiffusion.training.recipe import Recipe
@@ -57,6 +57,7 @@ def train(
 
     Raises:
         ValueError: if the clips of a step cannot be shared evenly, or the data have none.
+        FilmError: if a clip cannot be read, by all processes, before the step changes anything.
         FloatingPointError: if a loss or a gradient is not finite, naming the step and the clips, before it reaches a
             parameter; in float16 such a step is skipped and counted instead.
     """
@@ -73,13 +74,24 @@ def train(
     autocast = functools.partial(
         torch.autocast, device.type, _DTYPES[recipe.precision], enabled=recipe.precision != "float32"
     )
+    state.optimizer.zero_grad(set_to_none=True)  # of a step that was not finished
+    batch: Item | None = None
     while True:
         clock = _Clock(state)
+        unread: FilmError | None = None
         names: list[str] = []
         drawn: list[_Seen] = []
         torch.manual_seed(_seed(recipe.seed, state.step, "dropout", rank))
         for micro in range(micro_batches):
-            batch = next(batches)
+            is_first = batch is None
+            try:
+                batch = next(batches)
+            except FilmError as error:
+                # The others are in the sums of this step already: it is done with the clips before, and refused by all.
+                unread = error
+            if is_first or not accelerator:
+                _refuse_unread(unread, accelerator)
+            assert batch is not None
             clock.lap("data")
             clip = to_clip(batch, device)
             clips = {name: getattr(clip, name) for name in unet.config["streams"]}
@@ -104,6 +116,7 @@ def train(
             clock.lap("backward")
             names += batch.name
             drawn.append((draws.t, {name: x.detach() for name, x in losses.items()}, total.detach()))
+        _refuse_unread(unread, accelerator)
         state.names = names
         _record(state, _of_all(drawn, accelerator), diffusion)
         _apply(state, clock)
@@ -172,6 +185,19 @@ def _of_all(drawn: Sequence[_Seen], accelerator: Any) -> Sequence[_Seen]:
         (accelerator.gather(t.to(total.device)).cpu(), *accelerator.gather((losses, total)))
         for t, losses, total in drawn
     ]
+
+
+def _refuse_unread(unread: FilmError | None, accelerator: Any) -> None:
+    """Raise what one of the processes could not read, in all of them."""
+    if accelerator is None:
+        if unread:
+            raise unread
+        return
+    if float(accelerator.reduce(torch.tensor(float(unread is not None), device=accelerator.device))):
+        from accelerate.utils import gather_object
+
+        sentences = gather_object([str(unread)] if unread else [])
+        raise FilmError("; ".join(dict.fromkeys(sentences)))
 
 
 def _generators(recipe: Recipe, step: int, what: str, micro: int, count: int) -> list[torch.Generator]:

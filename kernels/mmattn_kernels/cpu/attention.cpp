@@ -318,13 +318,9 @@ void attention_backward(const Attention& p) {
   each_backward(p, [](auto use, const Attention& own) { run_all<typename decltype(use)::Kernel>(own); });
 }
 
-int64_t attention_pairs(const Attention& p, bool backward, int64_t* pairs, int64_t room) {
-  int64_t count = 0;
-  const auto visit = [&](auto use, const Attention& own) {
-    count_pairs<typename decltype(use)::Kernel>(own, pairs, room, count);
-  };
+void attention_work(const Attention& p, bool backward, const Work& work) {
+  const auto visit = [&](auto use, const Attention& own) { tell_work<typename decltype(use)::Kernel>(own, work); };
   backward ? each_backward(p, visit) : each_forward(p, visit);
-  return count;
 }
 
 }  // namespace mmattn::MMATTN_ISA

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "work.h"
 
 namespace mmattn {
 
@@ -39,11 +40,11 @@ struct Attention {
   int threads;
 };
 
-#define MMATTN_DECLARE(isa)                                                                 \
-  namespace isa {                                                                           \
-  void attention_forward(const Attention& p);                                               \
-  void attention_backward(const Attention& p);                                              \
-  int64_t attention_pairs(const Attention& p, bool backward, int64_t* pairs, int64_t room); \
+#define MMATTN_DECLARE(isa)                                                 \
+  namespace isa {                                                           \
+  void attention_forward(const Attention& p);                               \
+  void attention_backward(const Attention& p);                              \
+  void attention_work(const Attention& p, bool backward, const Work& work); \
   }
 MMATTN_EACH_ISA(MMATTN_DECLARE)
 #undef MMATTN_DECLARE

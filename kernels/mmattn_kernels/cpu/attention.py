@@ -72,17 +72,21 @@ def _run(
     return arguments
 
 
-def pairs(
-    shape: Sequence[int], keys: int, windows: Windows, *, backward: bool, dtype: torch.dtype, threads: int
-) -> list[int]:
-    """How many pairs of a query and a key each piece of the work has, in the order in which threads take them.
-
-    Of one direction with queries of `shape` [B, Lq, H, D].
-    """
-    batch, length, heads, dim = shape
-    directions = [([], 0, 0, length, keys)]
-    arguments = directions, _read(windows), batch, heads, dim, dtype == torch.bfloat16, threads
-    return extension().attention_pairs(backward, *arguments)
+def work(
+    directions: Sequence[tuple[int, int]],
+    windows: Windows,
+    batch: int,
+    heads: int,
+    dim: int,
+    *,
+    backward: bool,
+    dtype: torch.dtype,
+    threads: int,
+) -> tuple[int, list[tuple[str, bool, float, float]]]:
+    """Threads, and the pieces of each loop over them, see `work.h`; directions are numbers of queries and of keys."""
+    lengths = [([], 0, 0, queries, keys) for queries, keys in directions]
+    arguments = lengths, _read(windows), batch, heads, dim, dtype == torch.bfloat16, threads
+    return extension().attention_work(backward, *arguments)
 
 
 def _read(windows: Windows) -> tuple[int, ...]:

@@ -538,13 +538,31 @@ std::list<Plan> make_plans(const Attention& p) {
   return plans;
 }
 
-// Writes the pairs of each run, in the order of the runs, from place `count` on; adds their number to it.
+// Into how many ranges of queries the shares of a head are cut for their sum, so that no thread is without.
+int64_t slices_of(const Plan& plan, const Attention& p) {
+  const int64_t heads = p.batch * p.heads;
+  return plan.share_rows ? (4 * p.threads + heads - 1) / heads : 1;
+}
+
+// A pair costs two products of `dim` numbers forward and five backward, a key as many packings, of which backward has
+// two gradients written, and a query what is read and written of its row.
 template <class Kernel>
-void count_pairs(const Attention& p, int64_t* pairs, int64_t room, int64_t& count) {
-  for (const Plan& plan : make_plans<Kernel>(p))
-    for (const Piece& piece : plan.pieces)
-      for (int64_t i = 0; i < p.batch * p.heads; ++i, ++count)
-        if (count < room) pairs[count] = piece.pairs;
+void tell_work(const Attention& p, const Work& work) {
+  const std::list<Plan> plans = make_plans<Kernel>(p);
+  const double of_pair = (Kernel::kExclusive ? 5 : 2) * p.dim, of_row = (Kernel::kExclusive ? 4 : 2) * p.dim;
+  for (const Plan& plan : plans)
+    for (const Piece& piece : plan.pieces) {
+      int64_t rows = 0;
+      for (int64_t i = piece.begin; i < piece.end; ++i) rows += plan.blocks[i].queries.hi - plan.blocks[i].queries.lo;
+      for (int64_t i = 0; i < p.batch * p.heads; ++i)
+        work.dynamic("pieces", piece.pairs * of_pair, piece.ring * of_pair + rows * of_row);
+    }
+  for (const Plan& plan : plans) {
+    if (!plan.share_rows) continue;
+    const int64_t slices = slices_of(plan, p);
+    for (int64_t i = 0; i < p.batch * p.heads * slices; ++i)
+      work.fixed("sums of shares", 0, static_cast<double>(plan.share_rows * p.dim) / slices);
+  }
 }
 
 // What no piece writes: of queries that read no key, of keys that no query reads.
@@ -563,26 +581,27 @@ void fill_unread(const Plan& plan, const Attention& p, int64_t batch, int64_t he
     if (kBackward) zero(d.d_k, keys), zero(d.d_v, keys);
 }
 
-// d_q of one head from its shares, in the order of the pieces.
+// d_q of some queries of one head from its shares, in the order of the pieces.
 template <class T>
-void add_shares(const Plan& plan, const Attention& p, float* shares, int64_t batch, int64_t head) {
+void add_shares(const Plan& plan, const Attention& p, float* shares, int64_t batch, int64_t head, Range queries) {
   struct Owner {
     int64_t row;  // the share that the others are added to
   };
-  std::vector<Owner> owners(plan.direction->q_len, Owner{-1});
+  std::vector<Owner> owners(queries.hi - queries.lo, Owner{-1});
   const auto add = [&](int64_t query, int64_t share) {
-    int64_t& owner = owners[query].row;
+    int64_t& owner = owners[query - queries.lo].row;
     float* const to = shares + owner * p.dim;
     const float* const from = shares + share * p.dim;
     for (int64_t c = 0; owner >= 0 && c < p.dim; ++c) to[c] += from[c];
     if (owner < 0) owner = share;
   };
   for (const QueryBlock& block : plan.blocks)
-    for (int64_t i = block.queries.lo; block.share >= 0 && i < block.queries.hi; ++i)
+    for (int64_t i = std::max(block.queries.lo, queries.lo);
+         block.share >= 0 && i < std::min(block.queries.hi, queries.hi); ++i)
       add(i, block.share + i - block.queries.lo);
-  for (int64_t i = 0; i < plan.direction->q_len; ++i)
-    if (owners[i].row >= 0)
-      store_row(row<T>(plan.direction->d_q, batch, i, head), shares + owners[i].row * p.dim, p.dim, 1.0f);
+  for (int64_t i = queries.lo; i < queries.hi; ++i)
+    if (const int64_t owner = owners[i - queries.lo].row; owner >= 0)
+      store_row(row<T>(plan.direction->d_q, batch, i, head), shares + owner * p.dim, p.dim, 1.0f);
 }
 
 // Kernel(p, longest ring, scratch) takes its memory from scratch; kernel.run(run) computes one run.
@@ -622,11 +641,14 @@ void run_all(const Attention& p) {
   shares_of_plan = shares ? shares->data() : nullptr;
   for (const Plan& plan : plans) {
     if (!plan.share_rows && plan.windows.unread_queries.empty() && plan.unread_keys.empty()) continue;
+    const int64_t slices = slices_of(plan, p), q_len = plan.direction->q_len;
 #pragma omp parallel for num_threads(p.threads) schedule(static)
-    for (int64_t i = 0; i < heads; ++i) {
-      fill_unread<T, Kernel::kExclusive>(plan, p, i / p.heads, i % p.heads);
+    for (int64_t j = 0; j < heads * slices; ++j) {
+      const int64_t i = j / slices, slice = j % slices;
+      if (slice == 0) fill_unread<T, Kernel::kExclusive>(plan, p, i / p.heads, i % p.heads);
       if (plan.share_rows)
-        add_shares<T>(plan, p, shares_of_plan + i * plan.share_rows * p.dim, i / p.heads, i % p.heads);
+        add_shares<T>(plan, p, shares_of_plan + i * plan.share_rows * p.dim, i / p.heads, i % p.heads,
+                      {q_len * slice / slices, q_len * (slice + 1) / slices});
     }
     if (plan.share_rows) shares_of_plan += heads * plan.share_rows * p.dim;
   }

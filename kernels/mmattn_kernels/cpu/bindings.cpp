@@ -33,15 +33,17 @@ struct InstructionSet {
   const char* name;
   void (*attention_forward)(const Attention&);
   void (*attention_backward)(const Attention&);
-  int64_t (*attention_pairs)(const Attention&, bool, int64_t*, int64_t);
+  void (*attention_work)(const Attention&, bool, const Work&);
   void (*group_norm_forward)(const GroupNorm&);
   void (*group_norm_backward)(const GroupNorm&);
+  void (*group_norm_work)(const GroupNorm&, bool, const Work&);
   void (*parameter_gradients)(const ParameterGradients&);
   int64_t (*conv_packed_bytes)(int64_t, int64_t, int64_t, bool);
   void (*conv_pack)(const ConvWeights&, void*);
   void (*conv_forward)(const Conv&);
   void (*conv_weight_gradient)(const Conv&);
   void (*column_sums)(const Tokens&, int64_t, int64_t, int64_t, bool, float*, int);
+  void (*conv_work)(const Conv&, ConvLoop, const Work&);
   ContentHash (*content_hash)(const void*, int64_t, const HashKey&, int);
 };
 
@@ -59,11 +61,12 @@ bool have_amx() {
 }
 #endif
 
-#define MMATTN_SET(isa)                                                                                                \
-  InstructionSet {                                                                                                     \
-    #isa, isa::attention_forward, isa::attention_backward, isa::attention_pairs, isa::group_norm_forward,              \
-        isa::group_norm_backward, isa::parameter_gradients, isa::conv_packed_bytes, isa::conv_pack, isa::conv_forward, \
-        isa::conv_weight_gradient, isa::column_sums, isa::content_hash                                                 \
+#define MMATTN_SET(isa)                                                                                   \
+  InstructionSet {                                                                                        \
+    #isa, isa::attention_forward, isa::attention_backward, isa::attention_work, isa::group_norm_forward,  \
+        isa::group_norm_backward, isa::group_norm_work, isa::parameter_gradients, isa::conv_packed_bytes, \
+        isa::conv_pack, isa::conv_forward, isa::conv_weight_gradient, isa::column_sums, isa::conv_work,   \
+        isa::content_hash                                                                                 \
   }
 
 // What this CPU runs, slowest first.
@@ -196,14 +199,25 @@ void run(const std::vector<DirectionArgs>& directions, const WindowArgs& windows
   kernel(call.p);
 }
 
-// How many pairs of queries and keys each piece of the work has, in the order in which threads take them.
-std::vector<int64_t> attention_pairs(bool backward, const std::vector<DirectionArgs>& directions,
-                                     const WindowArgs& windows, int64_t batch, int64_t heads, int64_t dim, bool is_bf16,
-                                     int threads) {
+// The pieces of the loops of a call: see work.h.
+struct Told {
+  int threads;  // of the call, at most as many as it was given
+  std::vector<std::tuple<std::string, bool, double, double>> pieces;
+
+  Work work() {
+    return {this, [](void* to, const char* loop, bool is_static, double products, double numbers) {
+              static_cast<Told*>(to)->pieces.emplace_back(loop, is_static, products, numbers);
+            }};
+  }
+  py::tuple result() const { return py::make_tuple(threads, pieces); }
+};
+
+py::tuple attention_work(bool backward, const std::vector<DirectionArgs>& directions, const WindowArgs& windows,
+                         int64_t batch, int64_t heads, int64_t dim, bool is_bf16, int threads) {
   const AttentionCall call(directions, windows, batch, heads, dim, 1.0f, is_bf16, threads);
-  std::vector<int64_t> pairs(active().attention_pairs(call.p, backward, nullptr, 0));
-  active().attention_pairs(call.p, backward, pairs.data(), pairs.size());
-  return pairs;
+  Told told{threads, {}};
+  active().attention_work(call.p, backward, told.work());
+  return told.result();
 }
 
 using TokensArgs = std::tuple<uintptr_t, int64_t, int64_t>;  // pointer and strides, see Tokens
@@ -265,6 +279,16 @@ void group_norm_backward(const TokensArgs& x, const TokensArgs& d_out, const Tok
   p.sums = floats(sums);
   py::gil_scoped_release release;
   active().group_norm_backward(p);
+}
+
+py::tuple group_norm_work(bool backward, int64_t groups, int64_t batch, int64_t length, int64_t channels, bool is_bf16,
+                          int threads) {
+  NormArgs args{};
+  std::get<2>(args) = groups;
+  const GroupNorm p = group_norm({}, args, batch, length, channels, is_bf16, threads);
+  Told told{p.threads, {}};
+  active().group_norm_work(p, backward, told.work());
+  return told.result();
 }
 
 // Pointer, whether bf16, strides of (out channel, in channel, tap), numbers of them.
@@ -358,6 +382,29 @@ void conv_backward(const TokensArgs& x, const TokensArgs& d_out, const TokensArg
   if (of_prologue.sums) active().group_norm_backward(of_prologue);
   if (of_weight.d_weight) active().conv_weight_gradient(of_weight);
   if (d_bias) active().column_sums(of_weight.out, batch, length, out_channels, is_bf16, floats(d_bias), of_x.threads);
+}
+
+// Of the forward call with a packed weight; of the gradient of y, whose weight is not; of the weight's and the bias's.
+py::tuple conv_work(const std::string& what, int64_t groups, const ConvSizes& sizes) {
+  const auto& [batch, length, in_channels, out_channels, taps, dilation, height, width, is_bf16, threads] = sizes;
+  NormArgs args{};
+  std::get<2>(args) = groups;
+  Conv p = conv({}, {}, args, sizes);
+  ConvLoop loop = ConvLoop::forward;
+  if (what == "forward")
+    p.packed = &p;
+  else if (what == "d_x")
+    p = conv({}, {}, {}, {batch, length, out_channels, in_channels, taps, dilation, height, width, is_bf16, threads});
+  else if (what == "d_weight")
+    loop = ConvLoop::weight_gradient;
+  else if (what == "d_bias")
+    loop = ConvLoop::column_sums;
+  else
+    throw py::value_error("what is '" + what + "'; expected forward, d_x, d_weight or d_bias");
+  p.out.data = &p;  // not the memory of x
+  Told told{p.threads, {}};
+  active().conv_work(p, loop, told.work());
+  return told.result();
 }
 
 // Of a norm's weight and bias, scale and shift to d_weight, d_bias, d_scale and d_shift: see ParameterGradients.
@@ -502,13 +549,15 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("use_instruction_set", &use_instruction_set);
   m.def("attention_forward", &run<&InstructionSet::attention_forward>);
   m.def("attention_backward", &run<&InstructionSet::attention_backward>);
-  m.def("attention_pairs", &attention_pairs);
+  m.def("attention_work", &attention_work);
   m.def("group_norm_forward", &group_norm_forward);
   m.def("group_norm_backward", &group_norm_backward);
+  m.def("group_norm_work", &group_norm_work);
   m.def("conv_packed_bytes", &conv_packed_bytes);
   m.def("conv_pack", &conv_pack);
   m.def("conv_forward", &conv_forward);
   m.def("conv_backward", &conv_backward);
+  m.def("conv_work", &conv_work);
   m.def("parameter_gradients", &parameter_gradients);
   m.def("content_hash", &content_hash);
   py::class_<Plan>(m, "Plan")

@@ -34,7 +34,7 @@ class FmaWeights {
  private:
   template <class W>
   static void pack(const ConvWeights& w, float* packed) {
-    constexpr int64_t kChannels = 32;  // of a strip of the panel that stays in the first-level cache
+    constexpr int64_t kChannels = kPackedChannels;  // of a strip of the panel that stays in the first-level cache
     const int64_t strips = (w.in_channels + kChannels - 1) / kChannels;
 #pragma omp parallel for num_threads(w.threads) schedule(static) collapse(2)
     for (int64_t panel = 0; panel < panels(w.out_channels); ++panel)
@@ -72,7 +72,8 @@ class FmaWeights {
 template <class T>
 class FmaConv : public FmaWeights {
  public:
-  static constexpr int64_t kMostRows = 192, kDepth = 256;
+  static constexpr int64_t kMostRows = 192, kDepth = 256, kColumns = kPanel;
+  static bool pack_first(const Conv& p, const Tasks&) { return !p.packed; }
 
   static void forward(const Conv& p) {
     const Coefficients coefficients(p.batch, p.in_channels);
@@ -80,10 +81,9 @@ class FmaConv : public FmaWeights {
     const Buffer packed(p.packed ? 0 : FmaWeights::packed_bytes(p.out_channels, p.in_channels, p.taps) / 4);
     if (!p.packed) FmaWeights::pack(p.weights, packed.data());
     const float* weights = p.packed ? static_cast<const float*>(p.packed) : packed.data();
-    const std::vector<Block> blocks = cut(p, kMostRows);
-    const int64_t panels = FmaWeights::panels(p.out_channels);
-    const int64_t splits = channel_splits(p, blocks.size(), panels);
-    const Extent extent(blocks);
+    const Tasks tasks = tasks_of<FmaConv>(p);
+    const int64_t panels = FmaWeights::panels(p.out_channels), splits = tasks.splits;
+    const Extent extent(tasks.blocks);
     const PerChannel bias(1, p.out_channels, 1);
     fill_bias(p, bias);
     const int64_t depths = (p.in_channels + kDepth - 1) / kDepth;
@@ -95,9 +95,9 @@ class FmaConv : public FmaWeights {
     {
       float* own = memory.data() + thread_number() * per_thread;
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < static_cast<int64_t>(blocks.size()) * splits; ++i) {
+      for (int64_t i = 0; i < tasks.count(); ++i) {
         const int64_t split = i % splits;
-        run(p, weights, bias.at(0, 0), coefficients, blocks[i / splits], panels * split / splits,
+        run(p, weights, bias.at(0, 0), coefficients, tasks.blocks[i / splits], panels * split / splits,
             panels * (split + 1) / splits, depth, own, own + buffer);
       }
     }
@@ -197,20 +197,79 @@ template <class T, class Product>
 class WeightGradient {
  public:
   using Row = typename Product::Row;
-  static constexpr int64_t kTeamBytes = 2 << 20;
+  static constexpr int64_t kTeamBytes = 2 << 20, kMostSumBytes = 64 << 20;
+
+  // Pieces are teams times members; a team has its share of the blocks, a member its share of the 32-channel units.
+  struct Teams {
+    std::vector<Block> blocks;
+    int64_t units, in_padded, sums_of_all, teams, members;
+
+    explicit Teams(const Conv& p)
+        : blocks(cut(p, Product::kMostRows)),
+          units((p.out_channels + 31) / 32),
+          in_padded(round_up(p.in_channels, 32) + 16),
+          sums_of_all(p.taps * units * 32 * in_padded) {
+      const bool share_blocks = sums_of_all * static_cast<int64_t>(sizeof(float)) <= kTeamBytes;
+      teams = share_blocks ? std::min<int64_t>(p.threads, blocks.size()) : 1;
+      members = std::clamp<int64_t>(p.threads / teams, 1, units);
+      const double of_position = p.taps * p.in_channels * units * 32 + kOfNumber * (p.in_channels + units * 32);
+      double least = time(p, blocks, teams, members);
+      if (p.threads > 2 && least * p.threads > kUnevenTasks * p.batch * p.length * of_position) search(p, least);
+    }
+
+   private:
+    // More teams with sums of their own, and smaller blocks to share.
+    void search(const Conv& p, double least) {
+      const int64_t most = std::min<int64_t>(p.threads, std::max<int64_t>(kMostSumBytes / 4 / sums_of_all, 1));
+      for (int64_t rows = Product::kMostRows; rows >= kRowUnit; rows /= 2) {
+        std::vector<Block> cut_finer = cut(p, rows);
+        int64_t best = 0;
+        for (int64_t t = 1; t <= std::min<int64_t>(most, cut_finer.size()); ++t)
+          if (const double found = time(p, cut_finer, t, std::clamp<int64_t>(p.threads / t, 1, units)); found < least)
+            least = found, best = t;
+        if (best)
+          blocks = std::move(cut_finer), teams = best, members = std::clamp<int64_t>(p.threads / best, 1, units);
+      }
+    }
+
+    // Of the slowest, in multiply-adds.
+    double time(const Conv& p, const std::vector<Block>& of, int64_t t, int64_t m) const {
+      const double count = of.size(), columns = (units + m - 1) / m * 32;
+      double rows = 0, prepared = 0;
+      for (const Block& block : of) rows += block.rows, prepared += block.buffer_rows();
+      const double share = (of.size() + t - 1) / t / count;  // of the largest team
+      return share * (rows * columns * (p.taps * p.in_channels + kOfNumber) + prepared * p.in_channels * kOfNumber) +
+             kOfNumber * t * p.taps * p.in_channels * p.out_channels / p.threads;
+    }
+  };
+
+  static void tell(const Conv& p, const Work& work) {
+    work.fixed("coefficients", 0, 2 * kOfChannel * p.in_channels * p.batch);
+    const Teams plan(p);
+    const int64_t count = plan.blocks.size();
+    for (int64_t i = 0; i < plan.teams * plan.members; ++i) {
+      const int64_t team = i / plan.members, member = i % plan.members;
+      const int64_t columns = (plan.units * (member + 1) / plan.members - plan.units * member / plan.members) * 32;
+      double products = 0, numbers = 0;
+      for (int64_t b = count * team / plan.teams; b < count * (team + 1) / plan.teams; ++b) {
+        products += products_of(p, plan.blocks[b], columns);
+        numbers += plan.blocks[b].buffer_rows() * p.in_channels + plan.blocks[b].rows * columns;
+      }
+      work.fixed("products", products, numbers);
+    }
+    for (int64_t o = 0; o < p.out_channels; ++o) work.fixed("sums", 0, plan.teams * p.taps * p.in_channels);
+  }
 
   static void run(const Conv& p) {
     const Coefficients coefficients(p.batch, p.in_channels);
     set_coefficients_from_stats(p.norm, coefficients, p.batch, p.in_channels);
-    const std::vector<Block> blocks = cut(p, Product::kMostRows);
+    const Teams plan(p);
+    const std::vector<Block>& blocks = plan.blocks;
+    const int64_t count = blocks.size(), units = plan.units, teams = plan.teams, members = plan.members;
+    const int64_t sums_of_all = plan.sums_of_all;
     const Extent extent(blocks);
-    const int64_t units = (p.out_channels + 31) / 32, count = blocks.size();
-    const int64_t in_padded = round_up(p.in_channels, 32) + 16, sums_of_all = p.taps * units * 32 * in_padded;
-    const bool share_blocks = sums_of_all * static_cast<int64_t>(sizeof(float)) <= kTeamBytes;
-    const int64_t teams = share_blocks ? std::min<int64_t>(p.threads, count) : 1;
-    const int64_t members = std::clamp<int64_t>(p.threads / teams, 1, units);
     const Buffer sums(teams * sums_of_all);
-    const WeightGradient shape(p, coefficients, extent, in_padded, (units + members - 1) / members * 32);
+    const WeightGradient shape(p, coefficients, extent, plan.in_padded, (units + members - 1) / members * 32);
     const Buffer memory(shape.per_thread_ * p.threads);
 #pragma omp parallel num_threads(p.threads)
     {
@@ -299,16 +358,19 @@ using GradientProductOf = FmaGradientProduct<T>;
 template <class T>
 void sums_of_columns(const Tokens& t, int64_t batch, int64_t length, int64_t channels, float* out, int threads) {
   const Parts parts(length, channels);
+  const ChannelRanges ranges(channels, 1, batch * parts.count, threads);
   const PerChannel partial(batch * parts.count, channels, 1);
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < batch * parts.count; ++i) {
+    for (int64_t j = 0; j < batch * parts.count * ranges.count; ++j) {
+      const int64_t i = j / ranges.count, first_channel = ranges.begin(j % ranges.count);
+      const int64_t end_channel = ranges.begin(j % ranges.count + 1);
       float* sums = partial.at(i, 0);
-      std::memset(sums, 0, partial.padded() * sizeof(float));
+      std::fill(sums + first_channel, sums + round_up(end_channel, kLanes), 0.0f);
       const int64_t begin = parts.begin(i % parts.count), end = parts.end(i % parts.count);
       for (int64_t first = begin; first < end; first += kSliceRows)
-        for (int64_t c = 0; c < channels; c += kLanes) {
+        for (int64_t c = first_channel; c < end_channel; c += kLanes) {
           Vec sum{};
           for (int64_t l = first; l < std::min(end, first + kSliceRows); ++l)
             sum += load_lanes(row<T>(t, i / parts.count, l) + c, channels - c);
@@ -322,6 +384,12 @@ void sums_of_columns(const Tokens& t, int64_t batch, int64_t length, int64_t cha
       out[c] = static_cast<float>(total);
     }
   }
+}
+
+void tell_sums_of_columns(const Conv& p, const Work& work) {
+  const Parts parts(p.length, p.out_channels);
+  tell_parts("parts", p.batch, parts, ChannelRanges(p.out_channels, 1, p.batch * parts.count, p.threads), 1, work);
+  for (int64_t c = 0; c < p.out_channels; ++c) work.fixed("sums", 0, p.batch * parts.count);
 }
 
 }  // namespace
@@ -339,6 +407,18 @@ void conv_forward(const Conv& p) {
 void conv_weight_gradient(const Conv& p) {
   p.is_bf16 ? WeightGradient<bf16, GradientProductOf<bf16>>::run(p)
             : WeightGradient<float, GradientProductOf<float>>::run(p);
+}
+
+void conv_work(const Conv& p, ConvLoop what, const Work& work) {
+  switch (what) {
+    case ConvLoop::forward:
+      return p.is_bf16 ? tell_forward<ConvOf<bf16>>(p, work) : tell_forward<ConvOf<float>>(p, work);
+    case ConvLoop::weight_gradient:
+      return p.is_bf16 ? WeightGradient<bf16, GradientProductOf<bf16>>::tell(p, work)
+                       : WeightGradient<float, GradientProductOf<float>>::tell(p, work);
+    case ConvLoop::column_sums:
+      return tell_sums_of_columns(p, work);
+  }
 }
 
 void column_sums(const Tokens& t, int64_t batch, int64_t length, int64_t channels, bool is_bf16, float* out,

@@ -32,6 +32,9 @@ struct Conv {
   bool d_weight_is_bf16 = false;
 };
 
+// What a planner is asked of: the convolution, the gradient of its weight, the sums of the output gradient.
+enum class ConvLoop { forward, weight_gradient, column_sums };
+
 #define MMATTN_DECLARE(isa)                                                                                \
   namespace isa {                                                                                          \
   int64_t conv_packed_bytes(int64_t out_channels, int64_t in_channels, int64_t taps, bool is_bf16);        \
@@ -40,6 +43,7 @@ struct Conv {
   void conv_weight_gradient(const Conv& p);                                                                \
   void column_sums(const Tokens& t, int64_t batch, int64_t length, int64_t channels, bool is_bf16, float*, \
                    int threads);                                                                           \
+  void conv_work(const Conv& p, ConvLoop what, const Work& work);                                          \
   }
 MMATTN_EACH_ISA(MMATTN_DECLARE)
 #undef MMATTN_DECLARE

@@ -20,7 +20,8 @@
 namespace mmattn::MMATTN_ISA {
 namespace {
 
-constexpr int64_t kRowUnit = 32;  // rows that are computed together: consecutive positions
+constexpr int64_t kPackedChannels = 32;  // of the input, of a piece of the packing of weights
+constexpr int64_t kRowUnit = 32;         // rows that are computed together: consecutive positions
 
 // The places of a sequence of frames in the buffer: every line and every frame with a zero behind.
 struct Frames {
@@ -187,6 +188,83 @@ inline void fill_bias(const Conv& p, const PerChannel& to) {
 inline int64_t channel_splits(const Conv& p, int64_t blocks, int64_t most) {
   if (blocks >= 4 * p.threads || p.out.data == p.x.data) return 1;
   return std::clamp<int64_t>(p.threads / std::gcd<int64_t>(blocks, p.threads), 1, most);
+}
+
+// Each block and range of output channels is a piece, which prepares all of the block's rows.
+struct Tasks {
+  std::vector<Block> blocks;
+  int64_t splits;
+  int64_t count() const { return blocks.size() * splits; }
+};
+
+constexpr double kUnevenTasks = 1.1;  // over the mean, from which on another cut is looked for
+constexpr double kOfNumber = 16;      // multiply-adds that take as long as a number of the prologue or the epilogue
+
+// Multiply-adds of a block with `columns` output channels: a range of rows for each tap.
+inline double products_of(const Conv& p, const Block& block, int64_t columns) {
+  int64_t rows = 0;
+  for (int64_t k = 0; k < block.taps; ++k) {
+    const auto [lo, hi] = block.readers(k);
+    rows += hi - lo;
+  }
+  return static_cast<double>(rows) * p.in_channels * columns;
+}
+
+// About how long the threads take, in multiply-adds, where each takes the next piece as it becomes free.
+template <class Kernel>
+double time_of(const Conv& p, const Tasks& tasks) {
+  const int64_t panels = Kernel::panels(p.out_channels), rounds = (tasks.count() + p.threads - 1) / p.threads;
+  const double columns = static_cast<double>(panels) * Kernel::kColumns / tasks.splits;
+  const double most_columns = (panels + tasks.splits - 1) / tasks.splits * Kernel::kColumns;
+  double most_rows = 0, rows = 0, prepared = 0;
+  for (const Block& block : tasks.blocks) {
+    most_rows = std::max<double>(most_rows, block.rows);
+    rows += block.rows;
+    prepared += block.buffer_rows();
+  }
+  const double of_row = p.taps * p.in_channels + kOfNumber, count = tasks.blocks.size();
+  const double mean = (rows * columns * of_row + prepared * p.in_channels * kOfNumber) / count;
+  return rounds * mean + (most_rows * most_columns - rows / count * columns) * of_row;
+}
+
+// Where the usual cut leaves threads without work for long: fewer rows a block, more ranges of channels.
+template <class Kernel>
+Tasks tasks_of(const Conv& p) {
+  const int64_t panels = Kernel::panels(p.out_channels), positions = p.batch * p.length;
+  Tasks best{cut(p, Kernel::kMostRows), 0};
+  best.splits = channel_splits(p, best.blocks.size(), panels);
+  double least = time_of<Kernel>(p, best);
+  const double of_position = p.out_channels * (p.taps * p.in_channels + kOfNumber) + p.in_channels * kOfNumber;
+  if (p.threads > 2 && least * p.threads > kUnevenTasks * positions * of_position) {
+    for (int64_t rows = Kernel::kMostRows; rows >= kRowUnit && positions <= rows * 4 * p.threads; rows -= kRowUnit) {
+      Tasks tasks{cut(p, rows), 1};
+      for (; tasks.splits <= (p.out.data == p.x.data ? 1 : panels); ++tasks.splits)
+        if (const double time = time_of<Kernel>(p, tasks); time < least) least = time, best = tasks;
+    }
+  }
+  // Small ones last, to fill the gaps that large ones leave.
+  std::stable_sort(best.blocks.begin(), best.blocks.end(),
+                   [](const Block& a, const Block& b) { return a.rows > b.rows; });
+  return best;
+}
+
+template <class Kernel>
+void tell_forward(const Conv& p, const Work& work) {
+  tell_prepare(p.norm, p.batch, p.length, p.in_channels, p.threads, work);
+  const Tasks tasks = tasks_of<Kernel>(p);
+  const int64_t panels = Kernel::panels(p.out_channels), of_panel = p.taps * p.in_channels * Kernel::kColumns;
+  const bool pack_first = Kernel::pack_first(p, tasks);
+  for (int64_t i = 0; pack_first && i < panels; ++i)
+    for (int64_t c = 0; c < p.in_channels; c += kPackedChannels)
+      work.fixed("packing", 0, std::min(kPackedChannels, p.in_channels - c) * p.taps * Kernel::kColumns);
+  for (const Block& block : tasks.blocks)
+    for (int64_t split = 0; split < tasks.splits; ++split) {
+      const int64_t own = panels * (split + 1) / tasks.splits - panels * split / tasks.splits;
+      const int64_t columns = own * Kernel::kColumns;
+      const double packed = p.packed || pack_first ? 0 : own * of_panel;
+      work.dynamic("products", products_of(p, block, columns),
+                   block.buffer_rows() * p.in_channels + block.rows * columns + packed);
+    }
 }
 
 // y of channels [begin, end) of all rows of a block's buffer, `stride` numbers apart, zero up to whole vectors.

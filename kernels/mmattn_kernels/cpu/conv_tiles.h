@@ -67,6 +67,11 @@ class TileConv {
   static constexpr int64_t kPanelBytes = kP == 1 ? 28 << 10 : 1 << 30;  // weights that stay in the L1 for all rows
   static constexpr int64_t kMostRows = 448;
 
+  static constexpr int64_t kColumns = 32;
+  static int64_t panels(int64_t out_channels) { return chunks(out_channels); }
+  // A single block reads each weight once: packed by whoever reads it, it never leaves that thread's cache.
+  static bool pack_first(const Conv& p, const Tasks& tasks) { return !p.packed && tasks.blocks.size() > 1; }
+
   static int64_t chunks(int64_t channels) { return (channels + 31) / 32; }
   static int64_t packed_bytes(int64_t out_channels, int64_t in_channels, int64_t taps) {
     return chunks(out_channels) * taps * chunks(in_channels) * kChunkBytes;
@@ -85,14 +90,12 @@ class TileConv {
   static void forward(const Conv& p) {
     const Coefficients coefficients(p.batch, p.in_channels, kEvenAndOdd<T>);
     prepare<T>(p.norm, p.x, p.batch, p.length, p.in_channels, p.threads, coefficients);
-    const std::vector<Block> blocks = cut(p, kMostRows);
-    const int64_t pairs = chunks(p.out_channels);
-    // A single block reads each weight once: packed by whoever reads it, it never leaves that thread's cache.
-    const bool pack_first = !p.packed && blocks.size() > 1;
+    const Tasks tasks = tasks_of<TileConv>(p);
+    const int64_t pairs = chunks(p.out_channels), splits = tasks.splits;
+    const bool pack_first = TileConv::pack_first(p, tasks);
     const Buffer packed(pack_first ? packed_bytes(p.out_channels, p.in_channels, p.taps) / 4 : 0);
     if (pack_first) pack(p.weights, packed.data());
-    const int64_t splits = channel_splits(p, blocks.size(), pairs);
-    const Extent extent(blocks);
+    const Extent extent(tasks.blocks);
     const int64_t in_chunks = chunks(p.in_channels);
     const int64_t most = std::max<int64_t>(kBufferBytes / (extent.buffer_rows * 64 * kP), 1);
     const int64_t depths = (in_chunks + most - 1) / most, depth = (in_chunks + depths - 1) / depths;
@@ -112,9 +115,9 @@ class TileConv {
       const char* weights = static_cast<const char*>(pack_first ? packed.data() : p.packed);
       const TileConv conv(p, weights, coefficients, bias.at(0, 0), depth, own, own + buffer, own + buffer + sums);
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < static_cast<int64_t>(blocks.size()) * splits; ++i) {
+      for (int64_t i = 0; i < tasks.count(); ++i) {
         const int64_t split = i % splits;
-        conv.run(blocks[i / splits], pairs * split / splits, pairs * (split + 1) / splits);
+        conv.run(tasks.blocks[i / splits], pairs * split / splits, pairs * (split + 1) / splits);
       }
     }
   }

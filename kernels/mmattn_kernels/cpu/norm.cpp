@@ -12,12 +12,17 @@
 namespace mmattn::MMATTN_ISA {
 namespace {
 
-// Work on parts of the positions: each thread walks its share backwards, so that it meets the last of what a walk
-// forwards left in its cache.
+// Positions of all batches, as many for each thread as for any other, which walks them backwards in slices of at most
+// `rows`, so that it meets the last of what a walk forwards left in its cache: visit(batch, begin, end).
 template <class Visit>
-void each_part_backwards(int64_t count, Visit visit) {
-  const int64_t thread = thread_number(), threads = thread_count();
-  for (int64_t i = count * (thread + 1) / threads; i-- > count * thread / threads;) visit(i);
+void each_slice_backwards(int64_t batches, int64_t length, int64_t rows, Visit visit) {
+  const int64_t thread = thread_number(), threads = thread_count(), all = batches * length;
+  const int64_t begin = all * thread / threads;
+  for (int64_t end = all * (thread + 1) / threads, first; end > begin; end = first) {
+    const int64_t batch = (end - 1) / length;
+    first = std::max({begin, batch * length, end - rows});
+    visit(batch, first - batch * length, end - batch * length);
+  }
 }
 
 template <class T, Prologue kPrologue>
@@ -26,10 +31,10 @@ void forward(const GroupNorm& p) {
   prepare<T>(p.norm, p.x, p.batch, p.length, p.channels, p.threads, coefficients);
   const Parts parts(p.length, p.channels);
 #pragma omp parallel num_threads(p.threads)
-  each_part_backwards(p.batch * parts.count, [&](int64_t i) {
-    const int64_t b = i / parts.count, part = i % parts.count, channels = p.channels;
+  each_slice_backwards(p.batch, p.length, parts.rows, [&](int64_t b, int64_t begin, int64_t end) {
+    const int64_t channels = p.channels;
     const Maps maps(coefficients, b);
-    for (int64_t l = parts.begin(part); l < parts.end(part); ++l) {
+    for (int64_t l = begin; l < end; ++l) {
       const T* x = row<T>(p.x, b, l);
       T* out = row<T>(p.out, b, l);
       for (int64_t c = 0; c < channels; c += 2 * kLanes) {
@@ -43,6 +48,13 @@ void forward(const GroupNorm& p) {
   });
 }
 
+// The walk over the rows of every thread: `tensors` of them are read and written.
+void tell_rows(const GroupNorm& p, int64_t tensors, const Work& work) {
+  const int64_t all = p.batch * p.length;
+  for (int64_t i = 0; i < p.threads; ++i)
+    work.fixed("rows", 0, (all * (i + 1) / p.threads - all * i / p.threads) * p.channels * tensors);
+}
+
 template <class T, bool kSilu>
 class Backward {
  public:
@@ -50,37 +62,42 @@ class Backward {
       : p_(p),
         coefficients_(p.batch, p.channels, kEvenAndOdd<T>),
         parts_(p.length, p.channels),
+        ranges_(p.channels, 1, p.batch * parts_.count, p.threads),
         partial_(p.batch * parts_.count, p.channels, 2),
         steps_(p.batch, p.channels, 2) {
     set_coefficients_from_stats(p.norm, coefficients_, p.batch, p.channels);
+    std::memset(steps_.at(0, 0), 0, p.batch * 2 * steps_.padded() * sizeof(float));  // without groups, and past the end
   }
 
   void run() const {
-    const int64_t count = p_.batch * parts_.count;
+    const int64_t count = p_.batch * parts_.count * ranges_.count;
 #pragma omp parallel num_threads(p_.threads)
     {
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < count; ++i) sum_part(i);
+      for (int64_t i = 0; i < count; ++i)
+        sum_part(i / ranges_.count, ranges_.begin(i % ranges_.count), ranges_.begin(i % ranges_.count + 1));
 #pragma omp for schedule(static)
-      for (int64_t b = 0; b < p_.batch; ++b) {
-        merge_sums(b);
-        set_steps(b);
+      for (int64_t i = 0; i < p_.batch * groups(); ++i) {
+        merge_sums(i / groups(), i % groups());
+        set_steps(i / groups(), i % groups());
       }
-      each_part_backwards(count, [&](int64_t i) { propagate_part(i); });
+      each_slice_backwards(p_.batch, p_.length, parts_.rows,
+                           [&](int64_t b, int64_t begin, int64_t end) { propagate(b, begin, end); });
     }
   }
 
  private:
-  void sum_part(int64_t i) const {
+  void sum_part(int64_t i, int64_t first_channel, int64_t end_channel) const {
     const int64_t b = i / parts_.count, part = i % parts_.count, channels = p_.channels;
     const int64_t x_step = p_.x.position, d_out_step = p_.d_out.position;
     const Maps maps(coefficients_, b);
     float *sums = partial_.at(i, 0), *products = partial_.at(i, 1);
-    std::memset(sums, 0, partial_.padded() * sizeof(float));
-    std::memset(products, 0, partial_.padded() * sizeof(float));
+    const int64_t end_of_pair = round_up(end_channel, 2 * kLanes);
+    std::fill(sums + first_channel, sums + end_of_pair, 0.0f);
+    std::fill(products + first_channel, products + end_of_pair, 0.0f);
     for (int64_t first = parts_.begin(part); first < parts_.end(part); first += kSliceRows) {
       const int64_t rows = std::min(kSliceRows, parts_.end(part) - first);
-      for (int64_t c = 0; c < channels; c += 2 * kLanes) {
+      for (int64_t c = first_channel; c < end_channel; c += 2 * kLanes) {
         const Map map[2] = {Map(maps, c), Map(maps, c + kLanes)};
         const T *x = row<T>(p_.x, b, first) + c, *d_out = row<T>(p_.d_out, b, first) + c;
         const int64_t n = channels - c;
@@ -106,9 +123,9 @@ class Backward {
     }
   }
 
-  void merge_sums(int64_t b) const {
+  void merge_sums(int64_t b, int64_t g) const {
     float* sums = p_.sums + b * p_.channels * 2;
-    for (int64_t c = 0; c < p_.channels; ++c) {
+    for (int64_t c = g * group_size(); c < (g + 1) * group_size(); ++c) {
       const int64_t at = coefficients_.place(c);
       double sum = 0, product = 0;
       for (int64_t part = 0; part < parts_.count; ++part) {
@@ -122,32 +139,29 @@ class Backward {
   }
 
   // From the merged sums.
-  void set_steps(int64_t b) const {
+  void set_steps(int64_t b, int64_t g) const {
+    if (p_.norm.groups == 0) return;
     const float *sums = p_.sums + b * p_.channels * 2, *factor = coefficients_.factor(b);  // factor is rstd * gain
-    const int64_t groups = p_.norm.groups, size = group_size();
+    const int64_t size = group_size();
     float *constant = steps_.at(b, 0), *slope = steps_.at(b, 1);
-    std::memset(constant, 0, steps_.padded() * sizeof(float));
-    std::memset(slope, 0, steps_.padded() * sizeof(float));
-    for (int64_t g = 0; g < groups; ++g) {
-      double sum = 0, product = 0;
-      for (int64_t c = g * size; c < (g + 1) * size; ++c) {
-        sum += static_cast<double>(factor[coefficients_.place(c)]) * sums[c * 2];
-        product += static_cast<double>(factor[coefficients_.place(c)]) * sums[c * 2 + 1];
-      }
-      const float* s = stats(b, g * size);
-      const double mean = sum / (size * p_.length), mean_slope = product / (size * p_.length) * s[1];
-      for (int64_t c = g * size; c < (g + 1) * size; ++c) {
-        constant[coefficients_.place(c)] = static_cast<float>(mean - s[2] * mean_slope);
-        slope[coefficients_.place(c)] = static_cast<float>(mean_slope);
-      }
+    double sum = 0, product = 0;
+    for (int64_t c = g * size; c < (g + 1) * size; ++c) {
+      sum += static_cast<double>(factor[coefficients_.place(c)]) * sums[c * 2];
+      product += static_cast<double>(factor[coefficients_.place(c)]) * sums[c * 2 + 1];
+    }
+    const float* s = stats(b, g * size);
+    const double mean = sum / (size * p_.length), mean_slope = product / (size * p_.length) * s[1];
+    for (int64_t c = g * size; c < (g + 1) * size; ++c) {
+      constant[coefficients_.place(c)] = static_cast<float>(mean - s[2] * mean_slope);
+      slope[coefficients_.place(c)] = static_cast<float>(mean_slope);
     }
   }
 
-  void propagate_part(int64_t i) const {
-    const int64_t b = i / parts_.count, part = i % parts_.count, channels = p_.channels;
+  void propagate(int64_t b, int64_t begin, int64_t end) const {
+    const int64_t channels = p_.channels;
     const Maps maps(coefficients_, b);
     const float *constant = steps_.at(b, 0), *slope = steps_.at(b, 1);
-    for (int64_t l = parts_.begin(part); l < parts_.end(part); ++l) {
+    for (int64_t l = begin; l < end; ++l) {
       const T *x = row<T>(p_.x, b, l), *d_out = row<T>(p_.d_out, b, l);
       T* d_x = row<T>(p_.d_x, b, l);
       for (int64_t c = 0; c < channels; c += 2 * kLanes) {
@@ -166,6 +180,7 @@ class Backward {
     }
   }
 
+  int64_t groups() const { return std::max<int64_t>(p_.norm.groups, 1); }
   int64_t group_size() const { return p_.norm.groups ? p_.channels / p_.norm.groups : p_.channels; }
 
   const float* stats(int64_t b, int64_t c) const {
@@ -176,6 +191,7 @@ class Backward {
   const GroupNorm& p_;
   const Coefficients coefficients_;
   const Parts parts_;
+  const ChannelRanges ranges_;
   const PerChannel partial_;  // sums of dz and dz * (x - mean) over each part
   const PerChannel steps_;    // constant and slope: d_x = factor * dz - constant - (x - mean) * slope
 };
@@ -212,6 +228,20 @@ void group_norm_backward(const GroupNorm& p) {
     p.is_bf16 ? Backward<bf16, true>(p).run() : Backward<float, true>(p).run();
   else
     p.is_bf16 ? Backward<bf16, false>(p).run() : Backward<float, false>(p).run();
+}
+
+void group_norm_work(const GroupNorm& p, bool backward, const Work& work) {
+  if (!backward) {
+    tell_prepare(p.norm, p.batch, p.length, p.channels, p.threads, work);
+    return tell_rows(p, 2, work);
+  }
+  const Parts parts(p.length, p.channels);
+  const int64_t groups = std::max<int64_t>(p.norm.groups, 1);
+  work.fixed("coefficients", 0, 2 * kOfChannel * p.channels * p.batch);
+  tell_parts("sums", p.batch, parts, ChannelRanges(p.channels, 1, p.batch * parts.count, p.threads), 2, work);
+  for (int64_t i = 0; i < p.batch * groups; ++i)
+    work.fixed("merges", 0, (2 * parts.count + kOfChannel) * p.channels / groups);
+  tell_rows(p, 3, work);
 }
 
 // With z the argument of the activation and h the normalised x: z = (h * weight + bias) * (1 + scale) + shift, of which

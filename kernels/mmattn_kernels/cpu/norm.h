@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "work.h"
 
 namespace mmattn {
 
@@ -48,11 +49,12 @@ struct ParameterGradients {
   int64_t batch, channels;
 };
 
-#define MMATTN_DECLARE(isa)                              \
-  namespace isa {                                        \
-  void group_norm_forward(const GroupNorm& p);           \
-  void group_norm_backward(const GroupNorm& p);          \
-  void parameter_gradients(const ParameterGradients& p); \
+#define MMATTN_DECLARE(isa)                                                  \
+  namespace isa {                                                            \
+  void group_norm_forward(const GroupNorm& p);                               \
+  void group_norm_backward(const GroupNorm& p);                              \
+  void group_norm_work(const GroupNorm& p, bool backward, const Work& work); \
+  void parameter_gradients(const ParameterGradients& p);                     \
   }
 MMATTN_EACH_ISA(MMATTN_DECLARE)
 #undef MMATTN_DECLARE

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "memory.h"
@@ -46,6 +47,27 @@ struct Parts {
   int64_t begin(int64_t part) const { return part * rows; }
   int64_t end(int64_t part) const { return std::min(length, (part + 1) * rows); }
 };
+
+// The channels of a part in ranges of whole groups and pairs of vectors, where the parts are no even share for the
+// threads: sums of a channel are the same bits in any range.
+struct ChannelRanges {
+  int64_t unit, units, count, channels;
+  ChannelRanges(int64_t channels_, int64_t group_size, int64_t parts, int64_t threads)
+      : unit(std::lcm<int64_t>(group_size, 2 * kLanes)),
+        units((channels_ + unit - 1) / unit),
+        count(parts % threads ? std::clamp<int64_t>((4 * threads + parts - 1) / parts, 1, units) : 1),
+        channels(channels_) {}
+  int64_t begin(int64_t range) const { return std::min(channels, units * range / count * unit); }
+};
+
+inline void tell_parts(const char* loop, int64_t batches, const Parts& parts, const ChannelRanges& ranges,
+                       double numbers, const Work& work) {
+  for (int64_t i = 0; i < batches * parts.count; ++i)
+    for (int64_t r = 0; r < ranges.count; ++r)
+      work.fixed(loop, 0,
+                 (parts.end(i % parts.count) - parts.begin(i % parts.count)) * (ranges.begin(r + 1) - ranges.begin(r)) *
+                     numbers);
+}
 
 // Mean and sum of squared deviations of n numbers, merged with those of more (Chan, Golub, LeVeque).
 struct Moments {
@@ -233,6 +255,9 @@ struct GroupStats {
   float mean = 0, rstd = 1, remainder = 0;
 };
 
+// Numbers as long to do as a merge of moments, in doubles one by one, or as reading a channel's parameters.
+constexpr double kOfMerge = 32, kOfChannel = 16;
+
 inline void set_coefficients(const Norm& norm, const Channels& channels, const Coefficients& to, int64_t batch,
                              const GroupStats* stats) {
   float *mean = to.mean(batch), *factor = to.factor(batch), *offset = to.offset(batch);
@@ -272,36 +297,50 @@ void prepare(const Norm& norm, const Tokens& x, int64_t batches, int64_t length,
              const Coefficients& to) {
   if (norm.groups == 0) return set_coefficients_from_stats(norm, to, batches, channels);
   const Parts parts(length, channels);
+  const int64_t size = channels / norm.groups;
+  const ChannelRanges ranges(channels, size, batches * parts.count, threads);
   const int64_t padded = round_up(channels, 2 * kLanes) * 3;
   std::vector<Moments> partial(batches * parts.count * norm.groups);
   const Buffer memory(padded * threads);
   const Channels shared(norm, to, channels);
+  std::vector<GroupStats> groups(batches * (norm.groups + 1), GroupStats{0, 0, 0});
 #pragma omp parallel num_threads(threads)
   {
     float* channel = memory.data() + thread_number() * padded;
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < batches * parts.count; ++i) {
-      const int64_t b = i / parts.count, part = i % parts.count;
-      part_moments<T>(x, b, parts.begin(part), parts.end(part), channels, norm.groups, channel,
-                      &partial[i * norm.groups]);
+    for (int64_t j = 0; j < batches * parts.count * ranges.count; ++j) {
+      const int64_t i = j / ranges.count, b = i / parts.count, part = i % parts.count;
+      const int64_t first = ranges.begin(j % ranges.count), count = ranges.begin(j % ranges.count + 1) - first;
+      const Tokens own{static_cast<T*>(x.data) + first, x.batch, x.position};
+      part_moments<T>(own, b, parts.begin(part), parts.end(part), count, count / size, channel,
+                      &partial[i * norm.groups + first / size]);
     }
-    std::vector<GroupStats> groups(norm.groups);
-    groups.push_back({0, 0, 0});
 #pragma omp for schedule(static)
-    for (int64_t b = 0; b < batches; ++b) {
-      for (int64_t g = 0; g < norm.groups; ++g) {
-        Moments all;
-        for (int64_t part = 0; part < parts.count; ++part)
-          all.merge(partial[(b * parts.count + part) * norm.groups + g]);
-        const float mean = static_cast<float>(all.mean);
-        const float rstd = static_cast<float>(1.0 / std::sqrt(all.m2 / all.n + norm.eps));
-        groups[g] = {mean, rstd, static_cast<float>(all.mean - mean)};
-        float* s = norm.stats + (b * norm.groups + g) * kStats;
-        s[0] = groups[g].mean, s[1] = groups[g].rstd, s[2] = groups[g].remainder;
-      }
-      set_coefficients(norm, shared, to, b, groups.data());
+    for (int64_t i = 0; i < batches * norm.groups; ++i) {
+      const int64_t b = i / norm.groups, g = i % norm.groups;
+      Moments all;
+      for (int64_t part = 0; part < parts.count; ++part) all.merge(partial[(b * parts.count + part) * norm.groups + g]);
+      const float mean = static_cast<float>(all.mean);
+      const float rstd = static_cast<float>(1.0 / std::sqrt(all.m2 / all.n + norm.eps));
+      const GroupStats own{mean, rstd, static_cast<float>(all.mean - mean)};
+      groups[b * (norm.groups + 1) + g] = own;
+      float* s = norm.stats + i * kStats;
+      s[0] = own.mean, s[1] = own.rstd, s[2] = own.remainder;
     }
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < batches; ++b) set_coefficients(norm, shared, to, b, &groups[b * (norm.groups + 1)]);
   }
+}
+
+inline void tell_prepare(const Norm& norm, int64_t batches, int64_t length, int64_t channels, int threads,
+                         const Work& work) {
+  work.fixed("parameters", 0, kOfChannel * channels);
+  const Parts parts(length, channels);
+  if (norm.groups)
+    tell_parts("statistics", batches, parts,
+               ChannelRanges(channels, channels / norm.groups, batches * parts.count, threads), 1, work);
+  for (int64_t i = 0; i < batches * norm.groups; ++i) work.fixed("merges", 0, kOfMerge * parts.count);
+  for (int64_t b = 0; b < batches; ++b) work.fixed("coefficients", 0, kOfChannel * channels);
 }
 
 template <bool kSilu, int Degree>
