@@ -28,7 +28,8 @@ _WITHOUT_STORAGE = ("ZeroTensor", "Python", "Functionalize", "FuncTorchBatched",
 _INDIRECT = ("Negative", "Conjugate", *_WITHOUT_STORAGE)
 PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 _KEYS, _CALLS_OF_A_KEY = 4096, 8
-_known: dict[Any, list[tuple[Callable[..., bool], list[Any]]]] = {}
+Guard = tuple[Callable[..., bool], list[Any]]
+_known: dict[Any, list[Guard]] = {}
 _offset, _storage, _nbytes = Tensor.storage_offset, Tensor.untyped_storage, torch.UntypedStorage.nbytes
 
 
@@ -46,28 +47,39 @@ def is_known(key: tuple[Any, ...], tensors: Sequence[Any]) -> bool:
         calls = _known.get((key, len(tensors), tensors[0].shape), ())
     except (AttributeError, TypeError):
         return False
-    for is_like, storages in calls:
-        if is_like(*tensors) and [*map(_offset, tensors), *map(_nbytes, map(_storage, tensors))] == storages:
+    for check, storages in calls:
+        if check(*tensors) and [*map(_offset, tensors), *map(_nbytes, map(_storage, tensors))] == storages:
             return True
     return False
 
 
 def remember(key: tuple[Any, ...], tensors: Sequence[Any]) -> None:
     """Make a call known that its checks have found right, if its tensors are plain."""
-    if torch.compiler.is_compiling() or len(set(map(id, tensors))) < len(tensors):
-        return
-    if not all(type(t) in PLAIN_TYPES and is_plain(t) for t in tensors):
-        return
-    try:
-        guards = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-    except (AttributeError, TypeError):  # not torch's public interface: without it, each call is checked in full
+    if torch.compiler.is_compiling() or (found := guard(tensors)) is None:
         return
     if len(_known) >= _KEYS:
         _known.clear()
     calls = _known.setdefault((key, len(tensors), tensors[0].shape), [])
     if len(calls) >= _CALLS_OF_A_KEY:
         calls.clear()
-    calls.append((guards.check, [*map(_offset, tensors), *map(_nbytes, map(_storage, tensors))]))
+    calls.append(found)
+
+
+def guard(tensors: Sequence[Any]) -> Guard | None:
+    """What `is_like` compares with; None if not all are plain and different, or torch has no guards."""
+    if len(set(map(id, tensors))) < len(tensors) or not all(type(t) in PLAIN_TYPES and is_plain(t) for t in tensors):
+        return None
+    try:
+        guards = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    except (AttributeError, TypeError):  # not torch's public interface: without it, each call is checked in full
+        return None
+    return guards.check, [*map(_offset, tensors), *map(_nbytes, map(_storage, tensors))]
+
+
+def is_like(tensors: Sequence[Any], guard: Guard) -> bool:
+    """Whether tensors are like those that a guard was made of, as `is_known` says it."""
+    check, storages = guard
+    return check(*tensors) and [*map(_offset, tensors), *map(_nbytes, map(_storage, tensors))] == storages
 
 
 def is_plain(t: Tensor) -> bool:

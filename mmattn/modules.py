@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmattn import _checks
 from mmattn._layers import convolve, dtype_of, innermost, normalise
 from mmattn._library import is_autocast
+from mmattn._replay import is_worth_it, replayed
 from mmattn._streams import side_by_side
 from mmattn.attention import draw_shift, random_shift_attention
 
@@ -189,22 +191,37 @@ def cross_attend(
     shift: int | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """What `RandomShiftAttention` computes, by layers that are linear or convolutions with kernels of 1."""
-    batch, frames, channels, height, width = video.shape
     video, audio = video.permute(0, 1, 3, 4, 2), audio.transpose(1, 2)  # channels last; in memory too, if all is well
-    video_tokens = video.reshape(batch, frames * height * width, channels).contiguous()
-    audio_tokens = audio.contiguous()
+    if isinstance(shift, Tensor) and is_worth_it(video):
+        _checks.window(video.shape[1], window)
+        shift = _checks.shift_in_range(shift, video.shape[1] - window, video)
+    options = num_heads, window, shift
+    if type(shift) is int and video.is_contiguous() and audio.is_contiguous():
+        layers = *video_layers, *audio_layers
+        video, audio = replayed(_cross_attend, (video_layers, audio_layers), layers, (video, audio), *options)
+    else:
+        video, audio = _cross_attend((video_layers, audio_layers), video, audio, *options)
+    return video.permute(0, 1, 4, 2, 3), audio.transpose(1, 2)
+
+
+def _cross_attend(
+    layers: tuple[Stream, Stream], video: Tensor, audio: Tensor, num_heads: int, window: int, shift: int | Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same of tokens, video [B, F, H, W, C] and audio [B, T, C]."""
+    video_layers, audio_layers = layers
+    video_tokens, audio_tokens = video.flatten(1, 3).contiguous(), audio.contiguous()
     video_qkv, audio_qkv = side_by_side(
         lambda: _heads(video_tokens, video_layers, num_heads),
         lambda: _heads(audio_tokens, audio_layers, num_heads),
         video.device,
     )
-    video_heads, audio_heads = random_shift_attention(*video_qkv, *audio_qkv, frames=frames, window=window, shift=shift)
-    video, audio = side_by_side(
+    geometry: Any = {"frames": video.shape[1], "window": window, "shift": shift}
+    video_heads, audio_heads = random_shift_attention(*video_qkv, *audio_qkv, **geometry)
+    return side_by_side(
         lambda: _add_projection(video, video_heads, video_layers.out),
         lambda: _add_projection(audio, audio_heads, audio_layers.out),
         video.device,
     )
-    return video.permute(0, 1, 4, 2, 3), audio.transpose(1, 2)
 
 
 def draw(

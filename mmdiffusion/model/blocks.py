@@ -17,6 +17,7 @@ from torch.nn import functional
 import mmattn
 from mmattn import _layers
 from mmattn._layers import convolve_frames
+from mmattn._replay import replayed
 from mmattn._streams import side_by_side
 from mmattn.modules import project_residual
 from mmdiffusion.model.config import AUDIO_RATE, NORM_GROUPS, VIDEO_RATE
@@ -86,12 +87,16 @@ class SelfAttention(nn.Module):
         self.out = zeroed(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        attended = self._attend(convolve(x, self.qkv, norm=self.norm), 1)
+        return replayed(SelfAttention._update, self, (self.norm, self.qkv, self.out), (x,), self.num_heads)
+
+    def _update(self, x: Tensor, num_heads: int) -> Tensor:
+        attended = self._attend(convolve(x, self.qkv, norm=self.norm), 1, num_heads)
         return convolve(attended, self.out, residual=x)
 
-    def _attend(self, qkv: Tensor, segments: int) -> Tensor:
+    @staticmethod
+    def _attend(qkv: Tensor, segments: int, num_heads: int) -> Tensor:
         """[B, L, C] from [B, L, 3C], inside equal segments of the sequence."""
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
         return mmattn.self_attention(q, k, v, segments=segments).flatten(2)
 
 
@@ -111,9 +116,14 @@ class TemporalAttention(SelfAttention):
         pixels = height * width
         by_frame = video.view(batch, frames, pixels, channels)
         by_pixel = by_frame.transpose(1, 2).reshape(batch * pixels, frames, channels)
-        normed = _layers.normalise(by_pixel, self.norm).view(batch, pixels * frames, channels)
-        update = convolve(self._attend(convolve(normed, self.qkv), pixels), self.out)
+        layers = self.norm, self.qkv, self.out
+        update = replayed(TemporalAttention._of_pixels, self, layers, (by_pixel,), batch, self.num_heads)
         return (by_frame + update.view(batch, pixels, frames, channels).transpose(1, 2)).view(video.shape)
+
+    def _of_pixels(self, by_pixel: Tensor, batch: int, num_heads: int) -> Tensor:
+        """What is added to each pixel [B*P, F, C]: [B, P*F, C]."""
+        normed = _layers.normalise(by_pixel, self.norm).view(batch, -1, by_pixel.shape[2])
+        return convolve(self._attend(convolve(normed, self.qkv), len(by_pixel) // batch, num_heads), self.out)
 
 
 class _StreamBlock(nn.Module):
@@ -130,18 +140,27 @@ class _StreamBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor, *, is_film: bool) -> Tensor:
         """Tokens from tokens; embedding [B, 2*Cout] is FiLM, scale before shift, or [B, Cout] is added to h."""
-        h = self._convolve(x)
-        if self.resampling == "down":
-            x = self._pool(x)
         # All that follows the repetition is pointwise, statistics of a norm do not change by it, and dropout's mask
         # alone is drawn at the full resolution; so without dropout the repetition comes last. Of a layer
         # that is not plain nobody knows, and it is given what the published one is.
-        is_last = self.resampling == "up" and not (self.training and self.dropout) and self._is_plain()
+        drops = self.training and bool(self.dropout)
+        is_last = self.resampling == "up" and not drops and self._is_plain()
+        if (self.resampling and not is_last) or drops or not is_film:
+            out = self._transform(x, embedding, is_film, is_last)
+        else:
+            layers = self.norm1, *self._convolutions(), self.norm2, self.conv2, self.skip
+            out = replayed(_StreamBlock._transform, self, layers, (x, embedding), is_film, is_last)
+        return self._repeat(out) if is_last else out
+
+    def _transform(self, x: Tensor, embedding: Tensor, is_film: bool, is_last: bool) -> Tensor:
+        """The same but for a repetition that comes last."""
+        h = self._convolve(x)
+        if self.resampling == "down":
+            x = self._pool(x)
         if self.resampling == "up" and not is_last:
             h, x = self._repeat(h), self._repeat(x)
         h, film = embedded(h, embedding, is_film=is_film)
-        out = self._project(h, x, film)
-        return self._repeat(out) if is_last else out
+        return self._project(h, x, film)
 
     def _project(self, h: Tensor, x: Tensor, film: tuple[Tensor, Tensor] | None) -> Tensor:
         if h.dim() == 3:
@@ -153,6 +172,10 @@ class _StreamBlock(nn.Module):
 
     def _convolve(self, x: Tensor) -> Tensor:
         """The first half, to h at the resolution of the output, or of x in an up block."""
+        raise NotImplementedError
+
+    def _convolutions(self) -> tuple[nn.Module, ...]:
+        """The layers of `_convolve` behind its norm."""
         raise NotImplementedError
 
     def _pool(self, x: Tensor) -> Tensor:
@@ -189,6 +212,9 @@ class VideoBlock(_StreamBlock):
             h = self._pool(h)
         return convolve_over_frames(h, self.temporal)
 
+    def _convolutions(self) -> tuple[nn.Module, ...]:
+        return self.spatial, self.temporal
+
     def _pool(self, x: Tensor) -> Tensor:
         return pool_frames(x)
 
@@ -219,6 +245,9 @@ class AudioBlock(_StreamBlock):
     def _convolve(self, x: Tensor) -> Tensor:
         h = convolve(x, self.conv1, norm=self.norm1, activation="silu")
         return self._pool(h) if self.resampling == "down" else h
+
+    def _convolutions(self) -> tuple[nn.Module, ...]:
+        return (self.conv1,)
 
     def _pool(self, x: Tensor) -> Tensor:
         return x.unflatten(1, (-1, AUDIO_RATE)).mean(2)

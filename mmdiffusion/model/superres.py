@@ -268,8 +268,9 @@ class SuperResolutionUNet(Network):
 class ImageAttention(SpatialAttention):
     """Self-attention of the pixels of images; the rows of qkv are q, k and v of one head after another."""
 
-    def _attend(self, qkv: Tensor, segments: int) -> Tensor:
-        q, k, v = qkv.unflatten(-1, (self.num_heads, 3, -1)).unbind(3)
+    @staticmethod
+    def _attend(qkv: Tensor, segments: int, num_heads: int) -> Tensor:
+        q, k, v = qkv.unflatten(-1, (num_heads, 3, -1)).unbind(3)
         return mmattn.self_attention(q, k, v, segments=segments).flatten(2)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmattn_kernels import Direction, Question, Support, TableWindows, Windows, up_to
 from mmattn_kernels.cpu import extension
+from mmattn_kernels.cpu.plan import note
 
 
 def supports(question: Question) -> Support:
@@ -26,7 +27,8 @@ def forward(directions: Sequence[Direction], windows: Windows, scale: float) -> 
     out = [torch.empty_like(q, memory_format=torch.contiguous_format) for q, _, _ in directions]
     lse = [_empty_lse(q) for q, _, _ in directions]
     tensors = [(*direction, o) for direction, o in zip(directions, out, strict=True)]
-    _run(extension().attention_forward, tensors, lse, (None,) * len(lse), windows, scale)
+    arguments = _run(extension().attention_forward, tensors, lse, (None,) * len(lse), windows, scale)
+    note("attention_forward", arguments, *out, *lse)
     return out, lse
 
 
@@ -53,19 +55,21 @@ def _run(
     d_lse: Sequence[Tensor | None],
     windows: Windows,
     scale: float,
-) -> None:
-    """`directions`: of each the tensors that the kernel takes, q and k first."""
+) -> tuple[Any, ...]:
+    """`directions`: of each the tensors that the kernel takes, q and k first. Returns what it was called with."""
     q: Any = directions[0][0]
     batch, _, heads, dim = q.shape
     if batch == 0:
-        return
-    arguments = []
+        return ()
+    pointers = []
     for tensors, of_rows, d_of_rows in zip(directions, lse, d_lse, strict=True):
         matrices = [(t.data_ptr(), *t.stride()[:3]) for t in tensors]
         rows = of_rows.data_ptr(), 0 if d_of_rows is None else d_of_rows.data_ptr()
-        arguments.append((matrices, *rows, tensors[0].shape[1], tensors[1].shape[1]))
+        pointers.append((matrices, *rows, tensors[0].shape[1], tensors[1].shape[1]))
     is_bf16, threads = q.dtype == torch.bfloat16, torch.get_num_threads()
-    kernel(arguments, _read(windows), batch, heads, dim, scale, is_bf16, threads)
+    arguments = pointers, _read(windows), batch, heads, dim, scale, is_bf16, threads
+    kernel(*arguments)
+    return arguments
 
 
 def work(

@@ -257,10 +257,16 @@ GroupNorm group_norm(const TokensArgs& x, const NormArgs& args, int64_t batch, i
   return p;
 }
 
-void group_norm_forward(const TokensArgs& x, const TokensArgs& out, const NormArgs& args, int64_t batch, int64_t length,
-                        int64_t channels, bool is_bf16, int threads) {
+GroupNorm group_norm_call(const TokensArgs& x, const TokensArgs& out, const NormArgs& args, int64_t batch, int64_t length,
+                          int64_t channels, bool is_bf16, int threads) {
   GroupNorm p = group_norm(x, args, batch, length, channels, is_bf16, threads);
   p.out = tokens(out);
+  return p;
+}
+
+void group_norm_forward(const TokensArgs& x, const TokensArgs& out, const NormArgs& args, int64_t batch, int64_t length,
+                        int64_t channels, bool is_bf16, int threads) {
+  const GroupNorm p = group_norm_call(x, out, args, batch, length, channels, is_bf16, threads);
   py::gil_scoped_release release;
   active().group_norm_forward(p);
 }
@@ -336,12 +342,18 @@ Conv conv(const TokensArgs& x, const TokensArgs& out, const NormArgs& args, cons
   return p;
 }
 
-void conv_forward(const TokensArgs& x, const TokensArgs& out, const TokensArgs& residual, uintptr_t packed,
-                  const ParameterArgs& bias, const NormArgs& args, const ConvSizes& sizes) {
+Conv conv_call(const TokensArgs& x, const TokensArgs& out, const TokensArgs& residual, uintptr_t packed,
+               const ParameterArgs& bias, const NormArgs& args, const ConvSizes& sizes) {
   Conv p = conv(x, out, args, sizes);
   p.residual = tokens(residual);
   p.packed = reinterpret_cast<void*>(packed);
   p.bias = parameter(bias);
+  return p;
+}
+
+void conv_forward(const TokensArgs& x, const TokensArgs& out, const TokensArgs& residual, uintptr_t packed,
+                  const ParameterArgs& bias, const NormArgs& args, const ConvSizes& sizes) {
+  const Conv p = conv_call(x, out, residual, packed, bias, args, sizes);
   py::gil_scoped_release release;
   active().conv_forward(p);
 }
@@ -423,6 +435,107 @@ std::pair<uint64_t, uint64_t> content_hash(uintptr_t pointer, int64_t bytes, int
   return {hash.words[0], hash.words[1]};
 }
 
+// Every pointer of a call, in one order.
+template <typename F>
+void each_pointer(Norm& norm, const F& f) {
+  for (Parameter* p : {&norm.weight, &norm.bias, &norm.scale, &norm.shift}) f(p->data);
+  f(norm.stats);
+}
+
+template <typename F>
+void each_pointer(Conv& p, const F& f) {
+  for (Tokens* t : {&p.x, &p.out, &p.residual}) f(t->data);
+  f(p.packed);
+  f(p.bias.data);
+  each_pointer(p.norm, f);
+}
+
+template <typename F>
+void each_pointer(GroupNorm& p, const F& f) {
+  for (Tokens* t : {&p.x, &p.out}) f(t->data);
+  each_pointer(p.norm, f);
+}
+
+template <typename F>
+void each_pointer(Attention& p, const F& f) {
+  for (Direction& d : p.directions) {
+    for (Strided* s : {&d.q, &d.k, &d.v, &d.out}) f(s->data);
+    f(d.lse);
+  }
+}
+
+void run_forward(const Conv& p) {
+  active().conv_forward(p);
+}
+
+void run_forward(const GroupNorm& p) {
+  active().group_norm_forward(p);
+}
+
+void run_forward(const Attention& p) {
+  active().attention_forward(p);
+}
+
+// Calls of forward kernels in their order, with offsets within blocks of memory instead of pointers, so that the same
+// calls run on other blocks: see mmattn_kernels/cpu/plan.py.
+class Plan {
+ public:
+  // Where the memory of the calls lies as they are added: begin, bytes, block, offset within that.
+  using Range = std::tuple<uintptr_t, int64_t, int, int64_t>;
+
+  explicit Plan(std::vector<Range> ranges) : ranges_(std::move(ranges)) {}
+
+  void conv_forward(const TokensArgs& x, const TokensArgs& out, const TokensArgs& residual, uintptr_t packed,
+                    const ParameterArgs& bias, const NormArgs& args, const ConvSizes& sizes) {
+    add(conv_call(x, out, residual, packed, bias, args, sizes));
+  }
+
+  void group_norm_forward(const TokensArgs& x, const TokensArgs& out, const NormArgs& args, int64_t batch,
+                          int64_t length, int64_t channels, bool is_bf16, int threads) {
+    add(group_norm_call(x, out, args, batch, length, channels, is_bf16, threads));
+  }
+
+  void attention_forward(const std::vector<DirectionArgs>& directions, const EqualArgs& windows, int64_t batch,
+                         int64_t heads, int64_t dim, float scale, bool is_bf16, int threads) {
+    add(AttentionCall(directions, windows, batch, heads, dim, scale, is_bf16, threads).p);
+  }
+
+  void run(const std::vector<uintptr_t>& blocks) const {
+    py::gil_scoped_release release;
+    for (const auto& [call, places] : calls_)
+      std::visit(
+          [&, place = places.begin()](auto p) mutable {
+            each_pointer(p, [&](auto*& pointer) {
+              const auto [block, offset] = *place++;
+              pointer = block < 0 ? nullptr : reinterpret_cast<std::decay_t<decltype(pointer)>>(blocks[block] + offset);
+            });
+            run_forward(p);
+          },
+          call);
+  }
+
+ private:
+  using Call = std::variant<Conv, GroupNorm, Attention>;
+  using Place = std::pair<int, int64_t>;  // block, offset; a block below 0 is no memory
+
+  template <typename T>
+  void add(T p) {
+    std::vector<Place> places;
+    each_pointer(p, [&](auto* pointer) { places.push_back(find(reinterpret_cast<uintptr_t>(pointer))); });
+    calls_.emplace_back(std::move(p), std::move(places));
+  }
+
+  Place find(uintptr_t pointer) const {
+    if (!pointer) return {-1, 0};
+    for (const auto& [begin, bytes, block, offset] : ranges_)
+      if (begin <= pointer && pointer < begin + bytes) return {block, offset + static_cast<int64_t>(pointer - begin)};
+    throw py::value_error("a call reads or writes memory that is in none of the ranges");
+  }
+
+  std::vector<Range> ranges_;
+  std::vector<std::pair<Call, std::vector<Place>>> calls_;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -447,4 +560,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("conv_work", &conv_work);
   m.def("parameter_gradients", &parameter_gradients);
   m.def("content_hash", &content_hash);
+  py::class_<Plan>(m, "Plan")
+      .def(py::init<std::vector<Plan::Range>>())
+      .def("conv_forward", &Plan::conv_forward)
+      .def("group_norm_forward", &Plan::group_norm_forward)
+      .def("attention_forward", &Plan::attention_forward)
+      .def("run", &Plan::run);
 }

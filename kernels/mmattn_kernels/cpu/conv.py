@@ -7,7 +7,9 @@ parameters in either; outputs contiguous.
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, get_num_threads
@@ -16,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from mmattn_kernels import Question, Support
 from mmattn_kernels.cpu import extension
 from mmattn_kernels.cpu.norm import norm_arguments, parameter, readable, tokens
+from mmattn_kernels.cpu.plan import note, note_weight
 
 # Packed copies of weights, dropped with the weights: owner of the memory -> view and packing -> (hash, packed), the
 # one used last at the end. All those of one owner take at most so many times its bytes, and some for small weights,
@@ -58,7 +61,7 @@ def forward(
         norm_weight, norm_bias, scale, shift, bias = readable(norm_weight, norm_bias, scale, shift, bias)
         packed = _packed_weight(weight, is_bf16)
         sizes = batch, length, in_channels, out_channels, taps, dilation, int(height), int(width)
-        extension().conv_forward(
+        arguments = (
             tokens(x),
             tokens(out),
             tokens(residual),
@@ -67,6 +70,8 @@ def forward(
             norm_arguments((norm_weight, norm_bias, scale, shift), stats, groups, silu, eps),
             (*sizes, is_bf16, get_num_threads()),
         )
+        extension().conv_forward(*arguments)
+        note("conv_forward", arguments, out, stats)
     return out, stats
 
 
@@ -130,13 +135,25 @@ def _packed_weight(weight: Tensor, is_bf16: bool) -> Tensor:
     kept = copies.pop(key, None)
     if kept is not None and kept[0] == content:
         copies[key] = kept
+        note_weight(weight, kept[1], functools.partial(_kept, key, weight.nbytes))
         return kept[1]
     packed = _pack(weight, is_bf16)
     # Another process or thread may have written in between, and may yet restore what was hashed.
     if _content_hash(weight) == content:
         copies[key] = content, packed
         _drop_oldest(copies, _COPIES * owner.untyped_storage().nbytes() + _SPARE_BYTES)
+        note_weight(weight, packed, functools.partial(_kept, key, weight.nbytes))
     return packed
+
+
+def _kept(key: tuple[Any, ...], size: int, weight: Tensor) -> Tensor | None:
+    """The packed copy under a key, if it is of what the memory of `weight` holds now; None otherwise."""
+    copies = _packed.get(weight if weight._base is None else weight._base)
+    kept = copies.get(key) if copies else None
+    if kept is None or kept[0] != extension().content_hash(weight.data_ptr(), size, get_num_threads()):
+        return None
+    copies[key] = copies.pop(key, kept)
+    return kept[1]
 
 
 def _drop_oldest(copies: OrderedDict, most: int) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmattn_kernels import Question, Support
 from mmattn_kernels.cpu import extension
+from mmattn_kernels.cpu.plan import note
 
 _NO_PARAMETER, _NO_TOKENS = (0, 0, False), (0, 0, 0)
 
@@ -40,9 +41,9 @@ def forward(
     if x.numel():
         parameters = readable(weight, bias, scale, shift)
         sizes = (*x.shape, x.dtype == torch.bfloat16, torch.get_num_threads())
-        extension().group_norm_forward(
-            tokens(x), tokens(out), norm_arguments(parameters, stats, groups, silu, eps), *sizes
-        )
+        arguments = tokens(x), tokens(out), norm_arguments(parameters, stats, groups, silu, eps), *sizes
+        extension().group_norm_forward(*arguments)
+        note("group_norm_forward", arguments, out, stats)
     return out, stats
 
 

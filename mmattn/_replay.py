@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: MIT
+"""Parts of a network as one call of the CPU extension each, where the kernels take less time than Python around them.
+
+A part is a function of tensors and layers that consists of ops of mmattn and of views. The first call of its kind runs
+it and notes its kernels; another one, of like tensors by like layers, runs those alone (`mmattn_kernels.cpu.plan`).
+Everything that could make the function compute something else is asked in each call. Where one answer is not the plain
+one (gradients, autocast, a trace, a mode or transform of torch, a hook, a layer of another class, large tensors),
+the function itself is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmattn import _checks, dispatch
+from mmattn._layers import is_plain
+from mmattn._library import can_skip_dispatcher, is_autocast
+from mmattn_kernels import cpu
+from mmattn_kernels.cpu.plan import Plan, Recorder, is_recording
+
+LARGEST = 1 << 20  # bytes of a part's first tensor: of larger ones, the kernels take ten times as long as all else
+_KEYS, _CALLS_OF_A_KEY = 1024, 8
+# Guards and plans by key; no plan where the part does not consist of forward kernels alone.
+_plans: dict[Any, list[tuple[_checks.Guard, Any]]] = {}
+
+
+def replayed(
+    part: Callable[..., Any], owner: Any, layers: Sequence[nn.Module | None], inputs: tuple[Tensor, ...], *options: Any
+) -> Any:
+    """`part(owner, *inputs, *options)`, a tensor or a tuple of tensors.
+
+    Args:
+        part: what it computes depends on the inputs, the options, the class of the owner and the layers alone.
+        owner: whatever has the layers.
+        layers: all that the part uses.
+        inputs: the first one the largest, and in the dtype of the results.
+        options: that are equal where they are the same, and have a hash.
+    """
+    found = _read(layers, inputs) if is_worth_it(inputs[0]) else None
+    if found is None:
+        return part(owner, *inputs, *options)
+    settings, given = found
+    machine = cpu.extension().instruction_set(), torch.get_num_threads(), dispatch.requested("auto")
+    key = part, type(owner), options, *map(type, options), settings, machine, len(given), inputs[0].shape
+    calls = _plans.get(key)
+    if calls is None:
+        if len(_plans) >= _KEYS:
+            _plans.clear()
+        calls = _plans.setdefault(key, [])
+    for guard, plan in calls:
+        if _checks.is_like(given, guard):
+            results = None if plan is None else plan.run(given)
+            if results is None:
+                break
+            return results[0] if len(results) == 1 else tuple(results)
+    else:
+        new = _checks.guard(given) if len(calls) < _CALLS_OF_A_KEY else None
+        if new is not None:
+            return _record(calls, new, given, lambda: part(owner, *inputs, *options))
+    return part(owner, *inputs, *options)
+
+
+def is_worth_it(x: Any) -> bool:
+    """Whether the extension can be called directly, and it takes little time."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and type(x) is Tensor
+        and x.is_cpu
+        and 0 < x.nbytes <= LARGEST
+        and can_skip_dispatcher(known=True)
+        and not torch._C._len_torch_function_stack()
+        and not is_autocast("cpu")
+        and cpu.missing() is None
+    )
+
+
+def _read(layers: Sequence[nn.Module | None], inputs: Sequence[Tensor]) -> tuple[tuple[Any, ...], list[Tensor]] | None:
+    """What a call by the layers depends on besides tensors, and all tensors; None if only calling the layers tells."""
+    settings: list[Any] = []
+    tensors = list(inputs)
+    for layer in layers:
+        if layer is None:
+            settings.append(None)
+            continue
+        if not is_plain(layer):
+            return None
+        own = layer.__dict__
+        weight, bias = map(own["_parameters"].get, ("weight", "bias"))  # half the time of the attributes
+        if weight is None or "bias" not in own["_parameters"]:
+            return None
+        tensors += (weight,) if bias is None else (weight, bias)
+        if type(layer) is nn.GroupNorm:
+            groups, eps = own["num_groups"], own["eps"]
+            settings += type(groups), groups, type(eps), eps
+        elif type(layer) is nn.Linear:
+            settings.append(bias is None)
+        else:
+            dilation = tuple(own["dilation"])
+            settings += bias is None, tuple(own["kernel_size"]), dilation, *map(type, dilation)
+    return tuple(settings), tensors
+
+
+def _record(calls: list[Any], guard: Any, tensors: list[Tensor], call: Callable[[], Any]) -> Any:
+    """call(), noted."""
+    if is_recording():
+        return call()
+    with Recorder() as recorder:
+        results = call()
+    try:
+        plan = Plan(recorder, tensors, (results,) if isinstance(results, Tensor) else results)
+    except (TypeError, ValueError):
+        plan = None
+    calls.append((guard, plan))
+    return results

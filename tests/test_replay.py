@@ -1,0 +1,409 @@
+# SPDX-License-Identifier: MIT
+"""Parts of a network that the extension runs by one call: bit for bit what their functions compute."""
+
+import threading
+import warnings
+
+import pytest
+import torch
+from helpers import SMALL_UNET, fill, needs_extension
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmattn import RandomShiftAttention, _replay
+from mmdiffusion import CoupledUNet
+from mmdiffusion.model.blocks import AudioBlock, SelfAttention, VideoBlock
+
+pytestmark = needs_extension
+
+
+class Case:
+    """A network without gradients, whose parts have been replayed, and its inputs."""
+
+    def __init__(self, name="unet", batch=1, dtype=torch.float32):
+        generator = torch.Generator().manual_seed(1)
+
+        def random(*shape):
+            return torch.randn(*shape, generator=generator).to(dtype)
+
+        if name == "unet":
+            options = SMALL_UNET | {"audio_attention_resolutions": (2,), "middle_cross_attention": True}
+            self.module = fill(CoupledUNet(**options)).eval().to(dtype)
+            self.inputs = random(batch, 4, 3, 8, 8), random(batch, 1, 64)
+        else:
+            self.module = fill(RandomShiftAttention(64, num_heads=2, window=2)).to(dtype)
+            self.inputs = random(batch, 4, 3, 3, 64).permute(0, 1, 4, 2, 3), random(batch, 27, 64).transpose(1, 2)
+
+    def options(self, shift=1):
+        is_unet = isinstance(self.module, CoupledUNet)
+        shifts = [shift] * len(self.module.shift_ranges()) if is_unet else []
+        return {"timesteps": 500, "shifts": shifts} if is_unet else {"shift": shift}
+
+    def __call__(self, shift=1):
+        with torch.no_grad():
+            return self.module(*self.inputs, **self.options(shift))
+
+    def expected(self, **options):
+        """What the functions compute."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_replay, "LARGEST", 0)
+            return self(**options)
+
+
+def equal(found, expected):
+    return all(torch.equal(x, y) and x.stride() == y.stride() for x, y in zip(found, expected, strict=True))
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """The parts that were replayed since the list was cleared, in their order."""
+    from mmattn_kernels.cpu.plan import Plan
+
+    found = []
+    run = Plan.run
+
+    def counted(plan, tensors):
+        results = run(plan, tensors)
+        found.append(results is not None)
+        return results
+
+    monkeypatch.setattr(Plan, "run", counted)
+    return found
+
+
+every_module = pytest.mark.parametrize("name", ("unet", "RandomShiftAttention"))
+
+
+@every_module
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+@pytest.mark.parametrize("batch", (1, 3))
+def test_replays_are_what_was_noted(name, batch, dtype, replays):
+    case = Case(name, batch, dtype)
+    expected = case.expected()
+    first = case()
+    noted = len(replays)
+    second = case()
+    assert equal(first, expected) and equal(second, expected)
+    # Of like parts the first call has replays too; the second has no other call of a part.
+    kinds = SelfAttention, RandomShiftAttention, AudioBlock, VideoBlock
+    parts = [x for x in case.module.modules() if isinstance(x, kinds) and getattr(x, "resampling", None) != "down"]
+    assert all(replays) and len(replays) - noted == len(parts)
+
+
+@every_module
+def test_inputs_and_earlier_results_are_left_alone(name):
+    case = Case(name)
+    before = [x.clone() for x in case.inputs]
+    first = case()
+    kept = [x.clone() for x in first]
+    case()
+    case(shift=0)
+    assert equal(case.inputs, [x.as_strided(x.size(), y.stride()) for x, y in zip(before, case.inputs, strict=True)])
+    assert equal(first, kept)
+
+
+@every_module
+@pytest.mark.parametrize("kind", (int, torch.tensor), ids=("int", "tensor"))
+def test_each_shift_is_its_own(name, kind):
+    case = Case(name)
+    found = [case(shift=kind(shift)) for _ in range(2) for shift in (0, 1, 2)]
+    expected = [case.expected(shift=shift) for shift in (0, 1, 2)]
+    assert all(map(equal, found, expected * 2)) and not equal(expected[0], expected[1])
+    with pytest.raises(ValueError, match="3"):
+        case(shift=kind(3))
+
+
+def layer(module, kind):
+    return next(x for x in module.modules() if type(x) is kind)
+
+
+def replace_parameter(module):
+    linear = layer(module, nn.Linear)
+    linear.weight = nn.Parameter(linear.weight.detach().flip(0))
+
+
+def drop_bias(module):
+    layer(module, nn.Linear).bias = None
+
+
+def set_eps(module):
+    layer(module, nn.GroupNorm).eps = 0.5
+
+
+def set_groups(module):
+    layer(module, nn.GroupNorm).num_groups = 16
+
+
+def write_data(module):
+    for parameter in module.parameters():
+        parameter.data.mul_(1.25)
+
+
+def write_memory(module):
+    layer(module, nn.Linear).weight.detach().numpy()[3, 5] += 2
+
+
+def exchange_data(module):
+    for parameter in module.parameters():
+        parameter.data = parameter.data.flip(0)
+
+
+def transpose_memory(module):
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            parameter.data = parameter.data.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def step(module):
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+def load(module):
+    module.load_state_dict({key: 0.5 * value for key, value in module.state_dict().items()})
+
+
+def assign(module):
+    module.load_state_dict({key: 0.5 * value for key, value in module.state_dict().items()}, assign=True)
+
+
+def halve_parameters_of_norms(module):
+    for norm in (x for x in module.modules() if isinstance(x, nn.GroupNorm)):
+        norm.bfloat16()
+
+
+def hook(module):
+    layer(module, nn.GroupNorm).register_forward_hook(lambda _module, _args, out: 2 * out)
+
+
+def hooks_in_a_new_dict(module):
+    found = layer(module, nn.Linear)
+    found._forward_hooks = type(found._forward_hooks)()
+    found.register_forward_hook(lambda _module, _args, out: 2 * out)
+
+
+def own_forward(module):
+    found = layer(module, nn.Linear)
+    forward = found.forward
+    found.forward = lambda x: forward(x) + 1
+
+
+def own_class(module):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer(module, nn.Linear).__class__ = Doubled
+
+
+def pruned(module):
+    prune.l1_unstructured(layer(module, nn.Linear), "weight", amount=0.5)
+
+
+def parametrized(module):
+    parametrizations.weight_norm(layer(module, nn.Linear)).parametrizations.weight.original0.data.mul_(2)
+
+
+def replace_layer(module):
+    found = layer(module, nn.GroupNorm)
+    path = next(path for path, x in module.named_modules() if x is found)
+    module.set_submodule(path, nn.Identity())
+
+
+def tie(module):
+    one, other = [x for x in module.modules() if type(x) is nn.GroupNorm][:2]
+    other.weight = one.weight
+
+
+CHANGES = (
+    replace_parameter,
+    drop_bias,
+    set_eps,
+    set_groups,
+    write_data,
+    write_memory,
+    exchange_data,
+    transpose_memory,
+    step,
+    load,
+    assign,
+    halve_parameters_of_norms,
+    hook,
+    hooks_in_a_new_dict,
+    own_forward,
+    own_class,
+    pruned,
+    parametrized,
+    replace_layer,
+    tie,
+)
+
+
+@every_module
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_whatever_is_done_to_a_layer_takes_effect(name, change):
+    case = Case(name)
+    before = [case() for _ in range(2)][-1]
+    change(case.module)
+    after = case.expected()
+    assert equal(case(), after) and equal(case(), after)
+    assert not equal(after, before) or change in (transpose_memory, hooks_in_a_new_dict, halve_parameters_of_norms)
+
+
+@every_module
+def test_hooks_of_all_modules_run(name):
+    case = Case(name)
+    case()
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, _args, out: 2 * out if isinstance(module, nn.GroupNorm) else None
+    )
+    try:
+        assert equal(case(), case.expected())
+    finally:
+        handle.remove()
+
+
+def test_settings_of_blocks_take_effect():
+    case = Case()
+    case()
+    case.module.encoder[0].block.audio.conv1.dilation = case.module.encoder[0].block.audio.conv1.padding = (4,)
+    attention = next(x for x in case.module.modules() if isinstance(x, SelfAttention))
+    for other in (1, 4):
+        attention.num_heads = other
+        assert equal(case(), case.expected())
+
+
+@every_module
+def test_modes_of_torch_see_every_op(name):
+    case = Case(name)
+    case()
+    with FlopCounterMode(display=False) as counter:
+        case()
+    with FlopCounterMode(display=False) as expected:
+        case.expected()
+    assert counter.get_total_flops() == expected.get_total_flops() > 0
+    with torch.autograd.profiler.profile() as profile:
+        case()
+    assert any("mmattn::conv" in event.name for event in profile.function_events)
+
+
+@every_module
+def test_gradients_and_transforms_are_those_of_the_functions(name):
+    case = Case(name)
+    case()
+    options = case.options()
+    out = case.module(*case.inputs, **options)
+    assert all(x.requires_grad for x in out) and equal([x.detach() for x in out], case.expected())
+    with torch.no_grad():
+        stacked = [torch.stack([x, x.flip(-1)]) for x in case.inputs]
+        found = torch.func.vmap(lambda *x: case.module(*x, **options))(*stacked)
+        parameters = {key: 2 * value for key, value in case.module.named_parameters()}
+        doubled = torch.func.functional_call(case.module, parameters, case.inputs, options)
+    assert all(torch.allclose(x[0], y, atol=1e-4) for x, y in zip(found, case(), strict=True))
+    with torch.no_grad():
+        for parameter in case.module.parameters():
+            parameter.mul_(2)
+    assert equal(doubled, case.expected())
+
+
+@every_module
+def test_under_autocast_and_inference_mode(name):
+    case = Case(name)
+    case()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert equal(case(), case.expected())
+    with torch.inference_mode():
+        found = [case() for _ in range(2)]
+    assert all(x.is_inference() for x in found[1]) and equal(found[1], case.expected())
+
+
+def test_another_instruction_set_and_number_of_threads(instruction_set):
+    case = Case()
+    case()
+    instruction_set("portable")
+    portable = case.expected()
+    assert equal(case(), portable) and equal(case(), portable)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert equal(case(), case.expected()) and equal(case(), case.expected())
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_reference_asked_for_by_the_environment(monkeypatch):
+    case = Case("RandomShiftAttention")
+    case()
+    monkeypatch.setenv("MMATTN_IMPL", "reference")
+    assert equal(case(), case.expected()) and equal(case(), case.expected())
+
+
+@every_module
+def test_freed_memory_is_refused(name):
+    case = Case(name)
+    case()
+    layer(case.module, nn.GroupNorm).weight.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="freed or cut short"):
+        case()
+
+
+def test_many_offsets_of_an_input_end_in_the_function(replays):
+    case = Case("RandomShiftAttention")
+    wide = torch.randn(40, *case.inputs[0].permute(0, 1, 3, 4, 2).shape)
+    for at in range(40):
+        case.inputs = wide[at].permute(0, 1, 4, 2, 3), case.inputs[1]
+        assert equal(case(), case.expected())
+    assert len(max(_replay._plans.values(), key=len)) <= _replay._CALLS_OF_A_KEY
+
+
+def test_threads_replay_at_once():
+    cases = [Case(batch=batch) for batch in (1, 1, 2)]
+    for case, scale in zip(cases, (1, 2, 3), strict=True):
+        case.module = cases[0].module
+        case.inputs = tuple(scale * x for x in case.inputs)
+    expected, wrong = [case.expected() for case in cases], []
+
+    def run(at):
+        for _ in range(10):
+            if not equal(cases[at](), expected[at]):
+                wrong.append(at)
+
+    threads = [threading.Thread(target=run, args=(at,)) for at in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_lora_is_called():
+    peft = pytest.importorskip("peft")
+    case = Case("RandomShiftAttention")
+    case()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(r=3, target_modules=["video_qkv", "audio_out"], init_lora_weights=False)
+        peft.inject_adapter_in_model(config, case.module)
+    assert equal(case(), case.expected()) and equal(case(), case.expected())
+
+
+def test_one_tensor_as_both_streams():
+    """torch's guards refuse to hold it twice."""
+    block = fill(RandomShiftAttention(64, num_heads=2, window=2))
+    frames = torch.randn(1, 4, 1, 1, 64)
+    audio = frames.view(1, 4, 64)
+    with torch.no_grad():
+        found = [block(frames.permute(0, 1, 4, 2, 3), audio.transpose(1, 2), shift=0) for _ in range(2)]
+        expected = block(frames.permute(0, 1, 4, 2, 3), audio.clone().transpose(1, 2), shift=0)
+    assert equal(found[0], found[1]) and equal(found[0], expected)
+
+
+def test_compiled_in_one_graph(fresh_dynamo):
+    case = Case("RandomShiftAttention")
+    expected = case()
+    case.module = torch.compile(case.module, fullgraph=True, backend="eager")
+    assert equal(case(), expected)
