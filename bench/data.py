@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import os
 import pathlib
 import statistics
 import tempfile
@@ -34,20 +35,21 @@ class TorchcodecClips(Dataset[Item]):
 
     def __init__(self, clips: ClipDataset) -> None:
         self._clips = clips
-        self._decoders: dict[str, Any] = {}
+        self._decoders: dict[tuple[int, str], Any] = {}
 
     def __len__(self) -> int:
         return len(self._clips)
 
     def __getitem__(self, i: int) -> Item:
         name, frame = self._clips.place(i)
-        if name not in self._decoders:
+        key = os.getpid(), name  # a worker that is forked shares open files' positions with its parent
+        if key not in self._decoders:
             from torchcodec.decoders import AudioDecoder, VideoDecoder
 
             path = str(self._clips.folder / name)
             video = VideoDecoder(path, num_ffmpeg_threads=1)
-            self._decoders[name] = video, AudioDecoder(path, sample_rate=FORMAT.sample_rate, num_channels=1)
-        video, audio = self._decoders[name]
+            self._decoders[key] = video, AudioDecoder(path, sample_rate=FORMAT.sample_rate, num_channels=1)
+        video, audio = self._decoders[key]
         start = frame / FORMAT.frame_rate
         # It refuses times outside of the stream, which need not begin at 0, nor with the sound.
         first, last = video.metadata.begin_stream_seconds, video.metadata.end_stream_seconds - 1e-3
