@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from mmattn import _checks, dispatch
 from mmattn._layers import is_plain
 from mmattn._library import can_skip_dispatcher, is_autocast
-from mmattn_kernels import cpu
-from mmattn_kernels.cpu.plan import Plan, Recorder, is_recording
 
 LARGEST = 1 << 20  # bytes of a part's first tensor: of larger ones, the kernels take ten times as long as all else
 _KEYS, _CALLS_OF_A_KEY = 1024, 8
@@ -44,6 +42,8 @@ def replayed(
     if found is None:
         return part(owner, *inputs, *options)
     settings, given = found
+    from mmattn_kernels import cpu
+
     machine = cpu.extension().instruction_set(), torch.get_num_threads(), dispatch.requested("auto")
     key = part, type(owner), options, *map(type, options), settings, machine, len(given), inputs[0].shape
     calls = _plans.get(key)
@@ -66,7 +66,7 @@ def replayed(
 
 def is_worth_it(x: Any) -> bool:
     """Whether the extension can be called directly, and it takes little time."""
-    return (
+    return bool(
         not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and type(x) is Tensor
@@ -75,7 +75,7 @@ def is_worth_it(x: Any) -> bool:
         and can_skip_dispatcher(known=True)
         and not torch._C._len_torch_function_stack()
         and not is_autocast("cpu")
-        and cpu.missing() is None
+        and dispatch.support("dilated_conv1d", "cpu", "cpu", x.dtype)
     )
 
 
@@ -107,6 +107,8 @@ def _read(layers: Sequence[nn.Module | None], inputs: Sequence[Tensor]) -> tuple
 
 def _record(calls: list[Any], guard: Any, tensors: list[Tensor], call: Callable[[], Any]) -> Any:
     """call(), noted."""
+    from mmattn_kernels.cpu.plan import Plan, Recorder, is_recording
+
     if is_recording():
         return call()
     with Recorder() as recorder:
