@@ -107,8 +107,8 @@ def spatial_conv2d(
     takes its statistics over all frames. Stacked frames [B*F, height*width, C] have statistics of their own.
 
     On a CPU without AMX, of 256 positions or more and 32 channels or more, in float32 (and in bfloat16 without AVX-512
-    BF16), 2x2 outputs are made of their 4x4 inputs together (Winograd's F(2x2, 3x3), arXiv 1509.09308). Errors are those
-    of a sum over the taps or smaller, but go by the largest of those 4x4, and a NaN or an infinity reaches all four.
+    BF16), 2x2 outputs are made of their 4x4 inputs together (Winograd's F(2x2, 3x3), arXiv 1509.09308). Errors are
+    those of a sum over the taps or smaller, but go by the largest of the 4x4, and a NaN or infinity reaches all four.
 
     Args:
         x: [B, F*height*width, Cin], frames outermost and columns innermost, any strides as long as Cin is contiguous.

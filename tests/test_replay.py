@@ -407,3 +407,14 @@ def test_compiled_in_one_graph(fresh_dynamo):
     expected = case()
     case.module = torch.compile(case.module, fullgraph=True, backend="eager")
     assert equal(case(), expected)
+
+
+def test_a_method_patched_on_a_block_is_called(replays):
+    block = fill(SelfAttention(32, num_heads=2)).eval()
+    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        block(x), block(x)
+        assert replays
+        replays.clear()
+        block._attend = lambda qkv, segments, num_heads: torch.zeros_like(qkv[..., :32])
+        assert torch.equal(block(x), x + block.out.bias) and not replays

@@ -257,8 +257,8 @@ GroupNorm group_norm(const TokensArgs& x, const NormArgs& args, int64_t batch, i
   return p;
 }
 
-GroupNorm group_norm_call(const TokensArgs& x, const TokensArgs& out, const NormArgs& args, int64_t batch, int64_t length,
-                          int64_t channels, bool is_bf16, int threads) {
+GroupNorm group_norm_call(const TokensArgs& x, const TokensArgs& out, const NormArgs& args, int64_t batch,
+                          int64_t length, int64_t channels, bool is_bf16, int threads) {
   GroupNorm p = group_norm(x, args, batch, length, channels, is_bf16, threads);
   p.out = tokens(out);
   return p;
