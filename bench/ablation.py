@@ -159,6 +159,11 @@ def grouped(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return {name: found for name in VARIANTS if (found := [row for row in rows if row["variant"] == name])}
 
 
+def shown(rows: list[dict[str, Any]]) -> list[str]:
+    """The figures that some row has."""
+    return [name for name in FIGURES if any(name in row for row in rows)]
+
+
 def cell(figure: tuple[float, float] | None, form: str) -> str:
     if figure is None:
         return ""
@@ -168,9 +173,11 @@ def cell(figure: tuple[float, float] | None, form: str) -> str:
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Markdown: a line for each variant, then one for each way to sample one stream from the other."""
-    lines = [f"| variant | seeds | {' | '.join(FIGURES.values())} |", f"|---|--:|{'--:|' * len(FIGURES)}"]
+    measured = shown(rows)
+    titles = [FIGURES[name] for name in measured]
+    lines = [f"| variant | seeds | {' | '.join(titles)} |", f"|---|--:|{'--:|' * len(measured)}"]
     for name, found in grouped(rows).items():
-        forms = {figure: ".5f" if figure in STREAMS else ".1%" for figure in FIGURES}
+        forms = {figure: ".5f" if figure in STREAMS else ".1%" for figure in measured}
         cells = [cell(spread(found, figure), form) for figure, form in forms.items()]
         lines.append(f"| {name} | {len(found)} | {' | '.join(cells)} |")
     base = [row for row in rows if row["variant"] == BASE]
@@ -186,7 +193,7 @@ def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = [name for name in FIGURES if any(name in row for row in rows)]
+    names = shown(rows)
     variants = list(grouped(rows))
     figure = Figure(figsize=(2 + 2.8 * len(names), 1.2 + 0.35 * len(variants)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -195,10 +202,10 @@ def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     all_axes[0].set_ylim(len(variants) - 0.5, -0.5)
     for name, axes in zip(names, all_axes, strict=True):
         for at, found in enumerate(grouped(rows).values()):
-            shown = spread(found, name)
-            if shown:
-                error = 0.0 if shown[1] != shown[1] else shown[1]
-                axes.errorbar(shown[0], at, xerr=error, fmt="o", capsize=3, color="#0072B2")
+            figures = spread(found, name)
+            if figures:
+                error = 0.0 if figures[1] != figures[1] else figures[1]
+                axes.errorbar(figures[0], at, xerr=error, fmt="o", capsize=3, color="#0072B2")
         axes.set_title(FIGURES[name], size=9)
         axes.grid(alpha=0.3, axis="x")
     with whole_file(path) as part:
@@ -219,8 +226,14 @@ def block(header: dict[str, Any], rows: list[dict[str, Any]], picture: str) -> s
         f"- Preset small with {json.dumps(header['config'])} in place of its own.",
         "- Losses are means of the last quarter of the steps, of clips not seen before, the same for all variants of a "
         "seed. After ± is the standard deviation over the seeds, where there are several.",
-        f"- Shares of bounces and onsets are of {header['clips']} clips of {header['sampling_steps']} steps, from the "
-        "averaged parameters.",
+        *(
+            [
+                f"- Shares of bounces and onsets are of {header['clips']} clips of {header['sampling_steps']} steps, "
+                "from the averaged parameters."
+            ]
+            if header["clips"]
+            else []
+        ),
         f"- {report.describe(header)}. `{header['command']}`",
     ]
     return "\n".join(said) + "\n"
