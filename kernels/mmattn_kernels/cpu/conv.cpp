@@ -20,12 +20,10 @@
 namespace mmattn::MMATTN_ISA {
 namespace {
 
-constexpr int64_t kPanel = kTileVecs * kLanes;
-
 // Weights are fp32 panels [panel of out channels][tap][in channel][kPanel].
 class FmaWeights {
  public:
-  static int64_t panels(int64_t out_channels) { return (out_channels + kPanel - 1) / kPanel; }
+  static int64_t panels(int64_t out_channels) { return panels_of(out_channels); }
   static int64_t packed_bytes(int64_t out_channels, int64_t in_channels, int64_t taps) {
     return panels(out_channels) * kPanel * taps * in_channels * sizeof(float);
   }
@@ -115,7 +113,7 @@ class FmaConv : public FmaWeights {
       const int64_t end = std::min(p.in_channels, c + depth);
       fill_rows<T>(p, block, coefficients, c, end, buffer, stride);
       for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-        const int64_t vecs = std::min<int64_t>(kTileVecs, (p.out_channels - panel * kPanel + kLanes - 1) / kLanes);
+        const int64_t vecs = vecs_of_panel(p.out_channels, panel);
         for (int64_t j = 0; j < block.taps; ++j) {
           const int64_t k = j == 0 ? middle : j <= middle ? j - 1 : j;  // the middle one first: it has every row
           const auto [lo, hi] = k == middle ? std::pair<int64_t, int64_t>{0, block.rows} : block.readers(k);

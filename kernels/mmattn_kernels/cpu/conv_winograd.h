@@ -48,7 +48,7 @@ class WinogradConv {
  public:
   // Where the saved products outweigh the transforms, those of the weights above all.
   static bool is_faster(const Conv& p) {
-    constexpr int64_t kPositions = 64, kChannels = 32;
+    constexpr int64_t kPositions = 256, kChannels = 32;
     return p.width > 1 && p.height > 1 && p.length % (p.height * p.width) == 0 && p.length >= kPositions &&
            p.in_channels >= kChannels && p.out_channels >= kChannels;
   }
@@ -56,7 +56,7 @@ class WinogradConv {
   // `packed` are the weights as FmaConv has them: panels [panel of out channels][tap][in channel][kPanel].
   static void forward(const Conv& p, const float* packed, const Coefficients& coefficients) {
     const Plan plan(p);
-    const int64_t panels = panels_of(p), splits = plan.splits;
+    const int64_t panels = panels_of(p.out_channels), splits = plan.splits;
     const Buffer weights(panels * kPoints * p.in_channels * kPanel);
     int64_t pixels = 0;
     for (const TileBlock& b : plan.blocks) pixels = std::max(pixels, b.pixels());
@@ -80,7 +80,7 @@ class WinogradConv {
 
   static void tell(const Conv& p, const Work& work) {
     tell_prepare(p.norm, p.batch, p.length, p.in_channels, p.threads, work);
-    const int64_t panels = panels_of(p);
+    const int64_t panels = panels_of(p.out_channels);
     if (!p.packed) tell_packing(p, panels, kPanel, work);
     for (int64_t i = 0; i < panels * p.in_channels; ++i) work.fixed("weights", 0, kPoints * kPanel / kOfNumber);
     const Plan plan(p);
@@ -92,9 +92,8 @@ class WinogradConv {
   }
 
  private:
-  static constexpr int64_t kPanel = kTileVecs * kLanes, kTiles = 128, kFewestTiles = 8,
-                           kStrip = 8;      // of a block, its lines
-  static constexpr int64_t kChannels = 64;  // whose prepared pixels are there at a time
+  static constexpr int64_t kTiles = 64, kFewestTiles = 8, kStrip = 8;  // of a block, and the most lines of them
+  static constexpr int64_t kChannels = 64;                             // whose prepared pixels are there at a time
 
   const Conv& p_;
   const float *weights_, *bias_;  // weights as [panel][point][in channel][kPanel]
@@ -111,7 +110,6 @@ class WinogradConv {
         inputs_(kPoints * kTiles * stride_),
         per_thread_(round_up(pixels_ + inputs_ + kPoints * kTiles * kPanel, 16)) {}
 
-  static int64_t panels_of(const Conv& p) { return (p.out_channels + kPanel - 1) / kPanel; }
   static double products_of(const Conv& p, const TileBlock& block, int64_t columns) {
     return static_cast<double>(kPoints) * block.tiles() * p.in_channels * columns;
   }
@@ -132,7 +130,7 @@ class WinogradConv {
       if (count() >= 4 * p.threads) return;
       double least = time(p);
       for (int64_t tiles = kTiles; tiles >= kFewestTiles; tiles /= 2)
-        for (Plan other(cut(p, tiles)); other.splits <= panels_of(p); ++other.splits)
+        for (Plan other(cut(p, tiles)); other.splits <= panels_of(p.out_channels); ++other.splits)
           if (const double found = other.time(p); found < least)
             least = found, blocks = other.blocks, splits = other.splits;
     }
@@ -142,7 +140,7 @@ class WinogradConv {
 
     // Of the threads, at most, in multiply-adds.
     double time(const Conv& p) const {
-      const int64_t columns = (panels_of(p) + splits - 1) / splits * kPanel;
+      const int64_t columns = (panels_of(p.out_channels) + splits - 1) / splits * kPanel;
       double most = 0;
       for (const TileBlock& block : blocks)
         most = std::max(most, products_of(p, block, columns) + kOfNumber * numbers_of(p, block, columns));
@@ -197,7 +195,7 @@ class WinogradConv {
     }
     const int64_t tiles = block.tiles();
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-      const int64_t vecs = std::min<int64_t>(kTileVecs, (p_.out_channels - panel * kPanel + kLanes - 1) / kLanes);
+      const int64_t vecs = vecs_of_panel(p_.out_channels, panel);
       for (int64_t i = 0; i < kPoints; ++i)
         gemm<Init::zero>({tiles,
                           vecs,

@@ -17,6 +17,16 @@ constexpr int kTileRows = 6, kTileVecs = 4;  // 24 accumulators, 4 of B and a br
 constexpr int kTileRows = 6, kTileVecs = 2;  // 12 accumulators, 2 of B and a broadcast in 16 registers
 #endif
 
+// Columns of a register tile, as which the other operand of a convolution is packed: a panel of out channels.
+constexpr int64_t kPanel = kTileVecs * kLanes;
+inline int64_t panels_of(int64_t columns) {
+  return (columns + kPanel - 1) / kPanel;
+}
+// Of the columns that a panel has, of so many in all.
+inline int64_t vecs_of_panel(int64_t columns, int64_t panel) {
+  return std::min<int64_t>(kTileVecs, (columns - panel * kPanel + kLanes - 1) / kLanes);
+}
+
 enum class Init { zero, add, rescale };  // C starts at 0, at C, at row_factor[m] * C
 
 struct Gemm {
