@@ -226,16 +226,13 @@ def block(header: dict[str, Any], rows: list[dict[str, Any]], picture: str) -> s
         f"- Preset small with {json.dumps(header['config'])} in place of its own.",
         "- Losses are means of the last quarter of the steps, of clips not seen before, the same for all variants of a "
         "seed. After ± is the standard deviation over the seeds, where there are several.",
-        *(
-            [
-                f"- Shares of bounces and onsets are of {header['clips']} clips of {header['sampling_steps']} steps, "
-                "from the averaged parameters."
-            ]
-            if header["clips"]
-            else []
-        ),
-        f"- {report.describe(header)}. `{header['command']}`",
     ]
+    if header["clips"]:
+        said.append(
+            f"- Shares of bounces and onsets are of {header['clips']} clips of {header['sampling_steps']} steps, from "
+            "the averaged parameters."
+        )
+    said.append(f"- {report.describe(header)}. `{header['command']}`")
     return "\n".join(said) + "\n"
 
 

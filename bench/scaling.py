@@ -9,6 +9,7 @@ largest sizes that have a figure. Needs neither torch nor a benchmark, only the 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -54,9 +55,7 @@ def slope(points: list[tuple[int, float]]) -> float | None:
     """Of the least-squares line through the logarithms."""
     if len(points) < 2:
         return None
-    xs, ys = ([math.log(point[i]) for point in points] for i in (0, 1))
-    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
-    return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
+    return statistics.linear_regression(*([math.log(point[i]) for point in points] for i in (0, 1))).slope
 
 
 def sweeps(header: dict[str, Any], rows: list[Row]) -> Iterator[Sweep]:

@@ -11,6 +11,7 @@ one of torch's own guards and the size of each storage, and `is_known` says in s
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from operator import mul
@@ -47,15 +48,12 @@ def is_known(key: tuple[Any, ...], tensors: Sequence[Any]) -> bool:
         calls = _known.get((key, len(tensors), tensors[0].shape), ())
     except (AttributeError, TypeError):
         return False
-    for check, storages in calls:
-        if check(*tensors) and [*map(_offset, tensors), *map(_nbytes, map(_storage, tensors))] == storages:
-            return True
-    return False
+    return any(map(is_like, itertools.repeat(tensors), calls))
 
 
 def remember(key: tuple[Any, ...], tensors: Sequence[Any]) -> None:
     """Make a call known that its checks have found right, if its tensors are plain."""
-    if torch.compiler.is_compiling() or (found := guard(tensors)) is None:
+    if torch.compiler.is_compiling() or (found := guard_of(tensors)) is None:
         return
     if len(_known) >= _KEYS:
         _known.clear()
@@ -65,7 +63,7 @@ def remember(key: tuple[Any, ...], tensors: Sequence[Any]) -> None:
     calls.append(found)
 
 
-def guard(tensors: Sequence[Any]) -> Guard | None:
+def guard_of(tensors: Sequence[Any]) -> Guard | None:
     """What `is_like` compares with; None if not all are plain and different, or torch has no guards."""
     if len(set(map(id, tensors))) < len(tensors) or not all(type(t) in PLAIN_TYPES and is_plain(t) for t in tensors):
         return None

@@ -40,7 +40,7 @@ def replayed(
         options: that are equal where they are the same, and have a hash.
     """
     found = _read(layers, inputs) if is_worth_it(inputs[0]) else None
-    if found is None or not owner_is_plain(owner):
+    if found is None or not _owner_is_plain(owner):
         return part(owner, *inputs, *options)
     settings, given = found
     from mmattn_kernels import cpu
@@ -59,7 +59,7 @@ def replayed(
                 break
             return results[0] if len(results) == 1 else tuple(results)
     else:
-        new = _checks.guard(given) if len(calls) < _CALLS_OF_A_KEY else None
+        new = _checks.guard_of(given) if len(calls) < _CALLS_OF_A_KEY else None
         if new is not None:
             return _record(calls, new, given, lambda: part(owner, *inputs, *options))
     return part(owner, *inputs, *options)
@@ -80,7 +80,7 @@ def is_worth_it(x: Any) -> bool:
     )
 
 
-def owner_is_plain(owner: Any) -> bool:
+def _owner_is_plain(owner: Any) -> bool:
     """Whether no attribute of a module stands in the place of one of its class, as a patched method does."""
     kind: Any = type(owner)
     return not isinstance(owner, nn.Module) or _names(kind).isdisjoint(owner.__dict__)
