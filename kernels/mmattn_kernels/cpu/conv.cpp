@@ -4,7 +4,7 @@
 // y the prologue of x, zero outside the sequence. A block of output rows prepares the rows of y that its taps read
 // once, in a buffer of its thread, and every tap is a matrix product on that buffer (conv_plan.h). The gradient of y is
 // the same convolution with taps and channels swapped; that of the weight is, for each tap, the product of the
-// transposed output gradients with the same buffer. On vectors the 3 x 3 convolution of frames has fewer products
+// transposed output gradients with the same buffer. On vectors three taps along an axis have fewer products
 // (conv_winograd.h).
 #include "conv.h"
 
@@ -81,7 +81,8 @@ class FmaConv : public FmaWeights {
     const Buffer packed(p.packed ? 0 : FmaWeights::packed_bytes(p.out_channels, p.in_channels, p.taps) / 4);
     if (!p.packed) FmaWeights::pack(p.weights, packed.data());
     const float* weights = p.packed ? static_cast<const float*>(p.packed) : packed.data();
-    if (WinogradConv<T>::is_faster(p)) return WinogradConv<T>::forward(p, weights, coefficients);
+    if (WinogradConv<T, true>::is_faster(p)) return WinogradConv<T, true>::forward(p, weights, coefficients);
+    if (WinogradConv<T, false>::is_faster(p)) return WinogradConv<T, false>::forward(p, weights, coefficients);
     const Tasks tasks = tasks_of<FmaConv>(p);
     const int64_t panels = FmaWeights::panels(p.out_channels), splits = tasks.splits;
     const Extent extent(tasks.blocks);
@@ -389,8 +390,10 @@ void sums_of_columns(const Tokens& t, int64_t batch, int64_t length, int64_t cha
 
 template <class T>
 void tell_forward_of(const Conv& p, const Work& work) {
-  if constexpr (std::is_same_v<ConvOf<T>, FmaConv<T>>)
-    if (WinogradConv<T>::is_faster(p)) return WinogradConv<T>::tell(p, work);
+  if constexpr (std::is_same_v<ConvOf<T>, FmaConv<T>>) {
+    if (WinogradConv<T, true>::is_faster(p)) return WinogradConv<T, true>::tell(p, work);
+    if (WinogradConv<T, false>::is_faster(p)) return WinogradConv<T, false>::tell(p, work);
+  }
   tell_forward<ConvOf<T>>(p, work);
 }
 
