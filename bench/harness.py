@@ -418,14 +418,21 @@ def measure_ceilings(device: str, dtypes: Iterable[str], sample: Callable[[Call]
     on_cuda = device == "cuda"
     matmul = {}
     for dtype in dtypes:
-        n = 8192 if on_cuda else 2048
-        a, b = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(2))
-        out = torch.empty_like(a)
-        matmul[dtype] = 2e-6 * n**3 / _best_ms(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), sample)
+        n, most = (8192, 8192) if on_cuda else (256, 2048)
+        # A CPU without bfloat16 takes minutes for a large product of them, a number at a time.
+        while (best := _best_ms(_product(n, dtype, device), sample)) < 100 and n < most:
+            n *= 2
+        matmul[dtype] = 2e-6 * n**3 / best
     source = torch.ones(1 << (30 if on_cuda else 27), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     copy = 2e-6 * source.numel() / _best_ms(lambda: target.copy_(source), sample)
     return {"matmul_gflop_per_s": matmul, "copy_gbyte_per_s": copy}
+
+
+def _product(n: int, dtype: str, device: str) -> Call:
+    a, b = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=out)
 
 
 def _best_ms(call: Call, sample: Callable[[Call], float]) -> float:

@@ -55,7 +55,7 @@ def dilated_conv1d(
     see `mmattn.group_norm`. Over video tokens [B, F*P, C], frames outermost, dilation P makes it the convolution over
     the frames; K = 1 makes it a projection.
 
-    On a CPU without AMX, K = 3 and 32 channels or more have half the products where four outputs, a dilation apart, are
+    On a CPU without AMX, K = 3 and 96 channels or more have half the products where four outputs, a dilation apart, are
     made of their six inputs together (Winograd's F(4, 3), as in `spatial_conv2d`): a NaN or infinity reaches all four.
 
     Args:
@@ -109,10 +109,10 @@ def spatial_conv2d(
     The nine taps of a 3x3 kernel, on the prologue of `dilated_conv1d` and with its bias and residual; the normalisation
     takes its statistics over all frames. Stacked frames [B*F, height*width, C] have statistics of their own.
 
-    On a CPU without AMX, of 32 channels or more, in float32 (and in bfloat16 without AVX-512 BF16), 4x4 outputs are made
-    of their 6x6 inputs together, with a quarter of the products (Winograd's F(4x4, 3x3), arXiv 1509.09308). Errors are
-    within twice those of a sum over the taps, but go by the largest of the 6x6, and a NaN or infinity reaches all
-    sixteen.
+    On a CPU without AMX, in float32 (and in bfloat16 without AVX-512 BF16), 4x4 outputs of 96 channels or more are made
+    of their 6x6 inputs together, with a quarter of the products, and 2x2 outputs of 32 channels or more of their 4x4
+    inputs, with 16 for 36 (Winograd's F(4x4, 3x3) and F(2x2, 3x3), arXiv 1509.09308). Errors are within twice those of
+    a sum over the taps, but go by the largest of the inputs, and a NaN or infinity reaches all of the outputs.
 
     Args:
         x: [B, F*height*width, Cin], frames outermost and columns innermost, any strides as long as Cin is contiguous.

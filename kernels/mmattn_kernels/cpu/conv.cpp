@@ -81,8 +81,9 @@ class FmaConv : public FmaWeights {
     const Buffer packed(p.packed ? 0 : FmaWeights::packed_bytes(p.out_channels, p.in_channels, p.taps) / 4);
     if (!p.packed) FmaWeights::pack(p.weights, packed.data());
     const float* weights = p.packed ? static_cast<const float*>(p.packed) : packed.data();
-    if (WinogradConv<T, true>::is_faster(p)) return WinogradConv<T, true>::forward(p, weights, coefficients);
-    if (WinogradConv<T, false>::is_faster(p)) return WinogradConv<T, false>::forward(p, weights, coefficients);
+    if (WinogradConv<T, true, 4>::is_faster(p)) return WinogradConv<T, true, 4>::forward(p, weights, coefficients);
+    if (WinogradConv<T, true, 2>::is_faster(p)) return WinogradConv<T, true, 2>::forward(p, weights, coefficients);
+    if (WinogradConv<T, false, 4>::is_faster(p)) return WinogradConv<T, false, 4>::forward(p, weights, coefficients);
     const Tasks tasks = tasks_of<FmaConv>(p);
     const int64_t panels = FmaWeights::panels(p.out_channels), splits = tasks.splits;
     const Extent extent(tasks.blocks);
@@ -391,8 +392,9 @@ void sums_of_columns(const Tokens& t, int64_t batch, int64_t length, int64_t cha
 template <class T>
 void tell_forward_of(const Conv& p, const Work& work) {
   if constexpr (std::is_same_v<ConvOf<T>, FmaConv<T>>) {
-    if (WinogradConv<T, true>::is_faster(p)) return WinogradConv<T, true>::tell(p, work);
-    if (WinogradConv<T, false>::is_faster(p)) return WinogradConv<T, false>::tell(p, work);
+    if (WinogradConv<T, true, 4>::is_faster(p)) return WinogradConv<T, true, 4>::tell(p, work);
+    if (WinogradConv<T, true, 2>::is_faster(p)) return WinogradConv<T, true, 2>::tell(p, work);
+    if (WinogradConv<T, false, 4>::is_faster(p)) return WinogradConv<T, false, 4>::tell(p, work);
   }
   tell_forward<ConvOf<T>>(p, work);
 }

@@ -3,7 +3,8 @@
 // F(4, 3); Lavin and Gray, arXiv 1509.09308). Of 6 inputs d, 3 weights g and 4 outputs along an axis:
 //   out = A^T [(G g) . (B^T d)],   the products summed over the in channels as 6 matrix products;
 // in frames along both, 36 products for the 144 of 4 x 4 outputs. The polynomials behind it are evaluated at 0, +-3/4,
-// +-3/2 and infinity: all of A and B is exact in fp32, and errors are half of those of the usual 0, +-1, +-2.
+// +-3/2 and infinity: all of A and B is exact in fp32, and errors are half of those of the usual 0, +-1, +-2. Frames of
+// few channels have F(2, 3), at 0, +-1 and infinity, with 16 products for 36 and cheaper transforms.
 //
 // The tiles of a group of blocks are transformed by all threads, channels shared out as well; then each thread takes
 // panels of out channels, transforms their weights for itself and multiplies: transformed weights, four times as large
@@ -16,10 +17,21 @@
 namespace mmattn::MMATTN_ISA {
 namespace {
 
-constexpr int64_t kTile = 4, kTileInputs = 6;  // outputs along an axis, and what they read
 constexpr float kPointA = 0.75f, kPointB = 1.5f;
 
-// B^T d, A^T m and G g along an axis.
+// B^T d, A^T m and G g along an axis, of two outputs and of four.
+inline void transform_input(Vec (&d)[4]) {
+  const Vec first = d[0] - d[2], last = d[1] - d[3], sum = d[1] + d[2], difference = d[2] - d[1];
+  d[0] = first, d[1] = sum, d[2] = difference, d[3] = last;
+}
+inline void transform_output(const Vec (&m)[4], Vec (&out)[2]) {
+  out[0] = m[0] + m[1] + m[2];
+  out[1] = m[1] - m[2] - m[3];
+}
+inline void transform_weight(const Vec (&g)[3], Vec (&u)[4]) {
+  const Vec even = 0.5f * (g[0] + g[2]), odd = 0.5f * g[1];
+  u[0] = g[0], u[1] = even + odd, u[2] = even - odd, u[3] = g[2];
+}
 inline void transform_input(Vec (&d)[6]) {
   constexpr float kA2 = kPointA * kPointA, kB2 = kPointB * kPointB;
   const Vec first = kA2 * kB2 * d[0] - (kA2 + kB2) * d[2] + d[4];
@@ -71,13 +83,13 @@ struct TileBlock {
   int64_t tiles() const { return frames * rows * columns; }
 };
 
-// With kFrames 3 x 3 taps in frames, else three along the sequence.
-template <class T, bool kFrames>
+// With kFrames 3 x 3 taps in frames, else three along the sequence; kTile outputs along an axis.
+template <class T, bool kFrames, int kTile>
 class WinogradConv {
  public:
   // Where the saved products outweigh the transforms, those of the weights above all.
   static bool is_faster(const Conv& p) {
-    constexpr int64_t kFewestTiles = 16, kFewestChannels = 32;
+    constexpr int64_t kFewestTiles = kTile == 4 ? 16 : 64, kFewestChannels = kTile == 4 ? 96 : 32;
     constexpr double kMostProducts = 0.8;  // of those of the sum over the taps
     if (p.taps != kTaps || (p.width > 0) != kFrames) return false;
     if (kFrames && p.length % (p.height * p.width)) return false;
@@ -136,15 +148,16 @@ class WinogradConv {
   }
 
  private:
+  static constexpr int kInputs = kTile + 2;  // that kTile outputs read along an axis
   static constexpr int64_t kTileColumns = kFrames ? kTile : 1, kTaps = kFrames ? 9 : 3;
-  static constexpr int64_t kPoints = kFrames ? kTileInputs * kTileInputs : kTileInputs;
+  static constexpr int64_t kPoints = kFrames ? kInputs * kInputs : kInputs;
   static constexpr int64_t kTiles = 64, kSmallestBlock = 4, kStrip = 8;  // of a block, and the most in a line of it
-  static constexpr int64_t kPieceTiles = kFrames ? 128 : 256;            // that are multiplied at a time
+  static constexpr int64_t kPieceTiles = 256;                            // that are multiplied at a time
   static constexpr int64_t kPanels = std::max<int64_t>(1, (kFrames ? 32 : 128) / kPanel);  // by so many
   static constexpr int64_t kDepth = 64;  // in channels of a product: sums of sums are more accurate
   static constexpr int64_t kLine = 16;   // floats of a line of the cache
   static constexpr int64_t kStride = kDepth + kLanes;
-  static constexpr int64_t kGroupBytes = 2 << 20;  // of transformed inputs for each thread
+  static constexpr int64_t kGroupBytes = 4 << 20;  // of transformed inputs for each thread
 
   const Conv& p_;
   const Grid grid_;
@@ -156,7 +169,7 @@ class WinogradConv {
   static int64_t tile_rows(const Grid& g) { return (g.height + kTile - 1) / kTile; }
   static int64_t tile_columns(const Grid& g) { return (g.width + kTileColumns - 1) / kTileColumns; }
   static int64_t count_tiles(const Grid& g) { return g.frames * tile_rows(g) * tile_columns(g); }
-  static int64_t chunks(const Conv& p) { return std::max<int64_t>(2, (p.in_channels + kDepth - 1) / kDepth); }
+  static int64_t chunks(const Conv& p) { return (p.in_channels + kDepth - 1) / kDepth; }
   static int64_t depth(const Conv& p) { return round_up((p.in_channels + chunks(p) - 1) / chunks(p), kLanes); }
   // The lines and columns of pixels that the tiles of a block read.
   static int64_t lines(const TileBlock& b) { return kTile * b.rows + 2; }
@@ -323,26 +336,26 @@ class WinogradConv {
   }
 
   static void transform_input_of_tile(const float* from, int64_t pitch, float* to, int64_t point) {
-    Vec d[6];
+    Vec d[kInputs];
     if constexpr (!kFrames) {
 #pragma GCC unroll 6
-      for (int y = 0; y < 6; ++y) d[y] = load(from + y * pitch);
+      for (int y = 0; y < kInputs; ++y) d[y] = load(from + y * pitch);
       transform_input(d);
 #pragma GCC unroll 6
-      for (int y = 0; y < 6; ++y) store(to + y * point, d[y]);
+      for (int y = 0; y < kInputs; ++y) store(to + y * point, d[y]);
     } else {
-      Vec columns[6][6];
-      for (int x = 0; x < 6; ++x) {
+      Vec lines[kInputs][kInputs];
+      for (int x = 0; x < kInputs; ++x) {
 #pragma GCC unroll 6
-        for (int y = 0; y < 6; ++y) d[y] = load(from + y * pitch + x * kDepth);
+        for (int y = 0; y < kInputs; ++y) d[y] = load(from + y * pitch + x * kDepth);
         transform_input(d);
 #pragma GCC unroll 6
-        for (int y = 0; y < 6; ++y) columns[y][x] = d[y];
+        for (int y = 0; y < kInputs; ++y) lines[y][x] = d[y];
       }
-      for (int y = 0; y < 6; ++y) {
-        transform_input(columns[y]);
+      for (int y = 0; y < kInputs; ++y) {
+        transform_input(lines[y]);
 #pragma GCC unroll 6
-        for (int x = 0; x < 6; ++x) store(to + (6 * y + x) * point, columns[y][x]);
+        for (int x = 0; x < kInputs; ++x) store(to + (kInputs * y + x) * point, lines[y][x]);
       }
     }
   }
@@ -402,21 +415,21 @@ class WinogradConv {
     const int64_t tap = p_.in_channels * kPanel;
     for (int64_t v = 0; v < kPanel; v += kLanes) {
       if constexpr (!kFrames) {
-        Vec u[6];
+        Vec u[kInputs];
         const Vec g[3] = {load(from + v), load(from + tap + v), load(from + 2 * tap + v)};
         transform_weight(g, u);
-        for (int i = 0; i < 6; ++i) store(to + i * point + v, u[i]);
+        for (int i = 0; i < kInputs; ++i) store(to + i * point + v, u[i]);
       } else {
-        Vec lines[3][6], u[6];
+        Vec lines[3][kInputs], u[kInputs];
         for (int i = 0; i < 3; ++i) {
           const float* line = from + 3 * i * tap + v;
           const Vec g[3] = {load(line), load(line + tap), load(line + 2 * tap)};
           transform_weight(g, lines[i]);
         }
-        for (int x = 0; x < 6; ++x) {
+        for (int x = 0; x < kInputs; ++x) {
           const Vec g[3] = {lines[0][x], lines[1][x], lines[2][x]};
           transform_weight(g, u);
-          for (int y = 0; y < 6; ++y) store(to + (6 * y + x) * point + v, u[y]);
+          for (int y = 0; y < kInputs; ++y) store(to + (kInputs * y + x) * point + v, u[y]);
         }
       }
     }
@@ -427,16 +440,16 @@ class WinogradConv {
     for (int64_t f = block.frame; f < block.frame + block.frames; ++f)
       for (int64_t i = block.row; i < block.row + block.rows; ++i)
         for (int64_t j = block.column; j < block.column + block.columns; ++j, products += kPanel) {
-          Vec lines[4][kFrames ? 6 : 1];
-          for (int x = 0; x < (kFrames ? 6 : 1); ++x) {
-            const auto at = [&](int y) { return load(products + (kFrames ? 6 * y + x : y) * step); };
-            const Vec m[6] = {at(0), at(1), at(2), at(3), at(4), at(5)};
-            Vec out[4];
+          Vec lines[kTile][kFrames ? kInputs : 1];
+          for (int x = 0; x < (kFrames ? kInputs : 1); ++x) {
+            Vec m[kInputs], out[kTile];
+#pragma GCC unroll 6
+            for (int y = 0; y < kInputs; ++y) m[y] = load(products + (kFrames ? kInputs * y + x : y) * step);
             transform_output(m, out);
 #pragma GCC unroll 4
-            for (int y = 0; y < 4; ++y) lines[y][x] = out[y];
+            for (int y = 0; y < kTile; ++y) lines[y][x] = out[y];
           }
-          for (int y = 0; y < 4; ++y) {
+          for (int y = 0; y < kTile; ++y) {
             Vec out[kTileColumns];
             if constexpr (kFrames)
               transform_output(lines[y], out);
