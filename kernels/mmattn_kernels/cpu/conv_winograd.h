@@ -139,8 +139,7 @@ class WinogradConv {
           work.dynamic("inputs", 0, numbers_of_inputs(blocks[i]) * std::min(depth(p), p.in_channels - c));
       for (int64_t i = 0; i < plan.pieces(); ++i) {
         const auto [panels, range] = plan.piece(i, count);
-        int64_t tiles = 0;
-        for (int64_t b = range.begin; b < range.end; ++b) tiles += blocks[b].tiles();
+        const int64_t tiles = tiles_of(blocks + range.begin, blocks + range.end);
         const int64_t columns = (panels.end - panels.begin) * kPanel;
         work.dynamic("products", products_of(p, tiles, columns), numbers_of_products(p, tiles, columns));
       }
@@ -155,6 +154,7 @@ class WinogradConv {
   static constexpr int64_t kPieceTiles = 256;                            // that are multiplied at a time
   static constexpr int64_t kPanels = std::max<int64_t>(1, (kFrames ? 32 : 128) / kPanel);  // by so many
   static constexpr int64_t kDepth = 64;  // in channels of a product: sums of sums are more accurate
+  static constexpr int64_t kAhead = 4;   // positions whose rows are asked for before they are read
   static constexpr int64_t kLine = 16;   // floats of a line of the cache
   static constexpr int64_t kStride = kDepth + kLanes;
   static constexpr int64_t kGroupBytes = 4 << 20;  // of transformed inputs for each thread
@@ -374,7 +374,7 @@ class WinogradConv {
             continue;
           }
           const T* from = row<T>(p_.x, block.batch, position);
-          if (4) prefetch(row<T>(p_.x, block.batch, std::min(position + 4, p_.length - 1)) + begin, end - begin);
+          prefetch(row<T>(p_.x, block.batch, std::min(position + kAhead, p_.length - 1)) + begin, end - begin);
           for (int64_t c = begin; c < end; c += kLanes)
             store(to + c - begin, apply<kPrologue, kDegree<T>>(load_lanes(from + c, end - c), Map(maps, c)));
         }
