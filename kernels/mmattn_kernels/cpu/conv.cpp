@@ -5,7 +5,7 @@
 // once, in a buffer of its thread, and every tap is a matrix product on that buffer (conv_plan.h). The gradient of y is
 // the same convolution with taps and channels swapped; that of the weight is, for each tap, the product of the
 // transposed output gradients with the same buffer. On vectors three taps along an axis have fewer products
-// (conv_winograd.h).
+// (conv_winograd.h), and 3 x 3 taps those of the gradient of the weight as well.
 #include "conv.h"
 
 #include <type_traits>
@@ -322,7 +322,7 @@ class WeightGradient {
 
   // The teams' sums of one out channel, added in their order, from [tap][in] to [in][tap].
   void write(int64_t o, float* sums, int64_t sums_of_all, int64_t teams, int64_t out_rows, float* own) const {
-    const int64_t channels = p_.in_channels, taps = p_.taps, n = channels * taps;
+    const int64_t channels = p_.in_channels, taps = p_.taps;
     const auto row_of = [&](int64_t k, int64_t team) {
       return sums + team * sums_of_all + (k * out_rows + o) * in_padded_;
     };
@@ -330,19 +330,7 @@ class WeightGradient {
       for (int64_t team = 1; team < teams; ++team)
         for (int64_t c = 0; c < channels; c += kLanes)
           store(row_of(k, 0) + c, load(row_of(k, 0) + c) + load(row_of(k, team) + c));
-    float* to = p_.d_weight_is_bf16 ? own : static_cast<float*>(p_.d_weight) + o * n;
-    if (taps == 3) {  // a loop the compiler turns into vectors
-      const float *a = row_of(0, 0), *b = row_of(1, 0), *d = row_of(2, 0);
-      for (int64_t c = 0; c < channels; ++c) {
-        to[c * 3] = a[c];
-        to[c * 3 + 1] = b[c];
-        to[c * 3 + 2] = d[c];
-      }
-    } else {
-      for (int64_t k = 0; k < taps; ++k)
-        for (int64_t c = 0; c < channels; ++c) to[c * taps + k] = row_of(k, 0)[c];
-    }
-    if (p_.d_weight_is_bf16) store_row(static_cast<bf16*>(p_.d_weight) + o * n, own, n, 1.0f);
+    write_weight_gradient(p_, o, row_of(0, 0), out_rows * in_padded_, own);
   }
 };
 
@@ -399,6 +387,22 @@ void tell_forward_of(const Conv& p, const Work& work) {
   tell_forward<ConvOf<T>>(p, work);
 }
 
+template <class T>
+void weight_gradient_of(const Conv& p) {
+  if constexpr (std::is_same_v<ConvOf<T>, FmaConv<T>>) {
+    if (WinogradConv<T, true, 4>::is_faster(p)) return WinogradConv<T, true, 4>::weight_gradient(p);
+  }
+  WeightGradient<T, GradientProductOf<T>>::run(p);
+}
+
+template <class T>
+void tell_weight_gradient_of(const Conv& p, const Work& work) {
+  if constexpr (std::is_same_v<ConvOf<T>, FmaConv<T>>) {
+    if (WinogradConv<T, true, 4>::is_faster(p)) return WinogradConv<T, true, 4>::tell_weight_gradient(p, work);
+  }
+  WeightGradient<T, GradientProductOf<T>>::tell(p, work);
+}
+
 void tell_sums_of_columns(const Conv& p, const Work& work) {
   const Parts parts(p.length, p.out_channels);
   tell_parts("parts", p.batch, parts, ChannelRanges(p.out_channels, 1, p.batch * parts.count, p.threads), 1, work);
@@ -418,8 +422,7 @@ void conv_forward(const Conv& p) {
   p.is_bf16 ? ConvOf<bf16>::forward(p) : ConvOf<float>::forward(p);
 }
 void conv_weight_gradient(const Conv& p) {
-  p.is_bf16 ? WeightGradient<bf16, GradientProductOf<bf16>>::run(p)
-            : WeightGradient<float, GradientProductOf<float>>::run(p);
+  p.is_bf16 ? weight_gradient_of<bf16>(p) : weight_gradient_of<float>(p);
 }
 
 void conv_work(const Conv& p, ConvLoop what, const Work& work) {
@@ -427,8 +430,7 @@ void conv_work(const Conv& p, ConvLoop what, const Work& work) {
     case ConvLoop::forward:
       return p.is_bf16 ? tell_forward_of<bf16>(p, work) : tell_forward_of<float>(p, work);
     case ConvLoop::weight_gradient:
-      return p.is_bf16 ? WeightGradient<bf16, GradientProductOf<bf16>>::tell(p, work)
-                       : WeightGradient<float, GradientProductOf<float>>::tell(p, work);
+      return p.is_bf16 ? tell_weight_gradient_of<bf16>(p, work) : tell_weight_gradient_of<float>(p, work);
     case ConvLoop::column_sums:
       return tell_sums_of_columns(p, work);
   }

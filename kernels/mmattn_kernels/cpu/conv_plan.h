@@ -167,6 +167,24 @@ const T* gradient_row(const Conv& p, const Block& block, int64_t i) {
   return position < 0 || position >= block.length ? nullptr : row<T>(p.out, block.batch, position);
 }
 
+// Of an out channel: sums [tap][in channel], the taps `tap` floats apart, to [in][tap]. `own` has memory for a row.
+inline void write_weight_gradient(const Conv& p, int64_t o, const float* sums, int64_t tap, float* own) {
+  const int64_t channels = p.in_channels, taps = p.taps, n = channels * taps;
+  float* to = p.d_weight_is_bf16 ? own : static_cast<float*>(p.d_weight) + o * n;
+  if (taps == 3) {  // a loop the compiler turns into vectors
+    const float *a = sums, *b = sums + tap, *d = sums + 2 * tap;
+    for (int64_t c = 0; c < channels; ++c) {
+      to[c * 3] = a[c];
+      to[c * 3 + 1] = b[c];
+      to[c * 3 + 2] = d[c];
+    }
+  } else {
+    for (int64_t k = 0; k < taps; ++k)
+      for (int64_t c = 0; c < channels; ++c) to[c * taps + k] = sums[k * tap + c];
+  }
+  if (p.d_weight_is_bf16) store_row(static_cast<bf16*>(p.d_weight) + o * n, own, n, 1.0f);
+}
+
 // What the blocks need at most.
 struct Extent {
   int64_t rows = 0, buffer_rows = 0;
