@@ -661,7 +661,7 @@ def test_views_of_one_weight_keep_little(instruction_set, dtype):
     with torch.no_grad():
         for i in range(0, 2048, 8):
             mmattn.dilated_conv1d(x, weight[i : i + 2048], impl="cpu")
-    kept = sum(packed.numel() for _, packed in conv._packed[weight].values())
+    kept = sum(packed.numel() for _, packed in conv._packed[weight.untyped_storage()].values())
     assert 0 < kept <= 4 * weight.nbytes + (1 << 20)
 
 
@@ -727,8 +727,23 @@ def test_a_changed_weight_keeps_one_packed_copy(packing):
         packing.check(weight)
         with torch.no_grad():
             weight.add_(0.1)
-    kept = [copies for owner, copies in conv._packed.items() if owner is weight]
-    assert len(kept) == 1 and len(kept[0]) == 1
+    assert len(conv._packed[weight.untyped_storage()]) == 1
+
+
+def test_a_weight_that_is_swapped(packing):
+    """torch swaps no tensor that has weak references, as `Module.to` does with some and if asked to."""
+    one, other = parameter(32, 32, 3), parameter(32, 32, 3)
+    packing.check(one, packed=1)
+    torch.utils.swap_tensors(one, other)
+    packing.check(one, packed=1)
+    packing.check(other, packed=0)
+    block = mmattn.DilatedConvBlock(32)
+    try:
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        block(packing.x.transpose(1, 2))
+        block.double().float().load_state_dict(mmattn.DilatedConvBlock(32).state_dict())
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
 
 
 def test_views_of_a_parameter(packing):

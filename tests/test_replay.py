@@ -3,6 +3,7 @@
 
 import threading
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -358,6 +359,43 @@ def test_many_offsets_of_an_input_end_in_the_function(replays):
         case.inputs = wide[at].permute(0, 1, 4, 2, 3), case.inputs[1]
         assert equal(case(), case.expected())
     assert len(max(_replay._plans.values(), key=len)) <= _replay._CALLS_OF_A_KEY
+
+
+@pytest.mark.parametrize("change", ("a strided bias", "a strided weight"))
+def test_temporary_copies_are_not_taken_for_what_is_written_to_their_memory(change, monkeypatch, replays):
+    """They live until the plan is made, which finds that it lacks them."""
+    from mmattn_kernels.cpu import conv
+    from mmattn_kernels.cpu.plan import Plan
+
+    copies, alive = [], []
+    readable, pack, make = conv.readable, conv._pack, Plan.__init__
+
+    def watched(function):
+        def call(*tensors):
+            found = function(*tensors)
+            made = [found] if isinstance(found, torch.Tensor) else [x for x in found if not any(x is t for t in tensors)]
+            copies.extend(map(weakref.ref, made))
+            return found
+
+        return call
+
+    def planned(*arguments):
+        alive.append(all(copy() is not None for copy in copies))
+        make(*arguments)
+
+    monkeypatch.setattr(_replay, "_plans", {})
+    monkeypatch.setattr(conv, "readable", watched(readable))
+    monkeypatch.setattr(conv, "_pack", watched(pack))
+    monkeypatch.setattr(Plan, "__init__", planned)
+    case = Case("RandomShiftAttention")
+    layer = case.module.video_qkv
+    if change == "a strided bias":
+        layer.bias = nn.Parameter(layer.bias.data.repeat_interleave(2)[::2])
+    else:
+        layer.weight = nn.Parameter(layer.weight.data.repeat_interleave(2, 1)[:, ::2])
+    first = case()
+    assert copies and alive and all(alive)
+    assert equal(case(), first) and not any(replays[-1:])
 
 
 def test_threads_replay_at_once():

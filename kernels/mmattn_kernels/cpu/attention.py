@@ -28,7 +28,7 @@ def forward(directions: Sequence[Direction], windows: Windows, scale: float) -> 
     lse = [_empty_lse(q) for q, _, _ in directions]
     tensors = [(*direction, o) for direction, o in zip(directions, out, strict=True)]
     arguments = _run(extension().attention_forward, tensors, lse, (None,) * len(lse), windows, scale)
-    note("attention_forward", arguments, *out, *lse)
+    note("attention_forward", arguments, read=[t for of in directions for t in of], written=[*out, *lse])
     return out, lse
 
 

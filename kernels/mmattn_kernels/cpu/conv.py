@@ -13,17 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, get_num_threads
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary
 
 from mmattn_kernels import Question, Support
 from mmattn_kernels.cpu import extension
 from mmattn_kernels.cpu.norm import norm_arguments, parameter, readable, tokens
 from mmattn_kernels.cpu.plan import note, note_weight
 
-# Packed copies of weights, dropped with the weights: owner of the memory -> view and packing -> (hash, packed), the
-# one used last at the end. All those of one owner take at most so many times its bytes, and some for small weights,
-# whose packing is padded: the packing in both dtypes, and views of the weight, need 2 to 4.
-_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# Packed copies of weights, dropped with the weights: storage -> view and packing -> (hash, packed), the one used last
+# at the end. All those of one storage take at most so many times its bytes, and some for small weights, whose packing
+# is padded: the packing in both dtypes, and views of the weight, need 2 to 4. By storage, because torch swaps no tensor
+# that has weak references (torch.utils.swap_tensors).
+_packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _COPIES, _SPARE_BYTES = 4, 1 << 20
 
 
@@ -58,7 +59,7 @@ def forward(
         out = x.new_empty((batch, length, out_channels))
     stats = x.new_empty((batch, groups, 3), dtype=torch.float32)
     if batch:
-        norm_weight, norm_bias, scale, shift, bias = readable(norm_weight, norm_bias, scale, shift, bias)
+        *affine, bias = readable(norm_weight, norm_bias, scale, shift, bias)
         packed = _packed_weight(weight, is_bf16)
         sizes = batch, length, in_channels, out_channels, taps, dilation, int(height), int(width)
         arguments = (
@@ -67,11 +68,11 @@ def forward(
             tokens(residual),
             packed.data_ptr(),
             parameter(bias),
-            norm_arguments((norm_weight, norm_bias, scale, shift), stats, groups, silu, eps),
+            norm_arguments(affine, stats, groups, silu, eps),
             (*sizes, is_bf16, get_num_threads()),
         )
         extension().conv_forward(*arguments)
-        note("conv_forward", arguments, out, stats)
+        note("conv_forward", arguments, read=(x, residual, packed, bias, *affine), written=(out, stats))
     return out, stats
 
 
@@ -126,10 +127,10 @@ def _packed_weight(weight: Tensor, is_bf16: bool) -> Tensor:
     """
     if not (weight.is_contiguous() or _is_dense(weight)):
         return _pack(weight, is_bf16)
-    owner = weight if weight._base is None else weight._base
-    copies = _packed.get(owner)
+    storage = weight.untyped_storage()
+    copies = _packed.get(storage)
     if copies is None:
-        copies = _packed.setdefault(owner, OrderedDict())
+        copies = _packed.setdefault(storage, OrderedDict())
     key = weight.storage_offset(), weight.shape, weight.stride(), weight.dtype, is_bf16, extension().instruction_set()
     content = _content_hash(weight)
     kept = copies.pop(key, None)
@@ -141,14 +142,14 @@ def _packed_weight(weight: Tensor, is_bf16: bool) -> Tensor:
     # Another process or thread may have written in between, and may yet restore what was hashed.
     if _content_hash(weight) == content:
         copies[key] = content, packed
-        _drop_oldest(copies, _COPIES * owner.untyped_storage().nbytes() + _SPARE_BYTES)
+        _drop_oldest(copies, _COPIES * storage.nbytes() + _SPARE_BYTES)
         note_weight(weight, packed, functools.partial(_kept, key, weight.nbytes))
     return packed
 
 
 def _kept(key: tuple[Any, ...], size: int, weight: Tensor) -> Tensor | None:
     """The packed copy under a key, if it is of what the memory of `weight` holds now; None otherwise."""
-    copies = _packed.get(weight if weight._base is None else weight._base)
+    copies = _packed.get(weight.untyped_storage())
     kept = copies.get(key) if copies else None
     if kept is None or kept[0] != extension().content_hash(weight.data_ptr(), size, get_num_threads()):
         return None

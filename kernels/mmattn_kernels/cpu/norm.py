@@ -43,7 +43,7 @@ def forward(
         sizes = (*x.shape, x.dtype == torch.bfloat16, torch.get_num_threads())
         arguments = tokens(x), tokens(out), norm_arguments(parameters, stats, groups, silu, eps), *sizes
         extension().group_norm_forward(*arguments)
-        note("group_norm_forward", arguments, out, stats)
+        note("group_norm_forward", arguments, read=(x, *parameters), written=(out, stats))
     return out, stats
 
 

@@ -25,11 +25,13 @@ _state = threading.local()
 class Recorder:
     """Notes what this thread's forward kernels are called with while it is open.
 
-    It keeps the tensors that they write, so that no address stands for two things.
+    It keeps all tensors that they read and write, so that no address stands for two things: a temporary copy of a
+    parameter must not be taken for what a later kernel writes to the same memory.
     """
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self.read: list[Tensor | None] = []
         self.written: list[Tensor] = []
         self.weights: list[tuple[Tensor, Tensor, Callable[[Tensor], Tensor | None]]] = []
 
@@ -46,10 +48,13 @@ def is_recording() -> bool:
     return getattr(_state, "recorder", None) is not None
 
 
-def note(kernel: str, arguments: tuple[Any, ...], *written: Tensor) -> None:
-    """Tell an open recorder of a call of the extension, and what it has written."""
+def note(
+    kernel: str, arguments: tuple[Any, ...], *, read: Sequence[Tensor | None], written: Sequence[Tensor]
+) -> None:
+    """Tell an open recorder of a call of the extension, and of all tensors whose pointers are in the arguments."""
     if is_recording():
         _state.recorder.calls.append((kernel, arguments))
+        _state.recorder.read += read
         _state.recorder.written += written
 
 
