@@ -4,15 +4,19 @@
 A part is a function of tensors and layers that consists of ops of mmattn and of views. The first call of its kind runs
 it and notes its kernels; another one, of like tensors by like layers, runs those alone (`mmattn_kernels.cpu.plan`).
 Everything that could make the function compute something else is asked in each call. Where one answer is not the plain
-one (gradients, autocast, a trace, a mode or transform of torch, a hook, a layer of another class, large tensors),
+one (gradients, autocast, a trace, a mode or transform of torch, a hook, a layer of another class, a method that is not
+ours, large tensors),
 the function itself is called.
 """
 
 from __future__ import annotations
 
 import functools
+import operator
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from types import FunctionType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +27,7 @@ from mmattn._library import can_skip_dispatcher, is_autocast
 
 LARGEST = 1 << 20  # bytes of a part's first tensor: of larger ones, the kernels take ten times as long as all else
 _KEYS, _CALLS_OF_A_KEY = 1024, 8
+_OPS = operator.itemgetter("dilated_conv1d", "group_norm", "random_shift_attention", "self_attention", "spatial_conv2d")
 # Guards and plans by key; no plan where the part does not consist of forward kernels alone.
 _plans: dict[Any, list[tuple[_checks.Guard, Any]]] = {}
 
@@ -81,14 +86,33 @@ def is_worth_it(x: Any) -> bool:
 
 
 def _owner_is_plain(owner: Any) -> bool:
-    """Whether no attribute of a module stands in the place of one of its class, as a patched method does."""
+    """Whether a module is of a class of ours, and nobody has replaced a method of it, or of its class, or an op."""
     kind: Any = type(owner)
-    return not isinstance(owner, nn.Module) or _names(kind).isdisjoint(owner.__dict__)
+    code = _code_of(kind)
+    if code is None or any(now != then for now, then in code.classes) or _ops() != code.ops:
+        return False
+    return not isinstance(owner, nn.Module) or code.names.isdisjoint(owner.__dict__)
+
+
+class _Code(NamedTuple):
+    names: frozenset[str]  # of all attributes of a class
+    classes: list[tuple[Any, dict[str, Any]]]  # the attributes that it and its bases have, and had when first seen
+    ops: tuple[Any, ...]
 
 
 @functools.cache
-def _names(kind: type) -> frozenset[str]:
-    return frozenset(dir(kind))
+def _code_of(kind: type) -> _Code | None:
+    """None where a part may run functions that are not ours."""
+    bases = kind.__mro__[: kind.__mro__.index(nn.Module)] if issubclass(kind, nn.Module) else ()
+    functions = [getattr(x, "__func__", x) for base in bases for x in vars(base).values()]
+    code = [x.__globals__["__name__"] for x in (*functions, *_ops()) if isinstance(x, FunctionType)]
+    if any(name.partition(".")[0] not in ("mmattn", "mmdiffusion") for name in code):
+        return None
+    return _Code(frozenset(dir(kind)), [(vars(base), dict(vars(base))) for base in bases], _ops())
+
+
+def _ops() -> tuple[Any, ...]:
+    return _OPS(sys.modules["mmattn"].__dict__)
 
 
 def _read(layers: Sequence[nn.Module | None], inputs: Sequence[Tensor]) -> tuple[tuple[Any, ...], list[Tensor]] | None:
@@ -103,7 +127,7 @@ def _read(layers: Sequence[nn.Module | None], inputs: Sequence[Tensor]) -> tuple
             return None
         own = layer.__dict__
         weight, bias = map(own["_parameters"].get, ("weight", "bias"))  # half the time of the attributes
-        if weight is None or "bias" not in own["_parameters"]:
+        if weight is None or "bias" not in own["_parameters"] or "weight" in own or "bias" in own:
             return None
         tensors += (weight,) if bias is None else (weight, bias)
         if type(layer) is nn.GroupNorm:

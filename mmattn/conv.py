@@ -56,7 +56,8 @@ def dilated_conv1d(
     the frames; K = 1 makes it a projection.
 
     On a CPU without AMX, K = 3 and 96 channels or more have half the products where four outputs, a dilation apart, are
-    made of their six inputs together (Winograd's F(4, 3), as in `spatial_conv2d`): a NaN or infinity reaches all four.
+    made of their six inputs together (Winograd's F(4, 3), as in `spatial_conv2d`): errors go by the largest of the six,
+    up to three times those of a sum over the taps in the gradient of x, and a NaN or infinity reaches all four.
 
     Args:
         x: [B, L, Cin], any strides as long as Cin is contiguous.
@@ -112,7 +113,10 @@ def spatial_conv2d(
     On a CPU without AMX, in float32 (and in bfloat16 without AVX-512 BF16), 4x4 outputs of 96 channels or more are made
     of their 6x6 inputs together, with a quarter of the products, and 2x2 outputs of 32 channels or more of their 4x4
     inputs, with 16 for 36 (Winograd's F(4x4, 3x3) and F(2x2, 3x3), arXiv 1509.09308). Errors are within twice those of
-    a sum over the taps, but go by the largest of the inputs, and a NaN or infinity reaches all of the outputs.
+    a sum over the taps on the whole, up to five times at the corner of a tile, and go by the largest of the inputs; a
+    NaN or infinity of inputs or weights reaches all of the outputs (an infinity often as NaN), and so does an overflow
+    in between, from inputs of about 1e37 on. The gradient of the weight is made so as well from 96 channels on, of all
+    nine taps together.
 
     Args:
         x: [B, F*height*width, Cin], frames outermost and columns innermost, any strides as long as Cin is contiguous.

@@ -193,9 +193,9 @@ def test_i3d_is_the_published_one(i3d):
 
 @torch.no_grad()
 def test_i3d_computes_in_bfloat16(i3d):
-    expected = load_file(DATA / "i3d.safetensors")
-    found = copy.deepcopy(i3d).to(torch.bfloat16)(expected["video"][:1])
-    assert found.dtype == torch.float32 and 0 < error(found, expected["logits"][:1]) < 0.03
+    video = load_file(DATA / "i3d.safetensors")["video"][:1, :9]  # as short as can be: a CPU without bf16 takes minutes
+    found = copy.deepcopy(i3d).to(torch.bfloat16)(video)
+    assert found.dtype == torch.float32 and 0 < error(found, i3d(video)) < 0.03
 
 
 def test_weights_that_do_not_fit_are_refused(i3d_weights, tmp_path):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
 
+import mmattn
 from mmattn import RandomShiftAttention, _replay
 from mmdiffusion import CoupledUNet
 from mmdiffusion.model.blocks import AudioBlock, SelfAttention, VideoBlock
@@ -373,8 +374,8 @@ def test_temporary_copies_are_not_taken_for_what_is_written_to_their_memory(chan
     def watched(function):
         def call(*tensors):
             found = function(*tensors)
-            made = [found] if isinstance(found, torch.Tensor) else [x for x in found if not any(x is t for t in tensors)]
-            copies.extend(map(weakref.ref, made))
+            made = [found] if isinstance(found, torch.Tensor) else found
+            copies.extend(weakref.ref(x) for x in made if not any(x is t for t in tensors))
             return found
 
         return call
@@ -456,3 +457,78 @@ def test_a_method_patched_on_a_block_is_called(replays):
         replays.clear()
         block._attend = lambda qkv, segments, num_heads: torch.zeros_like(qkv[..., :32])
         assert torch.equal(block(x), x + block.out.bias) and not replays
+
+
+@pytest.fixture
+def audio_block():
+    """An AudioBlock that has been replayed, and what it gives."""
+    block = fill(AudioBlock(64, 64, dilation=1, num_heads=0, resampling=None, dropout=0.0)).eval()
+    generator = torch.Generator().manual_seed(0)
+    x, embedding = torch.randn(1, 32, 64, generator=generator), torch.randn(1, 128, generator=generator)
+
+    def call(of=block):
+        with torch.no_grad():
+            return of(x, embedding, is_film=True)
+
+    call()
+    return block, call
+
+
+def test_a_method_patched_on_a_class_is_called(audio_block, replays, monkeypatch):
+    _, call = audio_block
+    before, convolve = call(), AudioBlock._convolve
+    assert replays
+    replays.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(AudioBlock, "_convolve", lambda self, x: convolve(self, x).relu_())
+        assert not torch.equal(call(), before) and torch.equal(call(), call()) and not replays
+    assert torch.equal(call(), before)
+
+
+def test_a_method_patched_on_a_class_that_was_not_seen_yet(audio_block, replays, monkeypatch):
+    """An op of torch in place leaves a recording no trace."""
+    _, call = audio_block
+    before, convolve = call(), AudioBlock._convolve
+    replays.clear()
+    _replay._code_of.cache_clear()
+    try:
+        monkeypatch.setattr(AudioBlock, "_convolve", lambda self, x: convolve(self, x).relu_())
+        assert torch.equal(call(), call()) and not torch.equal(call(), before) and not replays
+    finally:
+        _replay._code_of.cache_clear()
+
+
+def test_a_method_of_a_subclass_is_called(audio_block, replays):
+    class Twice(AudioBlock):
+        is_twice = False
+
+        def _convolve(self, x):
+            return super()._convolve(super()._convolve(x) if self.is_twice else x)
+
+    block, call = audio_block
+    before = call()
+    block.__class__ = Twice
+    replays.clear()
+    assert torch.equal(call(), before)
+    block.is_twice = True
+    assert not torch.equal(call(), before) and not replays
+
+
+def test_an_op_that_is_patched_is_called(replays, monkeypatch):
+    block = fill(SelfAttention(32, num_heads=2)).eval()
+    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = [block(x) for _ in range(2)][-1]
+        assert replays
+        attend = mmattn.self_attention
+        monkeypatch.setattr(mmattn, "self_attention", lambda *tensors, **options: 2 * attend(*tensors, **options))
+        assert not torch.equal(block(x), before)
+
+
+def test_a_weight_in_the_place_of_the_parameter_is_used():
+    block = fill(SelfAttention(32, num_heads=2)).eval()
+    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = [block(x) for _ in range(2)][-1]
+        block.qkv.__dict__["weight"] = 2 * block.qkv.weight
+        assert not torch.equal(block(x), before)

@@ -48,9 +48,7 @@ def is_recording() -> bool:
     return getattr(_state, "recorder", None) is not None
 
 
-def note(
-    kernel: str, arguments: tuple[Any, ...], *, read: Sequence[Tensor | None], written: Sequence[Tensor]
-) -> None:
+def note(kernel: str, arguments: tuple[Any, ...], *, read: Sequence[Tensor | None], written: Sequence[Tensor]) -> None:
     """Tell an open recorder of a call of the extension, and of all tensors whose pointers are in the arguments."""
     if is_recording():
         _state.recorder.calls.append((kernel, arguments))
