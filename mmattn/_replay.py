@@ -5,8 +5,7 @@ A part is a function of tensors and layers that consists of ops of mmattn and of
 it and notes its kernels; another one, of like tensors by like layers, runs those alone (`mmattn_kernels.cpu.plan`).
 Everything that could make the function compute something else is asked in each call. Where one answer is not the plain
 one (gradients, autocast, a trace, a mode or transform of torch, a hook, a layer of another class, a method that is not
-ours, large tensors),
-the function itself is called.
+ours, large tensors), the function itself is called.
 """
 
 from __future__ import annotations

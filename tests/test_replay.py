@@ -461,14 +461,14 @@ def test_a_method_patched_on_a_block_is_called(replays):
 
 @pytest.fixture
 def audio_block():
-    """An AudioBlock that has been replayed, and what it gives."""
+    """An AudioBlock that has been recorded, and a function that calls it."""
     block = fill(AudioBlock(64, 64, dilation=1, num_heads=0, resampling=None, dropout=0.0)).eval()
     generator = torch.Generator().manual_seed(0)
     x, embedding = torch.randn(1, 32, 64, generator=generator), torch.randn(1, 128, generator=generator)
 
-    def call(of=block):
+    def call():
         with torch.no_grad():
-            return of(x, embedding, is_film=True)
+            return block(x, embedding, is_film=True)
 
     call()
     return block, call

@@ -19,7 +19,11 @@
 namespace mmattn::MMATTN_ISA {
 namespace {
 
-constexpr float kPointA = 0.75f, kPointB = 1.5f;
+constexpr float kPointA = 0.75f, kPointB = 1.5f, kA2 = kPointA * kPointA, kB2 = kPointB * kPointB;
+// Of G at the points +-kPointA and +-kPointB, and at 0.
+constexpr float kEvenA = 1 / (2 * kA2 * (kA2 - kB2)), kOddA = 1 / (2 * kPointA * (kA2 - kB2));
+constexpr float kEvenB = 1 / (2 * kB2 * (kB2 - kA2)), kOddB = 1 / (2 * kPointB * (kB2 - kA2)),
+                kAtZero = 1 / (kA2 * kB2);
 
 // B^T d, A^T m and G g along an axis, of two outputs and of four; A d_out and G^T d_u of four.
 inline void transform_input(Vec (&d)[4]) {
@@ -35,7 +39,6 @@ inline void transform_weight(const Vec (&g)[3], Vec (&u)[4]) {
   u[0] = g[0], u[1] = even + odd, u[2] = even - odd, u[3] = g[2];
 }
 inline void transform_input(Vec (&d)[6]) {
-  constexpr float kA2 = kPointA * kPointA, kB2 = kPointB * kPointB;
   const Vec first = kA2 * kB2 * d[0] - (kA2 + kB2) * d[2] + d[4];
   const Vec last = kA2 * kB2 * d[1] - (kA2 + kB2) * d[3] + d[5];
   const Vec even_a = d[4] - kB2 * d[2], odd_a = kPointA * (d[3] - kB2 * d[1]);
@@ -45,7 +48,6 @@ inline void transform_input(Vec (&d)[6]) {
   d[3] = even_b + odd_b, d[4] = even_b - odd_b;
 }
 inline void transform_output(const Vec (&m)[6], Vec (&out)[4]) {
-  constexpr float kA2 = kPointA * kPointA, kB2 = kPointB * kPointB;
   const Vec sum_a = m[1] + m[2], difference_a = m[1] - m[2], sum_b = m[3] + m[4], difference_b = m[3] - m[4];
   out[0] = m[0] + sum_a + sum_b;
   out[1] = kPointA * difference_a + kPointB * difference_b;
@@ -53,16 +55,14 @@ inline void transform_output(const Vec (&m)[6], Vec (&out)[4]) {
   out[3] = kA2 * kPointA * difference_a + kB2 * kPointB * difference_b + m[5];
 }
 inline void transform_weight(const Vec (&g)[3], Vec (&u)[6]) {
-  constexpr float kA2 = kPointA * kPointA, kB2 = kPointB * kPointB;
-  const Vec even_a = 1 / (2 * kA2 * (kA2 - kB2)) * (g[0] + kA2 * g[2]), odd_a = 1 / (2 * kPointA * (kA2 - kB2)) * g[1];
-  const Vec even_b = 1 / (2 * kB2 * (kB2 - kA2)) * (g[0] + kB2 * g[2]), odd_b = 1 / (2 * kPointB * (kB2 - kA2)) * g[1];
-  u[0] = 1 / (kA2 * kB2) * g[0], u[5] = g[2];
+  const Vec even_a = kEvenA * (g[0] + kA2 * g[2]), odd_a = kOddA * g[1];
+  const Vec even_b = kEvenB * (g[0] + kB2 * g[2]), odd_b = kOddB * g[1];
+  u[0] = kAtZero * g[0], u[5] = g[2];
   u[1] = even_a + odd_a, u[2] = even_a - odd_a;
   u[3] = even_b + odd_b, u[4] = even_b - odd_b;
 }
 
 inline void transform_output_gradient(const Vec (&d)[4], Vec (&m)[6]) {
-  constexpr float kA2 = kPointA * kPointA, kB2 = kPointB * kPointB;
   const Vec even_a = d[0] + kA2 * d[2], odd_a = kPointA * (d[1] + kA2 * d[3]);
   const Vec even_b = d[0] + kB2 * d[2], odd_b = kPointB * (d[1] + kB2 * d[3]);
   m[0] = d[0], m[5] = d[3];
@@ -70,12 +70,9 @@ inline void transform_output_gradient(const Vec (&d)[4], Vec (&m)[6]) {
   m[3] = even_b + odd_b, m[4] = even_b - odd_b;
 }
 inline void transform_weight_gradient(const Vec (&u)[6], Vec (&g)[3]) {
-  constexpr float kA2 = kPointA * kPointA, kB2 = kPointB * kPointB;
-  const Vec even_a = 1 / (2 * kA2 * (kA2 - kB2)) * (u[1] + u[2]),
-            odd_a = 1 / (2 * kPointA * (kA2 - kB2)) * (u[1] - u[2]);
-  const Vec even_b = 1 / (2 * kB2 * (kB2 - kA2)) * (u[3] + u[4]),
-            odd_b = 1 / (2 * kPointB * (kB2 - kA2)) * (u[3] - u[4]);
-  g[0] = 1 / (kA2 * kB2) * u[0] + even_a + even_b;
+  const Vec even_a = kEvenA * (u[1] + u[2]), odd_a = kOddA * (u[1] - u[2]);
+  const Vec even_b = kEvenB * (u[3] + u[4]), odd_b = kOddB * (u[3] - u[4]);
+  g[0] = kAtZero * u[0] + even_a + even_b;
   g[1] = odd_a + odd_b;
   g[2] = kA2 * even_a + kB2 * even_b + u[5];
 }
