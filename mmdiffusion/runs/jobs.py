@@ -86,7 +86,7 @@ class Sample(ModelJob):
         "sample --model landscape.pt --audio-from rain.mp4 --guidance gradient --out rain",
         "sample --model landscape.pt --superres sr.pt --out large",
         "sample --model landscape --seconds 8 --dtype bfloat16 --out long",
-        "sample --model landscape.pt --out out    # by two: accelerate launch --multi_gpu --num_processes 2 -m mmdiffusion ...",
+        "sample --model landscape.pt --out out    # by two: accelerate launch --multi_gpu --num_processes 2 -m ...",
     )
 
     model: pathlib.Path = option(
