@@ -30,6 +30,11 @@ class FmaWeights {
   static void pack(const ConvWeights& w, void* packed) {
     w.weight_is_bf16 ? pack<bf16>(w, static_cast<float*>(packed)) : pack<float>(w, static_cast<float*>(packed));
   }
+  // Of kLanes out channels from a multiple of that on.
+  static Vec load_packed(const Conv& p, const void* packed, int64_t out, int64_t tap, int64_t in) {
+    return load(static_cast<const float*>(packed) + ((out / kPanel * p.taps + tap) * p.in_channels + in) * kPanel +
+                out % kPanel);
+  }
 
  private:
   template <class W>
@@ -78,12 +83,8 @@ class FmaConv : public FmaWeights {
   static void forward(const Conv& p) {
     const Coefficients coefficients(p.batch, p.in_channels);
     prepare<T>(p.norm, p.x, p.batch, p.length, p.in_channels, p.threads, coefficients);
-    const Buffer packed(p.packed ? 0 : FmaWeights::packed_bytes(p.out_channels, p.in_channels, p.taps) / 4);
-    if (!p.packed) FmaWeights::pack(p.weights, packed.data());
-    const float* weights = p.packed ? static_cast<const float*>(p.packed) : packed.data();
-    if (WinogradConv<T, true, 4>::is_faster(p)) return WinogradConv<T, true, 4>::forward(p, weights, coefficients);
-    if (WinogradConv<T, true, 2>::is_faster(p)) return WinogradConv<T, true, 2>::forward(p, weights, coefficients);
-    if (WinogradConv<T, false, 4>::is_faster(p)) return WinogradConv<T, false, 4>::forward(p, weights, coefficients);
+    const Packed<FmaWeights> packed(p);
+    const float* weights = static_cast<const float*>(packed.data());
     const Tasks tasks = tasks_of<FmaConv>(p);
     const int64_t panels = FmaWeights::panels(p.out_channels), splits = tasks.splits;
     const Extent extent(tasks.blocks);
@@ -377,29 +378,52 @@ void sums_of_columns(const Tokens& t, int64_t batch, int64_t length, int64_t cha
   }
 }
 
+#if defined(__AMX_BF16__)
+constexpr bool kHasFewerProducts = false;  // tiles are faster
+#else
+constexpr bool kHasFewerProducts = true;
+#endif
+template <class T>
+using InFrames = WinogradConv<ConvOf<T>, T, true, 4>;
+
+// visit(Type<WinogradConv>) with the one that is faster than the sum over the taps, and whether there is one.
+template <class Conv>
+struct Type {
+  using type = Conv;
+};
+template <class T, class Visit>
+bool with_fewer_products(const Conv& p, Visit visit) {
+  if constexpr (kHasFewerProducts)
+    if (InFrames<T>::is_faster(p)) return visit(Type<InFrames<T>>{}), true;
+  if constexpr (!kOnTiles<T>) {  // dot products of bf16 are as fast as half the products
+    using InSmallFrames = WinogradConv<ConvOf<T>, T, true, 2>;
+    using AlongSequence = WinogradConv<ConvOf<T>, T, false, 4>;
+    if (InSmallFrames::is_faster(p)) return visit(Type<InSmallFrames>{}), true;
+    if (AlongSequence::is_faster(p)) return visit(Type<AlongSequence>{}), true;
+  }
+  return false;
+}
+
+template <class T>
+void forward_of(const Conv& p) {
+  if (!with_fewer_products<T>(p, [&](auto way) { decltype(way)::type::forward(p); })) ConvOf<T>::forward(p);
+}
 template <class T>
 void tell_forward_of(const Conv& p, const Work& work) {
-  if constexpr (std::is_same_v<ConvOf<T>, FmaConv<T>>) {
-    if (WinogradConv<T, true, 4>::is_faster(p)) return WinogradConv<T, true, 4>::tell(p, work);
-    if (WinogradConv<T, true, 2>::is_faster(p)) return WinogradConv<T, true, 2>::tell(p, work);
-    if (WinogradConv<T, false, 4>::is_faster(p)) return WinogradConv<T, false, 4>::tell(p, work);
-  }
-  tell_forward<ConvOf<T>>(p, work);
+  if (!with_fewer_products<T>(p, [&](auto way) { decltype(way)::type::tell(p, work); }))
+    tell_forward<ConvOf<T>>(p, work);
 }
 
 template <class T>
 void weight_gradient_of(const Conv& p) {
-  if constexpr (std::is_same_v<ConvOf<T>, FmaConv<T>>) {
-    if (WinogradConv<T, true, 4>::is_faster(p)) return WinogradConv<T, true, 4>::weight_gradient(p);
-  }
+  if constexpr (kHasFewerProducts)
+    if (InFrames<T>::is_faster(p)) return InFrames<T>::weight_gradient(p);
   WeightGradient<T, GradientProductOf<T>>::run(p);
 }
-
 template <class T>
 void tell_weight_gradient_of(const Conv& p, const Work& work) {
-  if constexpr (std::is_same_v<ConvOf<T>, FmaConv<T>>) {
-    if (WinogradConv<T, true, 4>::is_faster(p)) return WinogradConv<T, true, 4>::tell_weight_gradient(p, work);
-  }
+  if constexpr (kHasFewerProducts)
+    if (InFrames<T>::is_faster(p)) return InFrames<T>::tell_weight_gradient(p, work);
   WeightGradient<T, GradientProductOf<T>>::tell(p, work);
 }
 
@@ -419,7 +443,7 @@ void conv_pack(const ConvWeights& w, void* packed) {
   w.is_bf16 ? ConvOf<bf16>::pack(w, packed) : ConvOf<float>::pack(w, packed);
 }
 void conv_forward(const Conv& p) {
-  p.is_bf16 ? ConvOf<bf16>::forward(p) : ConvOf<float>::forward(p);
+  p.is_bf16 ? forward_of<bf16>(p) : forward_of<float>(p);
 }
 void conv_weight_gradient(const Conv& p) {
   p.is_bf16 ? weight_gradient_of<bf16>(p) : weight_gradient_of<float>(p);

@@ -200,6 +200,22 @@ inline void fill_bias(const Conv& p, const PerChannel& to) {
   for (int64_t o = 0; o < to.padded(); ++o) to.at(0, 0)[o] = o < p.out_channels ? value(p.bias, 0, o, 0.0f) : 0.0f;
 }
 
+// The weights as the caller has packed them, or packed for this call.
+template <class Weights>
+class Packed {
+ public:
+  explicit Packed(const Conv& p)
+      : own_(p.packed ? 0 : Weights::packed_bytes(p.out_channels, p.in_channels, p.taps) / 4),
+        data_(p.packed ? p.packed : own_.data()) {
+    if (!p.packed) Weights::pack(p.weights, own_.data());
+  }
+  const void* data() const { return data_; }
+
+ private:
+  Buffer own_;
+  const void* data_;
+};
+
 // Into how many ranges of output channels each of `blocks` blocks is split, so that no thread waits long for the
 // others.
 // A block that is written over its own input must not be read by another.

@@ -87,6 +87,15 @@ class TileConv {
                      static_cast<char*>(packed) + ((pair * w.taps + k) * in_chunks + chunk) * kChunkBytes);
   }
 
+  // Of 16 out channels from a multiple of that on.
+  static Vec load_packed(const Conv& p, const void* packed, int64_t out, int64_t tap, int64_t in) {
+    static_assert(kP == 1);
+    const int64_t chunk = (out / 32 * p.taps + tap) * chunks(p.in_channels) + in / 32;
+    const __m512i pairs = _mm512_load_si512(static_cast<const char*>(packed) + chunk * kChunkBytes +
+                                            out % 32 / 16 * kTileBytes + in % 32 / 2 * 64);
+    return (Vec)(in % 2 ? _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)) : _mm512_slli_epi32(pairs, 16));
+  }
+
   static void forward(const Conv& p) {
     const Coefficients coefficients(p.batch, p.in_channels, kEvenAndOdd<T>);
     prepare<T>(p.norm, p.x, p.batch, p.length, p.in_channels, p.threads, coefficients);

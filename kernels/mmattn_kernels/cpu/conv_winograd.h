@@ -101,8 +101,9 @@ struct TileBlock {
   int64_t tiles() const { return frames * rows * columns; }
 };
 
-// With kFrames 3 x 3 taps in frames, else three along the sequence; kTile outputs along an axis.
-template <class T, bool kFrames, int kTile>
+// With kFrames 3 x 3 taps in frames, else three along the sequence; kTile outputs along an axis. Weights are those of
+// the sum over the taps, FmaConv or TileConv.
+template <class Weights, class T, bool kFrames, int kTile>
 class WinogradConv {
  public:
   // Where the saved products outweigh the transforms, those of the weights above all.
@@ -117,12 +118,14 @@ class WinogradConv {
            kPoints * tiles <= kMostProducts * p.batch * (p.length * kTaps - outside);
   }
 
-  // `packed` are the weights as FmaConv has them: panels [panel of out channels][tap][in channel][kPanel].
-  static void forward(const Conv& p, const float* packed, const Coefficients& coefficients) {
+  static void forward(const Conv& p) {
+    const Coefficients coefficients(p.batch, p.in_channels);
+    prepare<T>(p.norm, p.x, p.batch, p.length, p.in_channels, p.threads, coefficients);
+    const Packed<Weights> packed(p);
     const Plan plan(p);
     const PerChannel bias(1, p.out_channels, 1);
     fill_bias(p, bias);
-    const WinogradConv conv(p, packed, coefficients, bias.at(0, 0));
+    const WinogradConv conv(p, packed.data(), coefficients, bias.at(0, 0));
     const int64_t chunks = conv.in_.chunks, pieces = plan.pieces(), groups = plan.count();
     const int64_t of_inputs = chunks * kPoints * point_of(plan.most_tiles()), of_panels = plan.panels * kPoints;
     const int64_t per_thread = std::max(plan.most_pixels() * kDepth,
@@ -160,7 +163,7 @@ class WinogradConv {
 
   static void tell(const Conv& p, const Work& work) {
     tell_prepare(p.norm, p.batch, p.length, p.in_channels, p.threads, work);
-    if (!p.packed) tell_packing(p, panels_of(p.out_channels), kPanel, work);
+    if (!p.packed) tell_packing(p, Weights::panels(p.out_channels), Weights::kColumns, work);
     const Plan plan(p);
     for (int64_t group = 0; group < plan.count(); ++group) {
       const auto [blocks, count] = plan.group(group);
@@ -245,7 +248,7 @@ class WinogradConv {
   static constexpr int64_t kLine = 16;   // floats of a line of the cache
   static constexpr int64_t kStride = kDepth + kLanes;
   static constexpr int64_t kGroupBytes = 4 << 20;  // of transforms for each thread
-  static constexpr int64_t kGradientTiles = 128;   // of a product that is added to the gradient of transformed weights
+  static constexpr int64_t kGradientTiles = 64;    // of a product that is added to the gradient of transformed weights
 
   struct Range {
     int64_t begin, end;
@@ -262,7 +265,8 @@ class WinogradConv {
 
   const Conv& p_;
   const Grid grid_;
-  const float *packed_, *bias_;
+  const void* packed_;
+  const float* bias_;
   const Coefficients& coefficients_;
   const Chunks in_, out_;
 
@@ -487,7 +491,7 @@ class WinogradConv {
     return blocks;
   }
 
-  WinogradConv(const Conv& p, const float* packed, const Coefficients& coefficients, const float* bias)
+  WinogradConv(const Conv& p, const void* packed, const Coefficients& coefficients, const float* bias)
       : p_(p),
         grid_(p),
         packed_(packed),
@@ -512,10 +516,9 @@ class WinogradConv {
     const Chunks& chunks = kGradients ? out_ : in_;
     const int64_t begin = chunks.begin(chunk), end = chunks.end(chunk);
     if constexpr (kGradients)
-      prepare<true, Prologue::none>(block, begin, end, pixels);
+      fill<true, Prologue::none>(block, begin, end, pixels);
     else
-      with_prologue(p_.norm,
-                    [&](auto prologue) { prepare<false, decltype(prologue)::value>(block, begin, end, pixels); });
+      with_prologue(p_.norm, [&](auto prologue) { fill<false, decltype(prologue)::value>(block, begin, end, pixels); });
     const int64_t pitch = line<kGradients>(block), point = point_of(tiles);
     to += chunk * kPoints * point + block.first * kStride;
     for (int64_t f = 0; f < block.frames; ++f)
@@ -563,7 +566,7 @@ class WinogradConv {
 
   // Channels [begin, end) of what the tiles of a block read, behind the prologue; zeros outside the frame.
   template <bool kGradients, Prologue kPrologue>
-  void prepare(const TileBlock& block, int64_t begin, int64_t end, float* to) const {
+  void fill(const TileBlock& block, int64_t begin, int64_t end, float* to) const {
     const Tokens& rows = kGradients ? p_.out : p_.x;
     const Maps maps(coefficients_, block.batch);
     const int64_t margin = kGradients ? 0 : 1, column = kFrames ? kTile * block.column - margin : block.column;
@@ -618,19 +621,19 @@ class WinogradConv {
   }
 
   void transform_weights(int64_t panel, int64_t channel, float* to, int64_t point) const {
-    const float* from = packed_ + (panel * kTaps * p_.in_channels + channel) * kPanel;
-    const int64_t tap = p_.in_channels * kPanel;
-    for (int64_t v = 0; v < kPanel; v += kLanes) {
+    for (int64_t v = 0; v < vecs_of_panel(p_.out_channels, panel) * kLanes; v += kLanes) {
+      const auto weight = [&](int64_t tap) {
+        return Weights::load_packed(p_, packed_, panel * kPanel + v, tap, channel);
+      };
       if constexpr (!kFrames) {
         Vec u[kInputs];
-        const Vec g[3] = {load(from + v), load(from + tap + v), load(from + 2 * tap + v)};
+        const Vec g[3] = {weight(0), weight(1), weight(2)};
         transform_weight(g, u);
         for (int i = 0; i < kInputs; ++i) store(to + i * point + v, u[i]);
       } else {
         Vec lines[3][kInputs], u[kInputs];
         for (int i = 0; i < 3; ++i) {
-          const float* line = from + 3 * i * tap + v;
-          const Vec g[3] = {load(line), load(line + tap), load(line + 2 * tap)};
+          const Vec g[3] = {weight(3 * i), weight(3 * i + 1), weight(3 * i + 2)};
           transform_weight(g, lines[i]);
         }
         for (int x = 0; x < kInputs; ++x) {
