@@ -359,11 +359,15 @@ class TileGradientProduct {
     const int64_t block_bytes = kTileBytes * kP * chunks + 64;  // 64 more: rows of tiles begin in different cache sets
     left_ = {packed, block_bytes, kTileBytes, kTileBytes * kP};
     right_ = {packed + round_up(out_blocks_ * block_bytes, 64), block_bytes, kTileBytes, kTileBytes * kP};
-    for (int64_t c = 0; c < chunks; ++c)
-      pack_depth_tiles<kP, true>(left_, c, count, [&](int64_t i) {
-        const T* d_out = gradient_row<T>(p, block, c * 32 + i);
+    for (int64_t c = 0; c < chunks; ++c) {
+      const auto row_of = [&](int64_t i) {
+        const T* d_out = gradient_row<T>(p, block, i);
         return d_out ? d_out + first : nullptr;
-      });
+      };
+      for (int64_t i = c * 32 + 32; i < std::min(c * 32 + 64, block.rows); ++i)
+        if (const T* next = row_of(i)) prefetch(next, count);
+      pack_depth_tiles<kP, true>(left_, c, count, [&](int64_t i) { return row_of(c * 32 + i); });
+    }
   }
 
   // [out channel][in channel] of tap k over the rows lo .. hi - 1, added to `to` or, with `is_first`, instead of it.
