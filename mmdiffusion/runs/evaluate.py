@@ -77,6 +77,7 @@ def _compared(
         content = {
             "rows": rows,
             "refused": {name: x.refused for name, x in zip(names, found, strict=True)},
+            "no_films": {name: x.beside for name, x in zip(names, found, strict=True)},
             "features": measure.names,
             "nearest": {name: {x.name: x.content() for x in compared} for name, compared in nearest.items()},
         }
