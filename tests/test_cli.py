@@ -193,7 +193,13 @@ def test_one_stream_from_the_other(model):
     found = media.read_clip("audio/clip-0000.mp4", size=None)
     error = (found.video - given.video).square().mean()
     assert error < 0.02 < (found.audio - given.audio).square().mean() / 0.05**2  # of sound that is turned down
-    assert json.loads(pathlib.Path("audio/samples.json").read_text())["settings"]["guidance_scale"] == 1e-4
+    assert (
+        json.loads(pathlib.Path("audio/samples.json").read_text())["settings"]["guidance_scale"]
+        == 3 / given.video.numel()
+    )
+    sample("long", "--formats", "wav", "--seconds", "0.6", "--guidance", "gradient")
+    recorded = json.loads(pathlib.Path("long/samples.json").read_text())["settings"]["guidance_scale"]
+    assert recorded == {"video": 3 / (given.video.numel() / 2), "audio": 3 / (given.audio.numel() / 2)}
 
 
 def test_clips_have_the_rates_of_the_model(capsys):

@@ -273,7 +273,7 @@ def test_bad_folders(folder, tmp_path):
     for name in ("long.mp4", "rain/deep/short.mp4"):
         (folder / name).unlink()
     with pytest.raises(
-        ValueError, match=r"with 5 files and not one film .*empty.mp4: is empty.*; and 2 more\); expected"
+        ValueError, match=r"with 5 files and not one film .*empty.mp4: is empty.*; and 2 more; 4 .*\); expected"
     ):
         ClipDataset(folder, FORM, processes=1)
 

@@ -48,6 +48,7 @@ TRACKERS = ("tensorboard", "wandb", "none")
 """Those of accelerate whose curve is known to go on as the run does."""
 
 _SMALL = pathlib.Path("small")
+_SCALE_HELP = "weight of the gradient; if not given the published one, 3 over the elements of what is given"
 _OF_PRESET = "; by default that of the preset"
 
 
@@ -109,7 +110,7 @@ class Sample(ModelJob):
         default="replacement",
         choices=("replacement", "gradient"),
     )
-    guidance_scale: float = option("weight of the gradient", default=1e-4, metavar="SCALE")
+    guidance_scale: float | None = option(_SCALE_HELP, default=None, metavar="SCALE")
     superres: pathlib.Path | None = option(
         "a super-resolution network, published or a directory, to make the clips larger by before they are written; "
         "small is the one that comes with the package, for the small model",
@@ -386,9 +387,7 @@ class MeasureSynchrony(ModelJob):
     guidance: tuple[str, ...] = option(
         "how the stream that is given steers the other", default=GUIDANCES, choices=GUIDANCES
     )
-    guidance_scale: float | None = option(
-        "weight of the gradient; if not given the published one, 3 over the elements of what is given", default=None
-    )
+    guidance_scale: float | None = option(_SCALE_HELP, default=None, metavar="SCALE")
     scheduler: str = option("how noise becomes clips", default="dpmsolver++", choices=SCHEDULERS)
     seed: int = option("of the noise", default=0, **SEEDS)
     world: int = option("seed of the real clips, another one than that of training", default=1, **SEEDS)

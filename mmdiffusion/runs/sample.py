@@ -43,7 +43,7 @@ def run(job: Sample) -> str:
     if enlarge is not None:
         enlarge.check_inputs(torch.zeros(1, 1, *clips.video_size[1:]), job.superres_steps)
     given = _read(job, clips)
-    settings = _settings(job, dtype, pipeline.unet.config)
+    settings = _settings(job, dtype, pipeline)
     rates = {"frame_rate": clips.frame_rate, "sample_rate": clips.sample_rate}
     options: dict[str, Any] = {**rates, "formats": job.formats, "rank": processes.rank}
     if job.force and processes.rank == 0:
@@ -178,9 +178,9 @@ def _read(job: Sample, clips: ClipFormat) -> dict[str, Tensor]:
     return {stream: getattr(clip, stream)[None]}
 
 
-def _settings(job: Sample, dtype: str, config: Any) -> dict[str, Any]:
+def _settings(job: Sample, dtype: str, pipeline: MMDiffusionPipeline) -> dict[str, Any]:
     """All that a clip depends on besides its number."""
-    source, enlarged = job.audio_from or job.video_from, job.superres_source
+    source, enlarged, config = job.audio_from or job.video_from, job.superres_source, pipeline.unet.config
     return {
         "model": digest(job.model),
         "config": settings_of(config),
@@ -192,8 +192,16 @@ def _settings(job: Sample, dtype: str, config: Any) -> dict[str, Any]:
         "seconds": job.seconds,
         "overlap": job.overlap,
         "guidance": job.guidance if source or job.seconds else None,
-        "guidance_scale": job.guidance_scale if job.guidance == "gradient" else None,
+        "guidance_scale": _guidance_scale(job, pipeline) if job.guidance == "gradient" else None,
         f"{job.given_stream or 'video'}_from": digest(source) if source else None,
         "start": job.start,
         **({"superres": digest(enlarged), "superres_steps": job.superres_steps} if enlarged else {}),
     }
+
+
+def _guidance_scale(job: Sample, pipeline: MMDiffusionPipeline) -> float | dict[str, float]:
+    """The number that is used; those of both streams where both are given."""
+    if job.guidance_scale is not None:
+        return job.guidance_scale
+    scales = pipeline.published_scales(job.given_stream, job.seconds, job.overlap)
+    return scales if len(scales) != 1 else next(iter(scales.values()))

@@ -24,8 +24,6 @@ from mmdiffusion.runs.processes import Processes
 from mmdiffusion.runs.results import files_of, said_if_not_written, write_texts
 from mmdiffusion.runs.sample import clip_generators, versions
 
-_RELEASE_SCALE = 3.0  # of the published gradient, whose squared norm is a mean over the elements
-
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -66,7 +64,10 @@ def run(job: MeasureSynchrony) -> str:
             "config": settings_of(pipeline.unet.config),
             "dtype": dtype,
             **settings,
-            "guidance_scale": {given: _scale(pipeline, job, given) for given in STREAMS},
+            "guidance_scale": {
+                given: pipeline.published_scales(given)[given] if job.guidance_scale is None else job.guidance_scale
+                for given in STREAMS
+            },
             "versions": versions(),
             "rows": [dataclasses.asdict(row) for row in rows],
         }
@@ -84,8 +85,7 @@ def measure(pipeline: MMDiffusionPipeline, job: MeasureSynchrony) -> list[Row]:
     """
     form = pipeline.clip_format
     world = SyntheticClips(form, job.world)
-    scales = [_scale(pipeline, job, given) for given in STREAMS]
-    pipeline.check_inputs(job.batch_size, job.steps, guidance_scale=min(scales))
+    pipeline.check_inputs(job.batch_size, job.steps, guidance_scale=job.guidance_scale)
     pipeline.set_progress_bar_config(disable=True)
     whole = _clipped(_real(world, "audio", range(job.clips)))
     found = [
@@ -135,7 +135,7 @@ def _sampled(
                 options = {
                     given: _real(world, given, numbers),
                     "guidance": guidance,
-                    "guidance_scale": _scale(pipeline, job, given),
+                    "guidance_scale": job.guidance_scale,
                 }
             video, audio = pipeline(
                 len(numbers),
@@ -153,12 +153,6 @@ def _sampled(
 
 def _real(world: SyntheticClips, stream: str, numbers: range) -> Tensor:
     return torch.stack([getattr(to_clip(world[i]), stream) for i in numbers])
-
-
-def _scale(pipeline: MMDiffusionPipeline, job: MeasureSynchrony, given: str) -> float:
-    form = pipeline.clip_format
-    elements = torch.Size(form.audio_size if given == "audio" else form.video_size).numel()
-    return _RELEASE_SCALE / elements if job.guidance_scale is None else job.guidance_scale
 
 
 def _clipped(audio: Tensor) -> float:
