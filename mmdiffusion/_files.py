@@ -58,9 +58,13 @@ def check_regular(path: str | os.PathLike[str], expected: str) -> None:
 
     Raises:
         ValueError: naming the path and what was expected.
-        OSError: if there is nothing.
+        FileNotFoundError: likewise, if there is nothing.
+        OSError: if that cannot be seen.
     """
-    mode = os.stat(path).st_mode
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is not there; expected {expected}") from None
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # open() tells of a directory
         raise ValueError(f"{path} is no regular file; expected {expected}")
 

@@ -717,10 +717,10 @@ def test_what_a_directory_of_a_pipeline_lacks_is_not_passed_over(model, capsys, 
     file = pathlib.Path("made", name)
     file.unlink()
     file.symlink_to("gone")
-    assert f"No such file or directory: 'made/{name}'" in refused(capsys, "info", "made")
+    assert f"made/{name} is not there; expected a JSON file on a disk" in refused(capsys, "info", "made")
     if name != "model_index.json":  # without one, it is no directory of a pipeline
         file.unlink()
-        assert f"No such file or directory: 'made/{name}'" in refused(capsys, "info", "made")
+        assert f"made/{name} is not there; expected a JSON file on a disk" in refused(capsys, "info", "made")
 
 
 def _configure(file, **changes):
@@ -775,14 +775,14 @@ BAD = {
     "seconds": ("--seconds -1", "seconds is -1.0; expected at least one frame"),
     "overlap": ("--seconds 1 --overlap 2", "overlap is 2.0"),
     "both streams": ("--audio-from a --video-from b", "both given"),
-    "no clip": ("--audio-from absent.mp4", "No such file or directory: 'absent.mp4'"),
+    "no clip": ("--audio-from absent.mp4", "absent.mp4 is not there; expected a film or a sound on a disk"),
     "no media": ("--audio-from tiny.pt", "tiny.pt is no media file, or it is broken"),
     "too short": (
         "--audio-from short.wav",
         "short.wav has 0.100 s of audio from where it is read; expected more than 0.300",
     ),
     "no picture": ("--video-from short.wav", "short.wav has no video stream"),
-    "no model": ("--model absent.pt", "No such file or directory: 'absent.pt'"),
+    "no model": ("--model absent.pt", "absent.pt is not there; expected a checkpoint on a disk"),
     "broken model": ("--model cut.pt", "cut.pt cannot be read as a checkpoint: "),
     "broken safetensors": ("--model cut.safetensors", "cut.safetensors cannot be read as a checkpoint: "),
     "text for a model": ("--model text.pt", "text.pt cannot be read as a checkpoint: "),

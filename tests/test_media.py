@@ -330,7 +330,7 @@ def test_what_cannot_be_read_is_refused(tmp_path):
     silent = film(tmp_path / "silent.mov", times=every("0.1", 20))
     late = film(tmp_path / "late.mkv", times=every("0.1", 20), parts=[(Fraction(18, 10), tone(1))])
     write_audio(tmp_path / "sound.wav", tone(2.0))
-    with pytest.raises(FileNotFoundError, match=r"No such file .*absent\.mp4"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.mp4 is not there; expected a film or a sound on a disk"):
         read_clip(tmp_path / "absent.mp4")
     with pytest.raises(IsADirectoryError):
         read_clip(tmp_path)

@@ -137,7 +137,7 @@ def test_command(monkeypatch, tmp_path, capsys, threads):
     [
         ("--clips 1", "clips is 1; expected 2 to 100000"),
         ("--guidance-scale -1", "guidance_scale is -1.0; expected 0 or more"),
-        ("--model absent", "No such file or directory: 'absent'"),
+        ("--model absent", "absent is not there; expected a checkpoint on a disk"),
         ("--model slow", "clip_format has sample_rate 2000; expected 3080 or more, for tones of 1400 Hz"),
         ("--config x.json", "model has its own configuration; expected neither --preset nor --config"),
     ],
