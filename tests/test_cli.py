@@ -135,9 +135,10 @@ def test_noise_of_random_weights_is_turned_down(model, capsys):
     assert (sound("given/clip-0000.wav") - 0.5).abs().max() < 1e-3
 
 
-def test_a_clip_depends_on_seed_and_number_alone(model):
+def test_a_clip_depends_on_seed_and_number_alone(model, capsys):
     sample("one", "--formats", "wav", num=3)
     sample("three", "--formats", "wav", "--batch-size", "3", num=3)
+    assert "clips 0-2: 100%" in capsys.readouterr().err
     for i in range(3):
         assert (sound(f"one/clip-000{i}.wav") - sound(f"three/clip-000{i}.wav")).abs().max() < 1e-3
     sample("other", "--formats", "wav", num=1, seed=8)

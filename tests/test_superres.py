@@ -725,7 +725,9 @@ def test_psnr(here, capsys):
     """The table is that of its definition, the same in batches of any size; what cannot be measured is refused."""
     command = "psnr synthetic --model sr --frames 3 --steps 2 --device cpu"
     cli.main([*command.split(), "--out", "found"])
-    assert pathlib.Path("found.md").read_text() == capsys.readouterr().out
+    said, bars = capsys.readouterr()
+    assert pathlib.Path("found.md").read_text() == said
+    assert re.search(r"resized: .* 6/6 .*step", bars)  # of three frames, two steps each
     found = json.loads(pathlib.Path("found.json").read_text())
     resized, degraded = found["rows"]
     assert found["steps"] == 2 and degraded["small_images"] == "degraded as in training"

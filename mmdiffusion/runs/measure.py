@@ -299,7 +299,7 @@ class Measure:
             batches[-2:] = [torch.cat(batches[-2:])]
         size, rank = self.processes.count, self.processes.rank
         made = torch.zeros(0)
-        for at in tqdm(range(0, len(batches), size), f"{folder}, as released", disable=rank > 0):
+        for at in tqdm(range(0, len(batches), size), f"{folder}, as released", unit="batch", disable=rank > 0):
             own = [
                 self._batch(folder, [places[i] for i in batch.tolist()]) for batch in batches[at + rank : at + rank + 1]
             ]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -87,10 +87,12 @@ def _measured(pipeline: SuperResolutionPipeline, frames: Any, job: MeasurePsnr, 
     """A row, and the picture of the first frames."""
     scale, found, picture = pipeline.unet.config["scale"], [], None
     begun = time.perf_counter()
-    for batch, numbers in _batches(frames, job, kind):
+    for batch, numbers, on_step in _batches(frames, job, kind):
         low_res, real = _small(batch, scale, kind, job.seed, numbers), to_clip(batch).video[:, 0]  # type: ignore[index]
         generators = clip_generators(job.seed, numbers)
-        (video,) = pipeline(low_res[:, None], job.steps, generator=generators, return_dict=False)
+        (video,) = pipeline(
+            low_res[:, None], job.steps, generator=generators, callback_on_step_end=on_step, return_dict=False
+        )
         made = video[:, 0].cpu()
         bicubic = functional.interpolate(low_res, real.shape[2:], mode="bicubic").clamp(-1, 1)
         if not bool(made.isfinite().all()):
@@ -109,12 +111,16 @@ def _measured(pipeline: SuperResolutionPipeline, frames: Any, job: MeasurePsnr, 
     return row, picture
 
 
-def _batches(frames: Any, job: MeasurePsnr, kind: str) -> Iterator[tuple[Item, range]]:
-    with tqdm(total=job.frames, desc=kind, unit="frame") as bar:
+def _batches(frames: Any, job: MeasurePsnr, kind: str) -> Iterator[tuple[Item, range, Callable[..., None]]]:
+    """Frames, their numbers, and what moves the bar after each step of the pipeline."""
+    with tqdm(total=job.steps * job.frames, desc=kind, unit="step") as bar:
+
+        def on_step(_pipeline: Any, _step: int, _t: Tensor, seen: Mapping[str, Tensor]) -> None:
+            bar.update(len(seen["frames"]))
+
         for at in range(0, job.frames, job.batch_size):
             numbers = range(at, min(at + job.batch_size, job.frames))
-            yield joined([frames[i] for i in numbers]), numbers
-            bar.update(len(numbers))
+            yield joined([frames[i] for i in numbers]), numbers, on_step
 
 
 def _small(batch: Item, scale: int, kind: str, seed: int, numbers: range) -> Tensor:

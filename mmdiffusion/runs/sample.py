@@ -91,7 +91,7 @@ def fill(
     with tqdm(total=calls * len(lacking), unit="step", disable=is_quiet or not lacking) as bar:
         for at in range(0, len(lacking), job.batch_size):
             batch = lacking[at : at + job.batch_size]
-            bar.set_description(f"clip {batch[0]}")
+            bar.set_description(f"clip {batch[0]}" if len(batch) == 1 else f"clips {batch[0]}-{batch[-1]}")
             seeds = [clip_seed(job.seed, number) for number in batch]
 
             def count(*_: Any, clips: int = len(batch)) -> None:

@@ -18,6 +18,7 @@ from mmdiffusion.clips import STREAMS
 from mmdiffusion.data import SyntheticClips, to_clip
 from mmdiffusion.data.synthetic import ceiling_and_floor, synchrony
 from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
+from mmdiffusion.diffusion.schedulers import for_streams
 from mmdiffusion.runs.jobs import WAYS, MeasureSynchrony
 from mmdiffusion.runs.models import dtype_on, load_pipeline, settings_of
 from mmdiffusion.runs.processes import Processes
@@ -127,9 +128,14 @@ def _sampled(
     guidance: str,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches (video, audio) on the CPU."""
-    with tqdm(total=job.clips, desc=name, unit="clip") as bar:
+    calls = len(for_streams(pipeline.scheduler, job.steps)[0].timesteps)
+    with tqdm(total=calls * job.clips, desc=name, unit="step") as bar:
         for at in range(0, job.clips, job.batch_size):
             numbers = range(at, min(at + job.batch_size, job.clips))
+
+            def count(*_: Any, clips: int = len(numbers)) -> None:
+                bar.update(clips)
+
             options: dict[str, Any] = {}
             if given:
                 options = {
@@ -143,12 +149,12 @@ def _sampled(
                 generator=clip_generators(job.seed, numbers),
                 shift_seed=job.seed,
                 return_dict=False,
+                callback_on_step_end=count,
                 **options,
             )
             if not bool(video.isfinite().all() and audio.isfinite().all()):
                 raise FloatingPointError(f"{job.model} makes clips {numbers[0]} to {numbers[-1]} ({name}) not finite")
             yield video.cpu(), audio.cpu()
-            bar.update(len(numbers))
 
 
 def _real(world: SyntheticClips, stream: str, numbers: range) -> Tensor:
