@@ -906,5 +906,8 @@ def test_walk_through(monkeypatch, capsys):
         cli.main(arguments)
     assert "12800" in capsys.readouterr().out
     assert names("clips") == ["clip-0000.mp4", "clip-0000.png", "clip-0001.mp4", "clip-0001.png", "samples.json"]
+    assert names("balls") == names("clips") and names("sound") == ["clip-0000.mp4", "clip-0000.png", "samples.json"]
+    seen = [media.read_clip(f"{x}/clip-0000.mp4", size=None, need=["video"]).video for x in ("balls", "sound")]
+    assert (seen[0] - seen[1]).abs().mean() < 0.05  # the film that was given
     assert (sound("from-sound/clip-0000.mp4") - sound("clips/clip-0000.mp4")).abs().mean() < 0.3
     assert media.read_clip("longer/clip-0000.mp4").video.shape[0] == 32

@@ -40,6 +40,7 @@ def test_examples_run():
     assert names["video"].shape == (1, 16, 256, 8, 8) and names["audio"].shape == (1, 256, 400)
     assert names["video_out"].shape == (1, 1024, 4, 64) and names["audio_out"].shape == (1, 400, 4, 64)
     assert all(names[name].isfinite().all() for name in ("video", "audio", "video_out", "audio_out"))
+    names = {}
     exec(unet, names)
     assert names["video_noise"].shape == (1, 16, 3, 16, 16) and names["audio_noise"].shape == (1, 1, 4096)
     before = [p.detach().clone() for p in names["unet"].parameters()]

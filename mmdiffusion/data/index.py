@@ -115,7 +115,8 @@ def files_of(source: str | os.PathLike[str]) -> tuple[pathlib.Path, list[str]]:
         from webdataset.shardlists import expand_urls
     except ImportError as error:
         raise ImportError(
-            "a pattern of shards needs webdataset, which is not installed: pip install 'mmattn[shards]'",
+            "a pattern of shards needs webdataset, which is not installed: "
+            "pip install -e '.[shards]' in a clone of mmattn",
             name=error.name,
         ) from error
     paths = [os.path.abspath(path) for path in expand_urls(text)]

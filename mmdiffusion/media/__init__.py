@@ -5,7 +5,8 @@ try:
     import av  # noqa: F401
 except ModuleNotFoundError:
     raise ModuleNotFoundError(
-        "mmdiffusion.media needs av, which is not installed: pip install 'mmattn[diffusion]'", name="av"
+        "mmdiffusion.media needs av, which is not installed: pip install -e '.[diffusion]' in a clone of mmattn",
+        name="av",
     ) from None
 
 from mmdiffusion.clips import Clip
