@@ -904,7 +904,9 @@ def test_walk_through(monkeypatch, capsys):
         program, *arguments = shlex.split(line, comments=True)
         assert program == "mmdiffusion"
         cli.main(arguments)
-    assert "12800" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "12800" in said and "balls: 2 clips; films have their 3200 samples a second at 16000, the same sound" in said
+    assert "clips: 2 clips; the weights are random, so their sound is noise, turned down to 5%\n" in said
     assert names("clips") == ["clip-0000.mp4", "clip-0000.png", "clip-0001.mp4", "clip-0001.png", "samples.json"]
     assert names("balls") == names("clips") and names("sound") == ["clip-0000.mp4", "clip-0000.png", "samples.json"]
     seen = [media.read_clip(f"{x}/clip-0000.mp4", size=None, need=["video"]).video for x in ("balls", "sound")]

@@ -437,6 +437,16 @@ def test_folders_that_are_refused(folders, tmp_path):
         command(folders, tmp_path, "others", frames=8)
 
 
+def test_a_figure_of_too_few_clips_has_no_error(folders, tmp_path):
+    (tmp_path / "two").mkdir()
+    for number in (12, 13):
+        (tmp_path / "two" / f"{number}.mp4").symlink_to(folders / "others" / f"{number}.mp4")
+    said = run(command(folders, tmp_path, tmp_path / "two", out=tmp_path / "table"))
+    assert " ± - |" in said and "nan" not in said
+    content = json.loads((tmp_path / "table.json").read_text(), parse_constant=pytest.fail)
+    assert content["rows"][0]["figures"]["kernel, video statistics"][1] is None
+
+
 def test_files_that_are_refused_among_others(folders, tmp_path):
     """Named and counted, whatever their names are; links are followed."""
     (tmp_path / "odd").mkdir()

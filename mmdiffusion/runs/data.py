@@ -18,7 +18,7 @@ from mmdiffusion.data.synthetic import ceiling_and_floor
 from mmdiffusion.media import contact_sheet, write_image, write_video
 from mmdiffusion.runs.jobs import CheckFilms, PackFilms, WriteSynthetic
 from mmdiffusion.runs.options import refuse_unused
-from mmdiffusion.runs.results import refuse_to_overwrite
+from mmdiffusion.runs.results import refuse_to_overwrite, said_of_rate
 
 
 def check_films(job: CheckFilms) -> str:
@@ -76,7 +76,8 @@ def write_synthetic(job: WriteSynthetic) -> str:
     sheet = contact_sheet([to_clip(world[i]) for i in shown], titles, **rates)
     write_image(job.out / "sheet.png", sheet, may_replace=job.force)
     ceiling, floor = ceiling_and_floor(world, job.measured)
-    return f"{job.out}: {job.clips} clips and sheet.png\nas they are:       {ceiling}\nsound of another:  {floor}"
+    made = f"{job.out}: {job.clips} clips and sheet.png{said_of_rate(form.sample_rate)}"
+    return f"{made}\nas they are:       {ceiling}\nsound of another:  {floor}"
 
 
 def _draw(dataset: FilmClips, job: CheckFilms) -> str:

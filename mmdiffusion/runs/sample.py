@@ -26,6 +26,7 @@ from mmdiffusion.runs.folder import Folder
 from mmdiffusion.runs.jobs import Sample
 from mmdiffusion.runs.models import dtype_on, load_pipeline, load_superres, settings_of
 from mmdiffusion.runs.processes import Processes
+from mmdiffusion.runs.results import said_of_rate
 
 _RANDOM_GAIN = 0.05  # -26 dB
 
@@ -58,7 +59,8 @@ def run(job: Sample) -> str:
     folder.merge()
     gain = _gain(job, pipeline.unet.config)
     said = "" if gain == 1 else f"; the weights are random, so their sound is noise, turned down to {gain:.0%}"
-    return f"{job.out}: {job.num} clips{said}"
+    of_films = said_of_rate(clips.sample_rate) if "mp4" in job.formats else ""
+    return f"{job.out}: {job.num} clips{said}{of_films}"
 
 
 def fill(
