@@ -9,27 +9,37 @@ SOURCES := $(wildcard kernels/mmattn_kernels/cpu/*.cpp kernels/mmattn_kernels/cp
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-install: $(VENV)/.installed ## set up .venv: pinned packages, and this checkout with its CPU extension built
+install: $(VENV)/.dev $(VENV)/.built ## set up .venv: pinned packages, and this checkout with its CPU extension built
 
 $(VENV)/.packages: constraints.txt
 	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info < (3, 15), f"Python {sys.version.split()[0]}: 3.10 to 3.14 is needed; set PYTHON="'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install -q -c constraints.txt setuptools wheel pybind11 torch triton pytest pytest-xdist diffusers \
-	  safetensors accelerate av peft ruff mypy clang-format matplotlib tqdm flask waitress krippendorff selenium webdataset tensorboard
+	@echo "torch and what samples clips, into $(VENV): a download of up to several GB, minutes"
+	$(RUN) -m pip install -c constraints.txt setuptools wheel pybind11 torch diffusers safetensors accelerate av matplotlib tqdm
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.packages setup.py pyproject.toml $(SOURCES)
+$(VENV)/.dev: $(VENV)/.packages
+	@echo "what tests and lint need: a minute or two"
+	$(RUN) -m pip install -q -c constraints.txt triton pytest pytest-xdist peft ruff mypy clang-format flask waitress krippendorff \
+	  selenium webdataset tensorboard
+	touch $@
+
+$(VENV)/.built: $(VENV)/.packages setup.py pyproject.toml $(SOURCES)
+	@echo "the CPU extension: two to three minutes of the compiler"
 	$(RUN) -m pip install -q --no-build-isolation --no-deps -e .
 	@$(RUN) -m mmattn.info | grep "^cpu extension"
 	touch $@
 
-demo: install ## four clips of the small model that comes with the package, how synchronous such are, and the ops against their peers
-	$(RUN) -m mmattn.info
-	$(RUN) -m mmdiffusion sample --num 4 --batch-size 4 --seed 7 --out out/clips --force
+demo: $(VENV)/.built ## four clips of the small model that comes with the package, how synchronous such are, and the attention op against its peers
+	@echo "1/4 what is built, and what runs here: some seconds"
+	@$(RUN) -m mmattn.info
+	@echo "2/4 four clips of the small model: some ten seconds"
+	@$(RUN) -m mmdiffusion sample --num 4 --batch-size 4 --seed 7 --out out/clips --force
 	@echo "films and contact sheets: out/clips/clip-000?.mp4 and .png"
-	$(RUN) -m mmdiffusion synchrony --clips 16 --ways joint
-	$(RUN) bench/attn.py --quick --no-gate --modes forward
-	$(RUN) bench/unet.py --quick --no-gate --modes forward
+	@echo "3/4 how many bounces of 16 such clips are heard, beside real clips and mismatched ones: some ten seconds"
+	@$(RUN) -m mmdiffusion synchrony --clips 16 --ways joint
+	@echo "4/4 the attention op against the ways of plain torch, at the published sizes: a minute or two"
+	@$(RUN) bench/attn.py --quick --no-gate --modes forward
 
 # One process a core, each of one thread; pytest alone runs them too, one after another.
 PARALLEL := -n logical --maxprocesses 8 --dist loadgroup

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import warnings
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmattn._layers import dtype_of, has_own_hooks
 from mmattn.modules import (
+    PUBLISHED_ATTRIBUTES,
     Stream,
     check_streams,
     cross_attend,
@@ -38,7 +40,8 @@ def swap(model: nn.Module) -> int:
         model: the model that holds the blocks, at any depth, or a block.
 
     Returns:
-        The number of different blocks whose computation was replaced by this call.
+        The number of different blocks whose computation was replaced by this call. Where it is 0, and the model has no
+        block that was replaced before, a warning says which attributes were looked for.
 
     Raises:
         TypeError: if `model` is no torch.nn.Module.
@@ -59,6 +62,12 @@ def swap(model: nn.Module) -> int:
         refuse_look_alike(block, name)
     for block in blocks.values():
         block.__class__ = _swapped(type(block))  # type: ignore[assignment,arg-type]
+    if not any(isinstance(module, _Swapped) for module in model.modules()):
+        warnings.warn(
+            f"model is a {type(model).__name__} and nothing in it was replaced; expected a cross-attention block of "
+            f"the published MM-Diffusion code, which has the attributes {', '.join(PUBLISHED_ATTRIBUTES)}",
+            stacklevel=2,
+        )
     return len(blocks)
 
 

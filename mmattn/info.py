@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import sys
 from importlib import metadata
+from typing import NamedTuple
 
 import torch
 
@@ -17,13 +19,29 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _VARIABLES = ("MMATTN_IMPL", "MMATTN_CPU_ISA", "TRITON_INTERPRET")
 
 
-def report() -> str:
-    """The whole report, as lines of text."""
+def report(*, is_verbose: bool = False) -> str:
+    """The report, as lines of text: the machine, what impl="auto" runs of each op, and each reason why something does
+    not run once.
+
+    Args:
+        is_verbose: a paragraph for each op, device and dtype instead, with the reason of each implementation.
+    """
     lines = [*_machine(), ""]
+    reasons: dict[str, None] = {}  # in the order in which they are met
     for op in dispatch.OPS:
         for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
-            for dtype in _DTYPES:
-                lines += _choice(op, device, dtype)
+            choices = {str(dtype).removeprefix("torch."): _choice(op, device, dtype) for dtype in _DTYPES}
+            if is_verbose:
+                lines += [line for dtype, choice in choices.items() for line in choice.lines(f"{op} {device} {dtype}")]
+                continue
+            dtypes: dict[str, list[str]] = {}
+            for dtype, choice in choices.items():
+                dtypes.setdefault(choice.said, []).append(dtype)
+                reasons |= {f"{impl}: {why}": None for impl, why in choice.others.items() if why}
+            said = ", ".join(f"{choice} ({', '.join(of)})" for choice, of in dtypes.items())
+            lines.append(f"{op} on {device}: {said}")
+    if reasons:
+        lines += ["", "what does not run, and why (--verbose says it of each op and dtype):", *reasons]
     return "\n".join(lines)
 
 
@@ -42,8 +60,18 @@ def _machine() -> list[str]:
     return [f"{name:<18}{value}" for name, value in rows]
 
 
-def _choice(op: str, device: str, dtype: torch.dtype) -> list[str]:
-    """What impl="auto" runs, then a line for each implementation that cannot run, or is not picked by itself."""
+class _Choice(NamedTuple):
+    """What impl="auto" runs, and why each other implementation cannot run; None for one that runs on request."""
+
+    said: str
+    others: dict[str, str | None]
+
+    def lines(self, name: str) -> list[str]:
+        others = [f"    {impl:<10} {f'no: {why}' if why else 'on request'}" for impl, why in self.others.items()]
+        return [f"{name}: {self.said}", *others]
+
+
+def _choice(op: str, device: str, dtype: torch.dtype) -> _Choice:
     requested = os.environ.get("MMATTN_IMPL") or "auto"
     reasons = {impl: _unavailable(op, impl, device, dtype) for impl in dispatch.IMPLS}
     if requested not in ("auto", *dispatch.IMPLS):
@@ -56,11 +84,8 @@ def _choice(op: str, device: str, dtype: torch.dtype) -> list[str]:
         except Exception as error:
             chosen = f"error: {error}"
     parts = dispatch.parts(op, chosen)
-    lines = [f"{op} {device} {str(dtype).removeprefix('torch.')}: {chosen}{f' {parts}' if parts else ''}"]
-    for impl, reason in reasons.items():
-        if impl != chosen:
-            lines.append(f"    {impl:<10} {f'no: {reason}' if reason else 'on request'}")
-    return lines
+    others = {impl: reason for impl, reason in reasons.items() if impl != chosen}
+    return _Choice(f"{chosen}{f' {parts}' if parts else ''}", others)
 
 
 def _unavailable(op: str, impl: str, device: str, dtype: torch.dtype) -> str | None:
@@ -119,4 +144,8 @@ def _cuda_devices() -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(report() + "\n")
+    parser = argparse.ArgumentParser(
+        "python -m mmattn.info", description="What is built, what runs on this machine, and why not where not."
+    )
+    parser.add_argument("--verbose", action="store_true", help="each op, device and dtype by itself, with all reasons")
+    sys.stdout.write(report(is_verbose=parser.parse_args().verbose) + "\n")

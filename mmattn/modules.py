@@ -433,10 +433,7 @@ def _check_vector(name: str, value: Tensor, x: Tensor, channels: int, letters: s
 
 def missing_published_attributes(module: nn.Module) -> list[str]:
     """The attributes that a cross-attention block of the published code has and this module does not."""
-    names = (
-        "channels num_heads local_window window_shift v_norm a_norm v_qkv a_qkv attention video_proj_out audio_proj_out"
-    )
-    return [name for name in names.split() if not hasattr(module, name)]
+    return [name for name in PUBLISHED_ATTRIBUTES if not hasattr(module, name)]
 
 
 def refuse_look_alike(block: Any, place: str = "") -> None:
@@ -488,6 +485,12 @@ def _not_as_published(layer: Any, kind: type[nn.Module], rows: int, channels: in
         return f"{layer}; expected {rows} channels out of {channels}"
     return None
 
+
+PUBLISHED_ATTRIBUTES = (
+    *("channels", "num_heads", "local_window", "window_shift", "v_norm", "a_norm", "v_qkv", "a_qkv", "attention"),
+    *("video_proj_out", "audio_proj_out"),
+)
+"""By which a cross-attention block of the published code is known."""
 
 # Paths in a cross-attention block, the classes of the layers there, and their outputs in channels of the block.
 _PUBLISHED_LAYERS: tuple[tuple[str, type[nn.Module], int], ...] = (

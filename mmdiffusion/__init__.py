@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if importlib.util.find_spec("diffusers") is None:
     raise ModuleNotFoundError(
-        "mmdiffusion needs diffusers, which is not installed: pip install 'mmattn[diffusion]'", name="diffusers"
+        "mmdiffusion needs diffusers, which is not installed: pip install -e '.[diffusion]' in a clone of mmattn",
+        name="diffusers",
     )
 
 if TYPE_CHECKING:

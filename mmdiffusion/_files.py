@@ -18,7 +18,8 @@ import shutil
 import stat
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 try:
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 
 # What only writing ends in, and what has no name then.
 _OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_BESIDE_FILMS = (
+    *(".csv", ".json", ".jsonl", ".md", ".txt", ".yaml", ".yml"),
+    *(".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"),
+)  # endings of text and of still pictures
 _PART = re.compile(r"\.[0-9a-f]{16}\.part")
 _tidied: set[str] = set()
 _SAFETENSORS_DTYPES = {
@@ -53,9 +58,13 @@ def check_regular(path: str | os.PathLike[str], expected: str) -> None:
 
     Raises:
         ValueError: naming the path and what was expected.
-        OSError: if there is nothing.
+        FileNotFoundError: likewise, if there is nothing.
+        OSError: if that cannot be seen.
     """
-    mode = os.stat(path).st_mode
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is not there; expected {expected}") from None
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # open() tells of a directory
         raise ValueError(f"{path} is no regular file; expected {expected}")
 
@@ -95,6 +104,18 @@ def files_below(folder: str | os.PathLike[str]) -> list[str]:
         folders[:] = sorted(x for x in folders if not x.startswith("."))
         found += [os.path.relpath(os.path.join(top, x), folder) for x in files if not x.startswith(".")]
     return sorted(found)
+
+
+def is_beside_films(name: str) -> bool:
+    """Whether the ending of a file's name says text or a still picture, which need not be opened to be no film."""
+    return name.lower().endswith(_BESIDE_FILMS)
+
+
+def said_of_files_beside(names: Sequence[str]) -> list[str]:
+    """One line on files of `is_beside_films`, counted by ending; none on no files."""
+    counts = Counter(os.path.splitext(name)[1].lower() for name in names).most_common()
+    are = "files are no films" if len(names) > 1 else "file is no film"
+    return [f"{len(names)} {are}: {', '.join(f'{n} {ending}' for ending, n in counts)}"] if names else []
 
 
 def printable(text: str) -> str:

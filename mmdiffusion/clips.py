@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -129,6 +130,18 @@ class ClipFormat:
             )
         last = count - self.frames
         return count, [*range(0, last, self.frames - shared), last]
+
+    def given(self, stream: str | None, seconds: float | None, overlap: float) -> dict[str, int]:
+        """Elements of a sample that a window has given, by stream: all of `stream`, and in a clip of several windows
+        what of the other one, or of both, the second window shares with the first.
+
+        Raises:
+            ValueError: of `windows`.
+        """
+        starts = self.windows(seconds, overlap)[1]
+        shared = self.frames - starts[1] if len(starts) > 1 else 0
+        lengths = {x.name: x.shape[x.axis] if x.name == stream else shared * x.unit for x in self.streams(1)}
+        return {x.name: math.prod(x.resized(lengths[x.name])) for x in self.streams(1) if lengths[x.name]}
 
     def check_rates(self) -> None:
         """Whether the streams of a window last equally long, as they have to in a film.

@@ -818,7 +818,7 @@ def test_import_loads_nothing_compiled():
 
 @needs_extension
 def test_info():
-    out = in_a_fresh_process(None, command=("-m", "mmattn.info"), MMATTN_CPU_ISA="portable")
+    out = in_a_fresh_process(None, command=("-m", "mmattn.info", "--verbose"), MMATTN_CPU_ISA="portable")
     for part in (
         f"mmattn            {mmattn.__version__}",
         torch.__version__,
@@ -831,11 +831,25 @@ def test_info():
         assert part in out, part
 
 
+@needs_extension
+def test_info_in_short(monkeypatch):
+    """A line for each op, and each reason once."""
+    monkeypatch.delenv("MMATTN_IMPL", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    _, ops, reasons = (part.splitlines() for part in mmattn.info.report().split("\n\n"))
+    assert len(ops) == len(mmattn.dispatch.OPS)
+    assert "group_norm on cpu: cpu (float32, bfloat16), reference (float16, float64)" in ops
+    assert sum("the tensors are on cpu, and it runs on CUDA devices" in line for line in reasons) == 1
+    assert any(line.startswith("cpu: the dtype is torch.float64, and it computes") for line in reasons)
+
+
 def test_info_without_the_compiled_parts():
     run = "import runpy; runpy.run_module('mmattn.info', run_name='__main__')"
     out = in_a_fresh_process(BLOCK + run)
     assert "cpu extension     no: the extension mmattn_kernels._cpu is not built; install" in out
-    assert "random_shift_attention cpu float32: reference" in out
+    assert "random_shift_attention on cpu: reference (float32, bfloat16, float16, float64)" in out
+    assert out.count("cpu: the extension mmattn_kernels._cpu is not built") == 1
 
 
 @needs_extension
@@ -846,7 +860,7 @@ def test_info_of_a_chosen_implementation(monkeypatch):
         "fast": "random_shift_attention cpu float32: error: MMATTN_IMPL is 'fast'; expected 'auto', 'reference'",
     }.items():
         monkeypatch.setenv("MMATTN_IMPL", requested)
-        text = mmattn.info.report()
+        text = mmattn.info.report(is_verbose=True)
         assert f"MMATTN_IMPL       {requested}\n" in text and line in text
 
 

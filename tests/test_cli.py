@@ -135,9 +135,10 @@ def test_noise_of_random_weights_is_turned_down(model, capsys):
     assert (sound("given/clip-0000.wav") - 0.5).abs().max() < 1e-3
 
 
-def test_a_clip_depends_on_seed_and_number_alone(model):
+def test_a_clip_depends_on_seed_and_number_alone(model, capsys):
     sample("one", "--formats", "wav", num=3)
     sample("three", "--formats", "wav", "--batch-size", "3", num=3)
+    assert "clips 0-2: 100%" in capsys.readouterr().err
     for i in range(3):
         assert (sound(f"one/clip-000{i}.wav") - sound(f"three/clip-000{i}.wav")).abs().max() < 1e-3
     sample("other", "--formats", "wav", num=1, seed=8)
@@ -193,7 +194,13 @@ def test_one_stream_from_the_other(model):
     found = media.read_clip("audio/clip-0000.mp4", size=None)
     error = (found.video - given.video).square().mean()
     assert error < 0.02 < (found.audio - given.audio).square().mean() / 0.05**2  # of sound that is turned down
-    assert json.loads(pathlib.Path("audio/samples.json").read_text())["settings"]["guidance_scale"] == 1e-4
+    assert (
+        json.loads(pathlib.Path("audio/samples.json").read_text())["settings"]["guidance_scale"]
+        == 3 / given.video.numel()
+    )
+    sample("long", "--formats", "wav", "--seconds", "0.6", "--guidance", "gradient")
+    recorded = json.loads(pathlib.Path("long/samples.json").read_text())["settings"]["guidance_scale"]
+    assert recorded == {"video": 3 / (given.video.numel() / 2), "audio": 3 / (given.audio.numel() / 2)}
 
 
 def test_clips_have_the_rates_of_the_model(capsys):
@@ -711,10 +718,10 @@ def test_what_a_directory_of_a_pipeline_lacks_is_not_passed_over(model, capsys, 
     file = pathlib.Path("made", name)
     file.unlink()
     file.symlink_to("gone")
-    assert f"No such file or directory: 'made/{name}'" in refused(capsys, "info", "made")
+    assert f"made/{name} is not there; expected a JSON file on a disk" in refused(capsys, "info", "made")
     if name != "model_index.json":  # without one, it is no directory of a pipeline
         file.unlink()
-        assert f"No such file or directory: 'made/{name}'" in refused(capsys, "info", "made")
+        assert f"made/{name} is not there; expected a JSON file on a disk" in refused(capsys, "info", "made")
 
 
 def _configure(file, **changes):
@@ -769,14 +776,14 @@ BAD = {
     "seconds": ("--seconds -1", "seconds is -1.0; expected at least one frame"),
     "overlap": ("--seconds 1 --overlap 2", "overlap is 2.0"),
     "both streams": ("--audio-from a --video-from b", "both given"),
-    "no clip": ("--audio-from absent.mp4", "No such file or directory: 'absent.mp4'"),
+    "no clip": ("--audio-from absent.mp4", "absent.mp4 is not there; expected a film or a sound on a disk"),
     "no media": ("--audio-from tiny.pt", "tiny.pt is no media file, or it is broken"),
     "too short": (
         "--audio-from short.wav",
         "short.wav has 0.100 s of audio from where it is read; expected more than 0.300",
     ),
     "no picture": ("--video-from short.wav", "short.wav has no video stream"),
-    "no model": ("--model absent.pt", "No such file or directory: 'absent.pt'"),
+    "no model": ("--model absent.pt", "absent.pt is not there; expected a checkpoint on a disk"),
     "broken model": ("--model cut.pt", "cut.pt cannot be read as a checkpoint: "),
     "broken safetensors": ("--model cut.safetensors", "cut.safetensors cannot be read as a checkpoint: "),
     "text for a model": ("--model text.pt", "text.pt cannot be read as a checkpoint: "),
@@ -897,7 +904,12 @@ def test_walk_through(monkeypatch, capsys):
         program, *arguments = shlex.split(line, comments=True)
         assert program == "mmdiffusion"
         cli.main(arguments)
-    assert "12800" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "12800" in said and "balls: 2 clips; films have their 3200 samples a second at 16000, the same sound" in said
+    assert "clips: 2 clips; the weights are random, so their sound is noise, turned down to 5%\n" in said
     assert names("clips") == ["clip-0000.mp4", "clip-0000.png", "clip-0001.mp4", "clip-0001.png", "samples.json"]
+    assert names("balls") == names("clips") and names("sound") == ["clip-0000.mp4", "clip-0000.png", "samples.json"]
+    seen = [media.read_clip(f"{x}/clip-0000.mp4", size=None, need=["video"]).video for x in ("balls", "sound")]
+    assert (seen[0] - seen[1]).abs().mean() < 0.05  # the film that was given
     assert (sound("from-sound/clip-0000.mp4") - sound("clips/clip-0000.mp4")).abs().mean() < 0.3
     assert media.read_clip("longer/clip-0000.mp4").video.shape[0] == 32

@@ -59,8 +59,10 @@ def made(tmp_path_factory):
     film(root / "rain" / "brief.mp4", 4, 4)
     film(root / ".hidden.mp4", 20, 5)
     media.write_audio(root / "sound.wav", torch.zeros(1, 16000))
-    (root / "notes.txt").write_text("no film")
+    (root / "words.rtf").write_text("no film")
     (root / "empty.mp4").touch()
+    for name in ("notes.txt", "samples.json", "rain/short.PNG", "sheet.png"):  # as our commands leave beside films
+        (root / name).write_text("no film")
     return root
 
 
@@ -88,7 +90,7 @@ def test_index_tells_of_every_file_and_of_every_reason(folder):
     assert reasons["sound.wav"] == "no picture"
     assert reasons["rain/brief.mp4"].startswith("too short: 0.2")
     assert reasons["empty.mp4"] == "is empty: 0 bytes"
-    assert "no media file" in reasons["notes.txt"]
+    assert "no media file" in reasons["words.rtf"]
     assert len(reasons) == 7  # what is hidden is somebody's own
     assert entries["long.mp4"].ends["video"] == pytest.approx(2.4)
     assert entries["long.mp4"].forms["video"] == "h264 24 x 32 at 20 a second"
@@ -109,12 +111,27 @@ def test_index_looks_at_a_file_once_until_it_changes(folder, monkeypatch):
     monkeypatch.setattr(index, "read_by", lambda _, dataset: map(dataset.__getitem__, range(len(dataset))))
     assert index_folder(folder) == first and opened == []
     film(folder / "long.mp4", 30, 9)
-    (folder / "notes.txt").unlink()
+    (folder / "words.rtf").unlink()
     film(folder / "new.mp4", 20, 10)
     second = {entry.name: entry for entry in index_folder(folder)}
     assert sorted(opened) == ["long.mp4", "new.mp4"]
-    assert len(second["long.mp4"].clips(FORM)) == 12 and "notes.txt" not in second
-    assert sorted(folder.rglob("*")) == sorted({*before, folder / "new.mp4"} - {folder / "notes.txt"})
+    assert len(second["long.mp4"].clips(FORM)) == 12 and "words.rtf" not in second
+    assert sorted(folder.rglob("*")) == sorted({*before, folder / "new.mp4"} - {folder / "words.rtf"})
+
+
+def test_text_and_still_pictures_are_counted_and_not_opened(folder, tmp_path):
+    clips = ClipDataset(folder, FORM, processes=1)
+    assert clips.beside == ["notes.txt", "rain/short.PNG", "samples.json", "sheet.png"]
+    assert not {"notes.txt", "sheet.png"} & clips.refused.keys()
+    (tmp_path / "beside").mkdir()
+    for name in ("a.md", "b.md"):
+        (tmp_path / "beside" / name).touch()
+    message = r"with no files to look at; 2 files are no films: 2 \.md; expected films with sound"
+    with pytest.raises(ValueError, match=message):
+        ClipDataset(tmp_path / "beside", FORM)
+    (tmp_path / "beside" / "empty.mp4").touch()
+    with pytest.raises(ValueError, match=r"is empty: 0 bytes; 2 files are no films: 2 \.md\); expected one or more"):
+        ClipDataset(tmp_path / "beside", FORM)
 
 
 def test_a_broken_index_is_made_anew(folder):
@@ -251,12 +268,12 @@ def test_bad_folders(folder, tmp_path):
     with pytest.raises(NotADirectoryError, match="nowhere', which is not there; expected a folder of films"):
         ClipDataset(tmp_path / "nowhere", FORM)
     (tmp_path / "bare").mkdir()
-    with pytest.raises(ValueError, match="bare', with no files; expected films with sound"):
+    with pytest.raises(ValueError, match="bare', with no files to look at; expected films with sound"):
         ClipDataset(tmp_path / "bare", FORM)
     for name in ("long.mp4", "rain/deep/short.mp4"):
         (folder / name).unlink()
     with pytest.raises(
-        ValueError, match=r"with 5 files and not one film .*empty.mp4: is empty.*; and 2 more\); expected"
+        ValueError, match=r"with 5 files and not one film .*empty.mp4: is empty.*; and 2 more; 4 .*\); expected"
     ):
         ClipDataset(folder, FORM, processes=1)
 
@@ -443,7 +460,9 @@ def test_bad_shards(folder, shards, tmp_path, monkeypatch):
     assert reasons["films-1.tar.gz"] == "is compressed; expected shards that are not, .tar"
     monkeypatch.setitem(sys.modules, "webdataset", None)
     monkeypatch.setitem(sys.modules, "webdataset.shardlists", None)
-    with pytest.raises(ImportError, match=r"a pattern of shards needs webdataset, .*pip install 'mmattn\[shards\]'"):
+    with pytest.raises(
+        ImportError, match=r"a pattern of shards needs webdataset, .*pip install -e '\.\[shards\]' in a clone"
+    ):
         open_dataset(pattern, FORM)
 
 
@@ -465,6 +484,7 @@ def test_commands(folder, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "rain/silent.mp4 " in said and "no sound (h264 24 x 32 at 20 a second)" in said
     assert "2 films of 0.1 minutes, 32 clips; clips.png has 2" in said and "1 refused: no sound" in said
+    assert "\n4 files are no films: 2 .png, 1 .txt, 1 .json\n" in said and "sheet.png" not in said
     assert (tmp_path / "clips.png").stat().st_size > 1000
     with pytest.raises(SystemExit):
         cli.main(["data", "check", "films", *sheet, *form])
@@ -472,6 +492,7 @@ def test_commands(folder, tmp_path, monkeypatch, capsys):
     cli.main(["data", "pack", "films", "films.pack", *form])
     said = capsys.readouterr().out
     assert "2 films, 32 clips" in said and "left out sound.wav: no picture" in said
+    assert "4 files are no films: " in said and "left out notes.txt" not in said
     cli.main(["data", "check", "films.pack", *sheet, "--force", *form])
     assert "films.pack is whole: 2 films, 32 clips; clips.png has 8" in capsys.readouterr().out
     for _ in range(2):  # as often as one likes: nothing is written

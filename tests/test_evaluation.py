@@ -422,7 +422,10 @@ def test_folders_that_are_refused(folders, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "1.mp4").write_bytes((folders / "real" / "1.mp4").read_bytes())
-    with pytest.raises(ValueError, match="empty has no files; expected films or sounds"):
+    with pytest.raises(ValueError, match="empty has no files to look at; expected films or sounds"):
+        run(command(folders, tmp_path, tmp_path / "empty"))
+    (tmp_path / "empty" / "samples.json").touch()
+    with pytest.raises(ValueError, match=r"no files to look at; 1 file is no film: 1 \.json; expected films or sounds"):
         run(command(folders, tmp_path, tmp_path / "empty"))
     with pytest.raises(ValueError, match="one has 1 clips of 16 frames; expected 2 or more"):
         run(command(folders, tmp_path, tmp_path / "one"))
@@ -434,6 +437,16 @@ def test_folders_that_are_refused(folders, tmp_path):
         command(folders, tmp_path, "others", frames=8)
 
 
+def test_a_figure_of_too_few_clips_has_no_error(folders, tmp_path):
+    (tmp_path / "two").mkdir()
+    for number in (12, 13):
+        (tmp_path / "two" / f"{number}.mp4").symlink_to(folders / "others" / f"{number}.mp4")
+    said = run(command(folders, tmp_path, tmp_path / "two", out=tmp_path / "table"))
+    assert " ± - |" in said and "nan" not in said
+    content = json.loads((tmp_path / "table.json").read_text(), parse_constant=pytest.fail)
+    assert content["rows"][0]["figures"]["kernel, video statistics"][1] is None
+
+
 def test_files_that_are_refused_among_others(folders, tmp_path):
     """Named and counted, whatever their names are; links are followed."""
     (tmp_path / "odd").mkdir()
@@ -443,9 +456,12 @@ def test_files_that_are_refused_among_others(folders, tmp_path):
     (tmp_path / "odd" / "$a|b$ \u00e4\n.mp4").write_bytes(b"no film")
     bytes_alone = pathlib.Path(str(tmp_path / "odd" / "x") + "\udcff.mp4")
     bytes_alone.write_bytes(b"no film")
+    for name in ("samples.json", "sheet-1.png", "sheet-2.png"):  # as our commands leave beside films
+        (tmp_path / "odd" / name).write_text("no film")
     (tmp_path / "$o|d$").symlink_to(tmp_path / "odd", target_is_directory=True)
     said = run(command(folders, tmp_path, tmp_path / "$o|d$", out=tmp_path / "table"))
     assert "3 clips, 3 files of no use" in said and "gone.mp4: [Errno 2]" in said
+    assert "\n  3 files are no films: 2 .png, 1 .json\n" in said and "sheet-1.png" not in said
     assert "  x\\udcff.mp4: " in said and "  $a|b$ \u00e4\\n.mp4: " in said and "$o\\|d$ | 3 |" in said
     assert set(json.loads((tmp_path / "table.json").read_text())["refused"][str(tmp_path / "$o|d$")]) == {
         "gone.mp4",

@@ -116,7 +116,7 @@ def test_without_the_extra_packages_the_remedy_is_named(package, call):
         check=False,
     )
     assert done.returncode != 0
-    assert f"needs {package}, which" in done.stderr and "pip install 'mmattn[diffusion]'" in done.stderr
+    assert f"needs {package}, which" in done.stderr and "pip install -e '.[diffusion]' in a clone" in done.stderr
 
 
 @needs_git

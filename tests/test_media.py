@@ -20,6 +20,7 @@ from mmdiffusion.clips import Clip  # noqa: E402
 from mmdiffusion.media import (  # noqa: E402
     check_film,
     contact_sheet,
+    film_sample_rate,
     open_film,
     read_clip,
     write_audio,
@@ -176,6 +177,8 @@ def test_low_rates_are_written_at_one_of_aac(tmp_path):
     found = read_clip(tmp_path / "clip.mp4", num_frames=10, sample_rate=16000, size=None).audio
     expected = torch.sin(2 * torch.pi * 200 * torch.arange(16000) / 16000) * torch.linspace(0, 0.5, 16000)
     assert (found[0] - expected)[:-500].abs().max() < 0.03
+    rates = {3200: 16000, 4000: 8000, 16000: 16000, 7000: 7000}  # that of 7000 is refused
+    assert {rate: film_sample_rate(rate) for rate in rates} == rates
 
 
 def test_colours(tmp_path):
@@ -330,7 +333,7 @@ def test_what_cannot_be_read_is_refused(tmp_path):
     silent = film(tmp_path / "silent.mov", times=every("0.1", 20))
     late = film(tmp_path / "late.mkv", times=every("0.1", 20), parts=[(Fraction(18, 10), tone(1))])
     write_audio(tmp_path / "sound.wav", tone(2.0))
-    with pytest.raises(FileNotFoundError, match=r"No such file .*absent\.mp4"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.mp4 is not there; expected a film or a sound on a disk"):
         read_clip(tmp_path / "absent.mp4")
     with pytest.raises(IsADirectoryError):
         read_clip(tmp_path)

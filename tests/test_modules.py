@@ -316,11 +316,16 @@ def test_swap_changes_nothing_but_the_computation():
     assert all(p is parameters[key] for key, p in host.named_parameters())
     assert list(host.state_dict()) == list(state)
     assert all(torch.equal(x, state[key]) for key, x in host.state_dict().items())
-    assert mmattn.swap(host) == 0 and mmattn.swap(nn.Linear(2, 2)) == 0
+    assert mmattn.swap(host) == 0
     Host().load_state_dict(host.state_dict())
     host.load_state_dict(state)
     assert mmattn.unswap(host) == 3 and mmattn.unswap(host) == 0
     assert [type(block) for block in modules.values()] == kinds and list(host.named_modules()) == list(modules.items())
+
+
+def test_a_swap_that_finds_no_block_warns():
+    with pytest.warns(UserWarning, match=r"model is a Linear and nothing in it was replaced; expected .* window_shift"):
+        assert mmattn.swap(nn.Linear(2, 2)) == 0
 
 
 def test_gradients_of_a_swapped_host():

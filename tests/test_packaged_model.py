@@ -52,14 +52,16 @@ def test_the_card_has_what_was_measured():
 
 def test_sample_needs_no_model(capsys):
     cli.main(shlex.split("sample --num 1 --steps 2 --out clips"))
-    assert capsys.readouterr().out == "clips: 1 clips\n"
+    of_films = "films have their 3200 samples a second at 16000, the same sound, as AAC has no such rate"
+    assert capsys.readouterr().out == f"clips: 1 clips; {of_films}\n"
     assert {path.name for path in pathlib.Path("clips").iterdir()} == {
         "clip-0000.mp4",
         "clip-0000.png",
         "samples.json",
     }
     cli.main(["info"])
-    assert '"v_prediction"' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert '"v_prediction"' in said and " 161 parameters" in said and " 3.50 M parameters" in said
 
 
 def test_what_it_makes_is_as_measured(capsys):

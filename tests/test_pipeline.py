@@ -17,6 +17,7 @@ from diffusers.schedulers import scheduling_ddpm  # noqa: E402
 
 from mmattn.testing import relative_error  # noqa: E402
 from mmdiffusion import CoupledUNet, MMDiffusionPipeline  # noqa: E402
+from mmdiffusion.diffusion import pipelines  # noqa: E402
 from mmdiffusion.diffusion.sampling import sample  # noqa: E402
 from mmdiffusion.diffusion.schedulers import SCHEDULERS, for_streams, make_scheduler  # noqa: E402
 
@@ -347,6 +348,28 @@ def test_gradient_leaves_the_model_as_it_was():
     assert torch.equal(found.video, again.video) and not found.video.requires_grad
     assert pipeline.unet.training and not frozen.requires_grad
     assert all(x.requires_grad and x.grad is None for x in pipeline.unet.parameters() if x is not frozen)
+
+
+def test_the_published_scale_is_3_over_what_a_window_has_given(monkeypatch):
+    pipeline = small()
+    assert pipeline.published_scales("audio") == {"audio": 3 / 64}
+    options = {"generator": seeded(1), "guidance": "gradient", "audio": clip_of("audio")}
+    found = pipeline(1, 3, **options)
+    named = pipeline(1, 3, **{**options, "generator": seeded(1)}, guidance_scale=3 / 64)
+    other = pipeline(1, 3, **{**options, "generator": seeded(1)}, guidance_scale=6 / 64)
+    assert torch.equal(found.video, named.video) and not torch.equal(found.video, other.video)
+    seen = []
+
+    def noted(*args, known, guidance_scale, **options):
+        seen.append([(x is not None and scale * x[0].numel()) for x, scale in zip(known, guidance_scale, strict=True)])
+        return sample(*args, known=known, guidance_scale=guidance_scale, **options)
+
+    monkeypatch.setattr(pipelines, "sample", noted)
+    pipeline(2, 3, generator=seeded(1, 2), guidance="gradient", seconds=1.0)
+    assert seen == [[False, False], *[[pytest.approx(3)] * 2] * 3]
+    seen.clear()
+    pipeline(1, 3, generator=seeded(1), guidance="gradient", seconds=1.0, audio=clip_of("audio", 10))
+    assert seen == [[False, pytest.approx(3)], *[[pytest.approx(3)] * 2] * 3]
 
 
 def late_shift(pipeline):

@@ -8,6 +8,10 @@ import sys
 
 import pytest
 import torch
+from helpers import fill
+from published import CrossAttention
+
+import mmattn
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -21,9 +25,11 @@ def test_the_first_screen_is_short_and_runs():
     (code,) = examples("**I have a model**", "**I want clips**")
     text = (ROOT / "README.md").read_text()
     assert text[: text.index("## Install")].count("\n") < 55
-    names = {"model": torch.nn.Module(), "video": torch.randn(1, 4, 256, 4, 4), "audio": torch.randn(1, 256, 40)}
+    model = torch.nn.Sequential(fill(CrossAttention(64, 1, 1)))
+    names = {"model": model, "video": torch.randn(1, 4, 256, 4, 4), "audio": torch.randn(1, 256, 40)}
     exec(code, names)
     assert names["video"].shape == (1, 4, 256, 4, 4) and names["audio"].shape == (1, 256, 40)
+    assert mmattn.unswap(model) == 1
 
 
 def test_examples_run():
@@ -34,6 +40,7 @@ def test_examples_run():
     assert names["video"].shape == (1, 16, 256, 8, 8) and names["audio"].shape == (1, 256, 400)
     assert names["video_out"].shape == (1, 1024, 4, 64) and names["audio_out"].shape == (1, 400, 4, 64)
     assert all(names[name].isfinite().all() for name in ("video", "audio", "video_out", "audio_out"))
+    names = {}
     exec(unet, names)
     assert names["video_noise"].shape == (1, 16, 3, 16, 16) and names["audio_noise"].shape == (1, 1, 4096)
     before = [p.detach().clone() for p in names["unet"].parameters()]

@@ -58,6 +58,8 @@ def folders(tmp_path_factory):
     write_video(top / "ours" / "silent.mp4", video)
     write_audio(top / "ours" / "unseen.wav", audio)
     (top / "tats" / "broken.mp4").write_bytes(b"no film")
+    for name in ("ours/samples.json", "ours/sheet.png", "tats/README.md"):
+        (top / name).write_text("no film")
     (top / "real" / ".hidden").mkdir()
     shutil.copy(top / "ours" / "ours-0.mp4", top / "real" / ".hidden" / "ours-0.mp4")
     return top
@@ -130,6 +132,7 @@ def test_names_and_files_tell_nothing(made, folders):
 def test_files_of_no_use_are_named(made, folders):
     assert made.refused.keys() == {str(folders / x) for x in ("ours/silent.mp4", "ours/unseen.wav", "tats/broken.mp4")}
     assert made.refused[str(folders / "ours/silent.mp4")] == "it has no sound"
+    assert made.beside == [str(folders / x) for x in ("ours/samples.json", "ours/sheet.png", "tats/README.md")]
     assert made.refused[str(folders / "ours/unseen.wav")] == "it has no picture"
 
 
@@ -158,7 +161,7 @@ def test_what_browsers_do_not_play_is_transcoded_and_said(folders, tmp_path):
 
 
 def test_studies_that_are_refused(folders, tmp_path):
-    with pytest.raises(ValueError, match=r"tats has 4 films .* expected 5, .* ratings \(4\) .*broken.mp4: "):
+    with pytest.raises(ValueError, match=r"tats has 4 films .* expected 5, .* ratings \(4\) .*1 \.md; .*broken.mp4: "):
         make_study(tmp_path / "s", sources(folders), ratings=4, guesses=1)
     assert not (tmp_path / "s").exists()
     with pytest.raises(ValueError, match="is the same film as"):
@@ -573,6 +576,7 @@ def test_the_command(folders, tmp_path, capsys):
     )  # fmt: skip
     assert f"{out}: 6 films of real, 5 films of ours, 4 films of {folders / 'tats'}" in said
     assert f"left out {folders / 'ours/silent.mp4'}: it has no sound" in said
+    assert "\n3 files are no films: 1 .json, 1 .png, 1 .md\n" in said and "sheet.png" not in said
     for rater in range(3):
         takes_part(Study(out), rater=rater)
     said = command(capsys, "study", "tally", out, "--out", tmp_path / "result")

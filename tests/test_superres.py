@@ -725,7 +725,9 @@ def test_psnr(here, capsys):
     """The table is that of its definition, the same in batches of any size; what cannot be measured is refused."""
     command = "psnr synthetic --model sr --frames 3 --steps 2 --device cpu"
     cli.main([*command.split(), "--out", "found"])
-    assert pathlib.Path("found.md").read_text() == capsys.readouterr().out
+    said, bars = capsys.readouterr()
+    assert pathlib.Path("found.md").read_text() == said
+    assert re.search(r"resized: .* 6/6 .*step", bars)  # of three frames, two steps each
     found = json.loads(pathlib.Path("found.json").read_text())
     resized, degraded = found["rows"]
     assert found["steps"] == 2 and degraded["small_images"] == "degraded as in training"
@@ -742,6 +744,12 @@ def test_psnr(here, capsys):
     picture = media.read_clip("found.png", size=None, need=["video"]).video[0]
     assert picture.shape[0] == 3 and picture.shape[1] * 4 == picture.shape[2] * 6
     cli.main([*command.split(), "--out", "again", "--batch-size", "1"])
+    capsys.readouterr()
+    cli.main([*command.replace("--frames 3", "--frames 1").split(), "--out", "one"])
+    assert capsys.readouterr().out.count(" ± - ") == 4
+    assert (
+        json.loads(pathlib.Path("one.json").read_text(), parse_constant=pytest.fail)["rows"][0]["bicubic_error"] is None
+    )
     for a, b in zip(found["rows"], json.loads(pathlib.Path("again.json").read_text())["rows"], strict=True):
         assert a["network"] == pytest.approx(b["network"], abs=2e-3)
     capsys.readouterr()

@@ -6,11 +6,14 @@ import shlex
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import mmattn
 from mmdiffusion import CoupledUNet, cli
 from mmdiffusion.clips import ClipFormat
 from mmdiffusion.data import SyntheticClips, to_clip
+from mmdiffusion.diffusion.schedulers import make_scheduler
+from mmdiffusion.runs import synchrony
 from mmdiffusion.runs.sample import clip_seed
 from mmdiffusion.runs.synchrony import MeasureSynchrony, measure
 
@@ -35,7 +38,7 @@ SMALL = {
 class Perfect:
     """Makes the real clips of a world as a model that had learned everything would, and notes what it is asked."""
 
-    clip_format = FORMAT
+    clip_format, scheduler = FORMAT, make_scheduler("dpmsolver++")
 
     def __init__(self, world=1, spoil=None):
         self.world, self.spoil, self.calls = SyntheticClips(FORMAT, world), spoil, []
@@ -46,7 +49,21 @@ class Perfect:
     def set_progress_bar_config(self, **_):
         pass
 
-    def __call__(self, count, steps, *, generator, shift_seed, return_dict, video=None, audio=None, **guidance):
+    def __call__(
+        self,
+        count,
+        steps,
+        *,
+        generator,
+        shift_seed,
+        return_dict,
+        callback_on_step_end,
+        video=None,
+        audio=None,
+        **guidance,
+    ):
+        for step in range(steps):
+            callback_on_step_end(self, step, None, {})
         done = sum(call["count"] for call in self.calls) % 6
         clips = [to_clip(self.world[done + i]) for i in range(count)]
         seeds = [x.initial_seed() for x in generator]
@@ -85,7 +102,15 @@ def test_a_perfect_model_reaches_the_ceiling():
         "replacement",
         "gradient",
     ]
-    assert [call.get("guidance_scale") for call in pipeline.calls[::4]] == [None, 3 / 5120, 3 / (16 * 3 * 16 * 16)]
+
+
+def test_the_bar_moves_with_each_step(monkeypatch):
+    bars = []
+    monkeypatch.setattr(synchrony, "tqdm", lambda **options: bars.append(tqdm(**options, disable=True)) or bars[-1])
+    moved = []
+    monkeypatch.setattr(tqdm, "update", lambda bar, clips: moved.append(clips))
+    measure(Perfect(), job(ways=("joint",), steps=3))
+    assert [bar.total for bar in bars] == [18] and moved == [4, 4, 4, 2, 2, 2]
 
 
 def test_what_is_given_is_real_clips():
@@ -127,6 +152,7 @@ def test_command(monkeypatch, tmp_path, capsys, threads):
     ]
     assert found["rows"][0]["heard"] == 1 and found["rows"][0]["unseen"] == 0
     assert found["config"]["prediction_type"] == "v_prediction" and found["steps"] == 2
+    assert found["guidance_scale"] == {"video": 3 / (16 * 3 * 8 * 8), "audio": 3 / 5120}
     with pytest.raises(SystemExit, match="2"):
         cli.main(command)
     assert "measured/table.md exists; --force overwrites it" in capsys.readouterr().err
@@ -137,7 +163,7 @@ def test_command(monkeypatch, tmp_path, capsys, threads):
     [
         ("--clips 1", "clips is 1; expected 2 to 100000"),
         ("--guidance-scale -1", "guidance_scale is -1.0; expected 0 or more"),
-        ("--model absent", "No such file or directory: 'absent'"),
+        ("--model absent", "absent is not there; expected a checkpoint on a disk"),
         ("--model slow", "clip_format has sample_rate 2000; expected 3080 or more, for tones of 1400 Hz"),
         ("--config x.json", "model has its own configuration; expected neither --preset nor --config"),
     ],

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ from mmdiffusion.diffusion.process import GaussianDiffusion
 from mmdiffusion.diffusion.schedulers import make_scheduler
 from mmdiffusion.runs import train as job
 from mmdiffusion.training import Recipe, State, States, train
-from mmdiffusion.training.log import Log
+from mmdiffusion.training.log import Log, time_left
 from mmdiffusion.training.loop import _apply, _Clock
 from mmdiffusion.training.losses import denoising_losses, loss_weights, variational_bound
 from mmdiffusion.training.recipe import RECIPES
@@ -360,7 +361,15 @@ def read(path):
 def test_command(capsys):
     run("--checkpoint-every", "2", "--preview-every", "3", "--keep", "2")
     out, err = capsys.readouterr()
-    assert "done at step 4" in out and re.search(r"step 2: loss [\d.]+, video .* waiting for data", err)
+    assert "done at step 4" in out
+    for said in (
+        r"trains \d\.\d\d M parameters in \w+ on cpu, \d+ threads\n",
+        r"synthetic clips, 4 a step.*, into run from step 0 to 4\n",
+        r"step 1 is done: \d+ s left at this speed\n",
+        r"step 2: loss [\d.]+, video .* waiting for data [\d.%]+; \d+ s left\n",
+        r"step 4: loss .* waiting for data [\d.%]+\n",
+    ):
+        assert re.search(said, err), said
     names = sorted(str(x.relative_to("run")) for x in pathlib.Path("run").rglob("*") if x.is_file())
     assert [x for x in names if not x.startswith(("model", "tensorboard"))] == [
         "log.jsonl",
@@ -450,6 +459,33 @@ def test_a_tracker_that_fails(monkeypatch, capsys):
     assert not pathlib.Path("other/states").exists()
 
 
+@pytest.mark.parametrize(
+    "command",
+    ("sample --model run --out out", "info run", "convert run run.pt", "train synthetic --init run --out next"),
+)
+def test_the_folder_of_a_run_is_no_model(capsys, command):
+    run(steps=1)
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(command.split())
+    expected = (
+        "without config.json; expected one of save_pretrained; it is the folder of a run of training, whose model "
+    )
+    assert f"{expected}is in run/model" in capsys.readouterr().err
+
+
+def test_the_time_left_has_a_unit_that_fits():
+    state = SimpleNamespace(step=10, meter=SimpleNamespace(sums={"step_s": [24.0, 2]}))
+    for steps, expected in (
+        (11, "12 s left"),
+        (30, "4 min left"),
+        (1000, "3 h left"),
+        (10**5, "14 days left"),
+        (10, ""),
+    ):
+        assert time_left(state, steps) == expected
+
+
 def test_signal(monkeypatch, capsys):
     """SIGTERM ends the run after the step, with a state."""
     after_step = job._Run._after_step
@@ -461,7 +497,8 @@ def test_signal(monkeypatch, capsys):
 
     monkeypatch.setattr(job._Run, "_after_step", stop)
     run(steps=9)
-    assert "stopped by SIGTERM at step" in capsys.readouterr().out
+    said = r"stopped by SIGTERM at step [34], after 0\.\d\d hours of training; the same command goes on from there\n"
+    assert re.search(said, capsys.readouterr().out)
     assert int(weights().stem.split("-")[1]) in (3, 4)
 
 

@@ -755,4 +755,4 @@ def test_command_line(tmp_path, capsys):
     assert "num_heads                    2" in printed
     with pytest.raises(SystemExit, match="2"):
         cli.main(["info", str(tmp_path / "absent.pt")])
-    assert re.search(r"mmdiffusion info: .*No such file", capsys.readouterr().err)
+    assert re.search(r"mmdiffusion info: .*absent.pt is not there; expected a checkpoint", capsys.readouterr().err)

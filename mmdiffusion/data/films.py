@@ -14,8 +14,9 @@ from typing import Any, get_args
 
 from torch.utils.data import Dataset
 
+from mmdiffusion._files import is_beside_films, said_of_files_beside
 from mmdiffusion.clips import ClipFormat
-from mmdiffusion.data.index import FilmEntry, files_of, index_folder
+from mmdiffusion.data.index import files_of, index_folder
 from mmdiffusion.data.items import Item, to_item
 from mmdiffusion.media import Film
 from mmdiffusion.media.read import Fit
@@ -89,6 +90,7 @@ class ClipDataset(FilmClips):
 
     Attributes:
         refused: of each file that is of no use, why.
+        beside: files whose ending says text or a still picture, which are not opened.
         names: of the films that are.
 
     Raises:
@@ -111,12 +113,13 @@ class ClipDataset(FilmClips):
         check_format(clip_format)
         if fit not in get_args(Fit):
             raise ValueError(f"fit is {fit!r}; expected one of {', '.join(get_args(Fit))}")
-        self.folder, self.fit = files_of(folder)[0], fit
+        self.folder, files = files_of(folder)
+        self.fit, self.beside = fit, [name for name in files if is_beside_films(name)]
         entries = index_folder(folder, cache=cache, processes=processes, progress=progress)
         self.refused = {entry.name: why for entry in entries if (why := entry.refusal(clip_format))}
         good = [entry for entry in entries if entry.name not in self.refused]
         if not good:
-            raise ValueError(f"folder is {str(folder)!r}, with {_without_a_film(entries, self.refused)}")
+            raise ValueError(f"folder is {str(folder)!r}, with {_without_a_film(self.refused, self.beside)}")
         super().__init__(clip_format, [x.name for x in good], [x.clips(clip_format) for x in good], flip)
         self._entries = good
         self._open: collections.OrderedDict[int, Film] = collections.OrderedDict()
@@ -182,9 +185,10 @@ def check_format(clip_format: ClipFormat) -> None:
         )
 
 
-def _without_a_film(entries: Sequence[FilmEntry], refused: dict[str, str]) -> str:
-    if not entries:
-        return "no files; expected films with sound"
+def _without_a_film(refused: dict[str, str], beside: Sequence[str]) -> str:
+    if not refused:
+        return "; ".join(["no files to look at", *said_of_files_beside(beside), "expected films with sound"])
     shown = "; ".join(f"{name}: {why}" for name, why in itertools.islice(refused.items(), 3))
-    others = f"; and {len(refused) - 3} more" if len(refused) > 3 else ""
+    more = [f"and {len(refused) - 3} more"] if len(refused) > 3 else []
+    others = "".join(f"; {x}" for x in [*more, *said_of_files_beside(beside)])
     return f"{len(refused)} files and not one film that a clip can be read from ({shown}{others}); expected one or more"

@@ -18,7 +18,7 @@ from typing import Any
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from mmdiffusion._files import files_below, keep, kept
+from mmdiffusion._files import files_below, is_beside_films, keep, kept
 from mmdiffusion.clips import STREAMS, ClipFormat
 from mmdiffusion.data.workers import read_by
 from mmdiffusion.media import Film, Part, open_film
@@ -115,7 +115,8 @@ def files_of(source: str | os.PathLike[str]) -> tuple[pathlib.Path, list[str]]:
         from webdataset.shardlists import expand_urls
     except ImportError as error:
         raise ImportError(
-            "a pattern of shards needs webdataset, which is not installed: pip install 'mmattn[shards]'",
+            "a pattern of shards needs webdataset, which is not installed: "
+            "pip install -e '.[shards]' in a clone of mmattn",
             name=error.name,
         ) from error
     paths = [os.path.abspath(path) for path in expand_urls(text)]
@@ -147,7 +148,8 @@ def index_folder(
     processes: int | None = None,
     progress: bool = False,
 ) -> list[FilmEntry]:
-    """Look at every file below a folder, but for hidden ones; at those that have changed, if it was done before.
+    """Look at every file below a folder, but for hidden ones and those whose ending says text or a still picture; at
+    those that have changed, if it was done before.
 
     Nothing is written to the folder.
 
@@ -159,13 +161,14 @@ def index_folder(
         progress: whether to show a bar.
 
     Returns:
-        An entry for each file, by name; also of those that are no films.
+        An entry for each file that is looked at, by name; also of those that are no films.
 
     Raises:
         OSError: if there is no such folder, it cannot be listed, or a shard is not there.
         ValueError, ImportError: of a pattern of shards that are no files, or without webdataset.
     """
-    root, names = files_of(folder)
+    root, files = files_of(folder)
+    names = [name for name in files if not is_beside_films(name)]
     index = pathlib.Path(cache or cache_folder()) / f"{_digest(root, names if is_shards(folder) else ())}.index"
     known, found = _read(index), [_stat(root, name) for name in names]
     changed = [entry for entry in found if not _is_same(known.get(entry.name, ()), entry)]
@@ -175,7 +178,7 @@ def index_folder(
     listed = itertools.chain.from_iterable(read_by(min(workers, len(shards)), _Listing(root, shards)))
     films = [entry for entry in changed if not entry.name.endswith(_SHARD)] + list(listed)
     looked_at = read_by(min(workers, len(films)), _Looking(root, films))
-    for entry in tqdm(looked_at, "films", len(films), unit="", disable=not progress or not films):
+    for entry in tqdm(looked_at, "films", len(films), unit="film", disable=not progress or not films):
         entries[entry.name] = entry
     if entries != {entry.name: entry for of_file in known.values() for entry in of_file}:
         _write(index, entries)

@@ -54,7 +54,7 @@ def pack(clips: ClipDataset, path: str | os.PathLike[str], *, progress: bool = F
     films: list[dict[str, Any]] = []
     with whole_file(path, may_replace=may_replace) as part, open(part, "wb") as file:
         file.write(MAGIC)
-        for name in tqdm(clips.names, "films", unit="", disable=not progress):
+        for name in tqdm(clips.names, "films", unit="film", disable=not progress):
             begin, digest, sound, frames = file.tell(), hashlib.sha256(), [], 0
             for item in _named(_pieces(clips, name), name):
                 content = item.video.numpy().tobytes()

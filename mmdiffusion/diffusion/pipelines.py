@@ -22,7 +22,7 @@ from torch import Tensor
 
 import mmattn
 from mmdiffusion.clips import STREAMS, ClipFormat, StreamWindow
-from mmdiffusion.diffusion.sampling import sample
+from mmdiffusion.diffusion.sampling import PUBLISHED_SCALE, sample
 from mmdiffusion.diffusion.schedulers import Scheduler, for_streams, make_scheduler
 from mmdiffusion.model.unet import CoupledUNet
 
@@ -77,7 +77,7 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         audio: Tensor | None = None,
         video: Tensor | None = None,
         guidance: Literal["replacement", "gradient"] = "replacement",
-        guidance_scale: float = 1e-4,
+        guidance_scale: float | None = None,
         seconds: float | None = None,
         overlap: float = 0.5,
         output_type: Literal["pt", "np"] = "pt",
@@ -101,9 +101,9 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             video: [B or 1, F, C, H, W], likewise: video to find the sound of. Not both.
             guidance: how what is given acts (zero-shot transfer in the paper): "replacement", or "gradient" beside it,
                 which differentiates the model.
-            guidance_scale: weight of the gradient of the paper's squared norm. The published scale, of a mean, is
-                divided by the elements of a sample of what is given and by the batch: its 3 for the published model is
-                1.2e-4 from audio and 1.5e-5 from video.
+            guidance_scale: weight of the gradient of the paper's squared norm, a sum. None is the published one, 3 of a
+                mean, for each sample: 3 over the elements of what is given (`published_scales`), of the published model
+                1.2e-4 from audio and 1.5e-5 from video. The published code divides by the batch too.
             seconds: length of the clips, in whole frames, an hour at most; a window of the model if None. Longer ones
                 are made of windows, each given the end of what there is as its beginning, by `guidance`. What is given
                 in audio or video has this length then, or that of a window if that is longer.
@@ -139,6 +139,11 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         ]
         generators = generators_of(generator, batch_size)
         is_guided = guidance == "gradient"
+        scales = [0.0, 0.0]
+        if is_guided:
+            of_stream = next((x.name for x, clip in zip(streams, given, strict=True) if clip is not None), None)
+            published = self.published_scales(of_stream, seconds, overlap)
+            scales = [published.get(x, 0.0) if guidance_scale is None else guidance_scale for x in STREAMS]
         device = self._execution_device
         clips: list[Any] = [torch.empty(stream.resized(0), device=device) for stream in streams]
         schedulers = for_streams(scheduler, num_inference_steps)
@@ -168,7 +173,7 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
                     copy.deepcopy(schedulers),
                     known=known,
                     generators=generators,
-                    guidance_scale=guidance_scale if is_guided else 0.0,
+                    guidance_scale=scales,
                     on_step=on_step,
                 )
                 # A window begins with what is there already.
@@ -190,7 +195,7 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         *,
         scheduler: str | Scheduler | None = None,
         guidance: str = "replacement",
-        guidance_scale: float = 1e-4,
+        guidance_scale: float | None = None,
         seconds: float | None = None,
         overlap: float = 0.5,
         output_type: str = "pt",
@@ -210,6 +215,22 @@ class MMDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         refuse_unknown("callback_on_step_end_tensor_inputs is", callback_on_step_end_tensor_inputs, STREAMS)
         self.clip_format.windows(seconds, overlap)
         return scheduler
+
+    def published_scales(
+        self, given: str | None, seconds: float | None = None, overlap: float = 0.5
+    ) -> dict[str, float]:
+        """The `guidance_scale` None of a call, by stream: 3 over the elements of a sample that a window has given.
+
+        Args:
+            given: "video" or "audio", or None for neither.
+            seconds, overlap: of the call. In a clip of several windows each is given the end of the one before, of both
+                streams, as much as the second one is.
+
+        Raises:
+            ValueError: on a length or an overlap that the call refuses.
+        """
+        elements = self.clip_format.given(given, seconds, overlap)
+        return {stream: PUBLISHED_SCALE / count for stream, count in elements.items()}
 
     @property
     def clip_format(self) -> ClipFormat:
@@ -335,10 +356,10 @@ def check_scheduler(scheduler: Scheduler, num_inference_steps: int, prediction_t
 
 def _check_options(
     guidance: str,
-    guidance_scale: float,
+    guidance_scale: float | None,
     output_type: str,
 ) -> None:
-    if not 0 <= guidance_scale < math.inf:
+    if guidance_scale is not None and not 0 <= guidance_scale < math.inf:
         raise ValueError(f"guidance_scale is {guidance_scale}; expected 0 or more")
     for name, choice, choices in (
         ("guidance", guidance, ("replacement", "gradient")),

@@ -14,6 +14,9 @@ from torch import Tensor
 from mmdiffusion.clips import TIME_AXES
 from mmdiffusion.diffusion.schedulers import Scheduler
 
+PUBLISHED_SCALE = 3.0
+"""Of the gradient in the published code, whose squared norm is a mean over the elements of what is given."""
+
 
 @torch.no_grad()
 def sample(
@@ -23,7 +26,7 @@ def sample(
     *,
     known: Sequence[Tensor | None] = (None, None),
     generators: list[torch.Generator] | None = None,
-    guidance_scale: float = 0.0,
+    guidance_scale: float | Sequence[float] = 0.0,
     on_step: Callable[[int, Tensor, list[Tensor]], Sequence[Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Take both streams from noise to clips, with one call of the model for each step of the schedulers.
@@ -35,7 +38,7 @@ def sample(
         x_{t-1} -= guidance_scale sqrt(alpha_bar_t) grad_{x_t} ||x'_{t-1}[known] - q(x_{t-1} | x)||^2
 
     the paper's squared norm, a sum over the elements of a sample. The published code takes the mean over elements and
-    batch: guidance_scale = published scale / (elements of the known stream of a sample * batch).
+    batch: guidance_scale = PUBLISHED_SCALE / (elements of the known stream of a sample * batch).
 
     Args:
         model: f(video, audio, t) -> (video, audio), of each stream the noise, or what else the schedulers take it for,
@@ -46,7 +49,7 @@ def sample(
             A solver's history takes no part in the gradient.
         known: for each stream None, or its beginning along time, up to all of it, in the dtype and device of noise.
         generators: one for each sample, for the noise of stochastic schedulers.
-        guidance_scale: 0 is replacement alone.
+        guidance_scale: one, or that of each stream that is known; 0 is replacement alone.
         on_step: called after each step with its number, t, and the streams [video, audio]; returns those to go on with.
 
     Returns:
@@ -54,6 +57,7 @@ def sample(
     """
     # Long by its docstring; the loop is the algorithm, in the order of the paper.
     timesteps = schedulers[0].timesteps
+    scales = [guidance_scale] * 2 if isinstance(guidance_scale, (int, float)) else guidance_scale
     is_given = any(x is not None for x in known)
     levels = _levels(schedulers[0])
     options = [step_options(scheduler, generators) for scheduler in schedulers]
@@ -69,7 +73,7 @@ def sample(
     streams = [x * float(scheduler.init_noise_sigma) for x, scheduler in zip(noise, schedulers, strict=True)]
     for i, t in enumerate(timesteps):
         streams = _with_beginnings(streams, diffused(i))
-        is_guided = bool(guidance_scale) and is_given and i + 1 < len(timesteps)
+        is_guided = any(scales) and is_given and i + 1 < len(timesteps)
         with torch.set_grad_enabled(is_guided):
             inputs = [x.detach().requires_grad_(is_guided) for x in streams]
             scaled = [s.scale_model_input(x, t) for s, x in zip(schedulers, inputs, strict=True)]
@@ -81,10 +85,10 @@ def sample(
                 for scheduler, e, x, option in zip(schedulers, noises, streams, options, strict=True)
             ]
         if is_guided:
-            gradients = _gradients(inputs, outputs, noises, streams, diffused(i + 1))
+            gradients = _gradients(inputs, outputs, noises, streams, diffused(i + 1), scales)
             # Of samples scaled to a variance of 1, where the paper's equation holds.
-            scale = guidance_scale * levels[i][0] / math.hypot(*levels[i + 1])
-            streams = [x.detach() - scale * gradient for x, gradient in zip(streams, gradients, strict=True)]
+            level = levels[i][0] / math.hypot(*levels[i + 1])
+            streams = [x.detach() - level * gradient for x, gradient in zip(streams, gradients, strict=True)]
             for scheduler in schedulers:
                 _detach(scheduler)
         if on_step is not None:
@@ -123,12 +127,15 @@ def _gradients(
     noises: Sequence[Tensor],
     streams: Sequence[Tensor],
     expected: Sequence[Tensor | None],
+    scales: Sequence[float],
 ) -> list[Tensor]:
-    """Of the squared distance of `streams`, functions of `noises`, from what is expected; by the model's inputs."""
+    """Of the squared distance of `streams`, functions of `noises`, from what is expected, each times its scale; by the
+    model's inputs.
+    """
     with torch.enable_grad():
         distances = [
-            (x.narrow(axis, 0, part.shape[axis]) - part).square().sum()
-            for x, part, axis in zip(streams, expected, TIME_AXES, strict=True)
+            scale * (x.narrow(axis, 0, part.shape[axis]) - part).square().sum()
+            for x, part, axis, scale in zip(streams, expected, TIME_AXES, scales, strict=True)
             if part is not None
         ]
     by_noise = torch.autograd.grad(distances, noises, materialize_grads=True)

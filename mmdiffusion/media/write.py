@@ -27,6 +27,14 @@ _AAC_BITS = 6  # for each sample, the most that AAC allows
 _HIGHEST_RATE = 1_000_000  # samples a second
 
 
+def film_sample_rate(sample_rate: int) -> int:
+    """The rate at which `write_video` writes sound of that rate: below 8000, the lowest of AAC, a multiple that AAC
+    has; otherwise, or if there is none, that rate itself.
+    """
+    of_aac = [rate for rate in _AAC_RATES if rate % sample_rate == 0]
+    return of_aac[0] if sample_rate < _AAC_RATES[0] and of_aac else sample_rate
+
+
 def write_video(
     path: Path,
     video: Tensor,
@@ -211,12 +219,12 @@ def _encode_sound(container: Any, stream: Any, audio: Tensor, sample_rate: int) 
 
 
 def _at_a_rate_of_aac(audio: Tensor | None, sample_rate: int) -> tuple[Tensor | None, int]:
-    """The sound, and its rate; below the lowest rate at a multiple, with nothing above what it had."""
-    factors = [rate // sample_rate for rate in _AAC_RATES if rate % sample_rate == 0]
-    if audio is None or sample_rate >= _AAC_RATES[0] or not factors:
+    """The sound at `film_sample_rate`, and that."""
+    factor = film_sample_rate(sample_rate) // sample_rate
+    if audio is None or factor == 1:
         return audio, sample_rate
     spectrum = torch.fft.rfft(clamped(audio))
-    return factors[0] * torch.fft.irfft(spectrum, factors[0] * audio.shape[1]), factors[0] * sample_rate
+    return factor * torch.fft.irfft(spectrum, factor * audio.shape[1]), factor * sample_rate
 
 
 def _check_audio(audio: Tensor) -> None:

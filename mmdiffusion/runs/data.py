@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy
 
+from mmdiffusion._files import said_of_files_beside
 from mmdiffusion.clips import ClipFormat
 from mmdiffusion.data import ClipDataset, FilmEntry, PackedClips, SyntheticClips, index_folder, pack, to_clip
 from mmdiffusion.data.films import FilmClips, check_format
@@ -17,7 +18,7 @@ from mmdiffusion.data.synthetic import ceiling_and_floor
 from mmdiffusion.media import contact_sheet, write_image, write_video
 from mmdiffusion.runs.jobs import CheckFilms, PackFilms, WriteSynthetic
 from mmdiffusion.runs.options import refuse_unused
-from mmdiffusion.runs.results import refuse_to_overwrite
+from mmdiffusion.runs.results import refuse_to_overwrite, said_of_rate
 
 
 def check_films(job: CheckFilms) -> str:
@@ -44,7 +45,7 @@ def check_films(job: CheckFilms) -> str:
     seconds = sum(len(x.clips(form)) + form.frames - 1 for x in entries if x.clips(form)) / form.frame_rate
     lines.append(f"{len(dataset.names)} films of {seconds / 60:.1f} minutes, {len(dataset)} clips{drawn}")
     lines += [f"{count} refused: {why}" for why, count in reasons.most_common()]
-    return "\n".join(lines)
+    return "\n".join([*lines, *said_of_files_beside(dataset.beside)])
 
 
 def pack_films(job: PackFilms) -> str:
@@ -53,7 +54,8 @@ def pack_films(job: PackFilms) -> str:
     dataset = ClipDataset(job.source, job.clip_format, **job.options)
     size = pack(dataset, job.target, progress=True, may_replace=job.force)
     lines = [f"{job.source} -> {job.target}: {len(dataset.names)} films, {len(dataset)} clips, {size / 1e6:.1f} MB"]
-    return "\n".join([*lines, *(f"left out {name}: {why}" for name, why in dataset.refused.items())])
+    lines += [f"left out {name}: {why}" for name, why in dataset.refused.items()]
+    return "\n".join([*lines, *said_of_files_beside(dataset.beside)])
 
 
 def write_synthetic(job: WriteSynthetic) -> str:
@@ -74,7 +76,8 @@ def write_synthetic(job: WriteSynthetic) -> str:
     sheet = contact_sheet([to_clip(world[i]) for i in shown], titles, **rates)
     write_image(job.out / "sheet.png", sheet, may_replace=job.force)
     ceiling, floor = ceiling_and_floor(world, job.measured)
-    return f"{job.out}: {job.clips} clips and sheet.png\nas they are:       {ceiling}\nsound of another:  {floor}"
+    made = f"{job.out}: {job.clips} clips and sheet.png{said_of_rate(form.sample_rate)}"
+    return f"{made}\nas they are:       {ceiling}\nsound of another:  {floor}"
 
 
 def _draw(dataset: FilmClips, job: CheckFilms) -> str:

@@ -15,7 +15,7 @@ from mmdiffusion.runs import memorisation
 from mmdiffusion.runs.jobs import FIXED, Evaluate
 from mmdiffusion.runs.measure import Found, Measure
 from mmdiffusion.runs.processes import Processes
-from mmdiffusion.runs.results import files_of, said_if_not_written, write_texts
+from mmdiffusion.runs.results import files_of, or_none, said_if_not_written, with_error, write_texts
 
 _LABEL = 40  # letters of a folder's name in the picture, its last ones
 _FAD_SCALE = 10_000
@@ -77,6 +77,7 @@ def _compared(
         content = {
             "rows": rows,
             "refused": {name: x.refused for name, x in zip(names, found, strict=True)},
+            "no_films": {name: x.beside for name, x in zip(names, found, strict=True)},
             "features": measure.names,
             "nearest": {name: {x.name: x.content() for x in compared} for name, compared in nearest.items()},
         }
@@ -128,17 +129,18 @@ def _figures(fake: Found, real: Found, measure: Measure) -> list[tuple[str, Any,
 
 
 def _row(name: str, fake: Found, real: Found, measure: Measure) -> dict[str, Any]:
-    """Of one folder: each figure with its standard error."""
+    """Of one folder: each figure with its standard error, or None."""
     row: dict[str, Any] = {"name": name, "clips": fake.count, "figures": {}, "cautions": []}
     for title, distance, scale in _figures(fake, real, measure):
-        row["figures"][title] = [scale * distance.value, scale * distance.standard_error]
+        row["figures"][title] = [scale * distance.value, or_none(scale * distance.standard_error)]
         if distance.caution and "ernel" not in title and title != "KVD":
             row["cautions"].append(f"{title}: {distance.caution}")
     if not row["figures"]:
         row["cautions"].append(f"{name}: no distance, since no stream is in two clips or more of both sides")
     known = fake.scores[~fake.scores.isnan()]
     if len(known):
-        row["figures"]["motion and sound agree"] = list(mean_and_error(known))
+        mean, error = mean_and_error(known)
+        row["figures"]["motion and sound agree"] = [mean, or_none(error)]
     return row
 
 
@@ -147,7 +149,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(['films', 'clips', *titles])} |", f"|{'---|' * (len(titles) + 2)}"]
     for row in rows:
         figures = [row["figures"].get(title) for title in titles]
-        cells = ["" if x is None else f"{x[0]:.4g} ± {x[1]:.2g}" for x in figures]
+        cells = ["" if x is None else with_error(x[0], x[1], ".4g", ".2g") for x in figures]
         name = row["name"].replace("|", r"\|")
         lines.append(f"| {' | '.join([name, str(row['clips']), *cells])} |")
     return "\n".join(lines)
@@ -171,7 +173,7 @@ def _plot(rows: list[dict[str, Any]], path: pathlib.Path, may_replace: bool) -> 
     for title, axes in zip(titles, all_axes, strict=False):
         shown = [(at, *row["figures"][title]) for at, row in enumerate(rows) if title in row["figures"]]
         places, values, errors = zip(*shown, strict=True)
-        axes.errorbar(values, places, xerr=[0 if e != e else e for e in errors], fmt="o", capsize=3)
+        axes.errorbar(values, places, xerr=[e or 0 for e in errors], fmt="o", capsize=3)
         axes.set_title(title, size=9)
         axes.grid(alpha=0.3, axis="x")
     with whole_file(path, may_replace=may_replace) as part:

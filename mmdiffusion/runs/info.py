@@ -15,5 +15,9 @@ def run(job: Info) -> str:
     lines = [f"{name:28} {json.dumps(value)}" for name, value in unet.config.items() if not name.startswith("_")]
     counts = {name: sum(x.numel() for x in part.parameters()) for name, part in unet.named_children()}
     counts["total"] = sum(counts.values())
-    lines += ["", *(f"{name:28} {count / 1e6:8.2f} M parameters" for name, count in counts.items())]
+    lines += ["", *(f"{name:28} {_said(count):>10} parameters" for name, count in counts.items())]
     return "\n".join(lines)
+
+
+def _said(count: int) -> str:
+    return f"{count / 1e6:.2f} M" if count >= 100_000 else f"{count:,}"

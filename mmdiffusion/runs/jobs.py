@@ -48,6 +48,15 @@ TRACKERS = ("tensorboard", "wandb", "none")
 """Those of accelerate whose curve is known to go on as the run does."""
 
 _SMALL = pathlib.Path("small")
+_DATA_HELP = (
+    "a folder of films, shards of WebDataset (.tar) in a folder or as a pattern ('films-{000..099}.tar'), a file "
+    "of data pack, or `synthetic`, clips of bouncing balls that are made as they are needed"
+)
+_GUIDANCE_HELP = (
+    "replacement puts it, with the noise of each step, in the place of what the model made of it; gradient also moves "
+    "what is sampled, after each step, down the gradient of the distance between the two"
+)
+_SCALE_HELP = "weight of the gradient; if not given the published one, 3 over the elements of what is given"
 _OF_PRESET = "; by default that of the preset"
 
 
@@ -104,12 +113,12 @@ class Sample(ModelJob):
     video_from: pathlib.Path | None = option("find the sound of this file's video", default=None)
     start: float = option("where to begin in that file", default=0.0, minimum=0, maximum=1_000_000, metavar="SECONDS")
     guidance: str = option(
-        "how the stream that is given, or the window before, steers what is sampled; gradient follows it more closely "
-        "and takes three times as long",
+        f"how the stream that is given, or the window before, steers what is sampled: {_GUIDANCE_HELP}, and takes "
+        "three times as long",
         default="replacement",
         choices=("replacement", "gradient"),
     )
-    guidance_scale: float = option("weight of the gradient", default=1e-4, metavar="SCALE")
+    guidance_scale: float | None = option(_SCALE_HELP, default=None, metavar="SCALE")
     superres: pathlib.Path | None = option(
         "a super-resolution network, published or a directory, to make the clips larger by before they are written; "
         "small is the one that comes with the package, for the small model",
@@ -222,7 +231,7 @@ class Train(ModelJob):
         "sample --model run/model --superres run-sr/model --out clips",
     )
 
-    data: str = option("a folder of films, packed clips, or `synthetic`", is_positional=True)
+    data: str = option(_DATA_HELP, is_positional=True)
     out: pathlib.Path = option("the folder of the run; made if it is not there")
     superres: bool = option("a super-resolution network instead, on single frames", default=False)
     steps: int = option("the step at which the run ends", default=100_000, minimum=1)
@@ -382,16 +391,23 @@ class MeasureSynchrony(ModelJob):
     )
     clips: int = option("of each way", default=256, minimum=2, maximum=100_000)
     steps: int = option("calls of the model for a clip", default=20, minimum=1)
-    ways: tuple[str, ...] = option("what is sampled, and from what", default=tuple(WAYS), choices=tuple(WAYS))
+    ways: tuple[str, ...] = option(
+        "what is sampled: joint is both streams together, the others one stream from real clips of the other",
+        default=tuple(WAYS),
+        choices=tuple(WAYS),
+    )
     guidance: tuple[str, ...] = option(
-        "how the stream that is given steers the other", default=GUIDANCES, choices=GUIDANCES
+        f"how the stream that is given steers the other: {_GUIDANCE_HELP}", default=GUIDANCES, choices=GUIDANCES
     )
-    guidance_scale: float | None = option(
-        "weight of the gradient; if not given the published one, 3 over the elements of what is given", default=None
-    )
+    guidance_scale: float | None = option(_SCALE_HELP, default=None, metavar="SCALE")
     scheduler: str = option("how noise becomes clips", default="dpmsolver++", choices=SCHEDULERS)
     seed: int = option("of the noise", default=0, **SEEDS)
-    world: int = option("seed of the real clips, another one than that of training", default=1, **SEEDS)
+    world: int = option(
+        "seed of the synthetic world that the real clips are of; a world that is not that of training, which is of its "
+        "--seed, has clips that the model has not seen",
+        default=1,
+        **SEEDS,
+    )
     batch_size: int = option("clips sampled together", default=16, minimum=1)
     dtype: str | None = option(
         "of the model: bfloat16 on CUDA, float32 on a CPU, where with AMX bfloat16 is faster too",
@@ -424,7 +440,7 @@ class MeasurePsnr:
         "psnr films --model sr.pt --frames 64 --dtype bfloat16 --out psnr    # psnr.md, psnr.json and psnr.png",
     )
 
-    data: str = option("a folder of films, packed clips, or `synthetic`", is_positional=True)
+    data: str = option(_DATA_HELP, is_positional=True)
     model: pathlib.Path = option(
         "a published checkpoint, or a directory of save_pretrained; by default the small network of the package, for "
         "frames of its synthetic world",
@@ -437,7 +453,12 @@ class MeasurePsnr:
     steps: int = option("calls of the network for each frame", default=25, minimum=1)
     scheduler: str = option("how noise becomes frames", default="ddim", choices=SCHEDULERS)
     seed: int = option("of the noise and the degradations", default=0, **SEEDS)
-    world: int = option("seed of synthetic frames, another one than that of training", default=1, **SEEDS)
+    world: int = option(
+        "seed of the synthetic world that the frames are of; a world that is not that of training, which is of its "
+        "--seed, has frames that the network has not seen",
+        default=1,
+        **SEEDS,
+    )
     batch_size: int = option("frames sampled together", default=16, minimum=1)
     dtype: str | None = option("of the network: bfloat16 on CUDA, float32 on a CPU", default=None, choices=DTYPES)
     device: str | None = option("cpu, cuda, cuda:1; by default CUDA where there is one", default=None)

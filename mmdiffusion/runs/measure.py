@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from mmdiffusion._files import digest, files_below, keep, kept, printable
+from mmdiffusion._files import digest, files_below, is_beside_films, keep, kept, printable, said_of_files_beside
 from mmdiffusion.clips import STREAMS, Clip, ClipFormat
 from mmdiffusion.data.index import cache_folder, index_folder
 from mmdiffusion.evaluation import I3D, AudioCLIPAudio, LowLevelAudio, LowLevelVideo, alignment
@@ -61,6 +61,7 @@ class Found:
         scores: of clips with both streams, how far they agree.
         count: of clips.
         refused: why a film has none, by name.
+        beside: files whose ending says text or a still picture, which are not opened.
         recoded: how many films are not coded as the release's samples are.
     """
 
@@ -70,6 +71,7 @@ class Found:
     scores: Tensor
     count: int
     refused: dict[str, str]
+    beside: list[str]
     recoded: int
 
     def said(self, name: str) -> list[str]:
@@ -77,7 +79,8 @@ class Found:
         counts = {stream: len(self.places[stream]) for stream in STREAMS}
         fewer = [f"{count} of them with {stream}" for stream, count in counts.items() if count != self.count]
         first = ", ".join([f"{name}: {self.count} clips", *fewer, f"{len(self.refused)} files of no use"])
-        return [first, *(f"  {file}: {why}" for file, why in self.refused.items())]
+        why = [f"{file}: {why}" for file, why in self.refused.items()]
+        return [first, *(f"  {x}" for x in [*why, *said_of_files_beside(self.beside)])]
 
 
 class Measure:
@@ -121,10 +124,11 @@ class Measure:
         films: dict[str, dict[str, Any]] = {}
         refused: dict[str, str] = {}
         count, most = 0, self.job.clips if step is None else None
+        names, beside = _files(folder)
         tasks = (
             self._overlapping(folder, refused)
             if self.job.published and step is None
-            else ((name, step or self.job.frames) for name in _files(folder))
+            else ((name, step or self.job.frames) for name in names)
         )
         for name, measured in self._shared(folder, tasks):
             if most is not None and count >= most:
@@ -135,7 +139,8 @@ class Measure:
             films[name] = measured
             count += max(len(x) for x in measured["starts"].values())
         if count < 2:
-            why = "; ".join(f"{name} {reason}" for name, reason in list(refused.items())[:3]) or "it is empty"
+            faults = [f"{name} {reason}" for name, reason in list(refused.items())[:3]] or ["its films are too few"]
+            why = "; ".join(faults + said_of_files_beside(beside))
             raise ValueError(f"{folder} has {count} clips of {self.job.frames} frames; expected 2 or more ({why})")
         features = {
             key: torch.cat(parts)[:most]
@@ -153,7 +158,7 @@ class Measure:
         recoded = sum(not {*x["codecs"]} <= _IN_RELEASE for x in films.values())
         has_released = self.released is not None and len(places["audio"]) > 1
         released = self._released(folder, places["audio"]) if has_released else None
-        return Found(features, released, places, scores, min(count, most or count), refused, recoded)
+        return Found(features, released, places, scores, min(count, most or count), refused, beside, recoded)
 
     def clip(self, folder: pathlib.Path, place: Place) -> Clip:
         """A clip that was measured, of the streams that the film has."""
@@ -163,7 +168,6 @@ class Measure:
     def _overlapping(self, folder: pathlib.Path, refused: dict[str, str]) -> Iterator[tuple[str, list[Fraction]]]:
         """As the published script takes clips: one begins at every frame, and of all of them so many are drawn."""
         job = self.job
-        _files(folder)
         form = ClipFormat(
             (job.frames, 3, job.size, job.size), (1, round(job.frames * job.sample_rate / job.fps)), job.fps
         )
@@ -295,7 +299,7 @@ class Measure:
             batches[-2:] = [torch.cat(batches[-2:])]
         size, rank = self.processes.count, self.processes.rank
         made = torch.zeros(0)
-        for at in tqdm(range(0, len(batches), size), f"{folder}, as released", disable=rank > 0):
+        for at in tqdm(range(0, len(batches), size), f"{folder}, as released", unit="batch", disable=rank > 0):
             own = [
                 self._batch(folder, [places[i] for i in batch.tolist()]) for batch in batches[at + rank : at + rank + 1]
             ]
@@ -315,8 +319,12 @@ class Measure:
         return self._kept([[self._digest(folder / x.name), str(x.start)] for x in places], make)
 
 
-def _files(folder: pathlib.Path) -> list[str]:
+def _files(folder: pathlib.Path) -> tuple[list[str], list[str]]:
+    """Those to look at, and those whose ending says text or a still picture."""
     found = files_below(folder)
-    if not found:
-        raise ValueError(f"{folder} has no files; expected films or sounds")
-    return found
+    beside = [printable(name) for name in found if is_beside_films(name)]
+    if len(beside) == len(found):
+        raise ValueError(
+            "; ".join([f"{folder} has no files to look at", *said_of_files_beside(beside), "expected films or sounds"])
+        )
+    return [name for name in found if not is_beside_films(name)], beside

@@ -156,7 +156,9 @@ def _folder_of_network(source: pathlib.Path) -> pathlib.Path:
     is_pipeline = os.path.lexists(index)  # a link to nothing is read too, and refused
     folder = source / "unet" if is_pipeline else source
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{source} is a directory without config.json; expected one of save_pretrained")
+        inner = source / "model"
+        of_run = f"; it is the folder of a run of training, whose model is in {inner}" if inner.is_dir() else ""
+        raise ValueError(f"{source} is a directory without config.json; expected one of save_pretrained{of_run}")
     if is_pipeline:
         parts = read_config(index)
         if (name := parts.get("_class_name")) not in _PIPELINES:

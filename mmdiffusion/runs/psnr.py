@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from mmdiffusion.media import write_image
 from mmdiffusion.runs.jobs import MeasurePsnr
 from mmdiffusion.runs.models import dtype_on, load_superres, settings_of
 from mmdiffusion.runs.processes import Processes
-from mmdiffusion.runs.results import files_of, said_if_not_written, write_texts
+from mmdiffusion.runs.results import files_of, said_if_not_written, with_error, write_texts
 from mmdiffusion.runs.sample import clip_generators, versions
 from mmdiffusion.runs.trained import compared, frames_of
 from mmdiffusion.training.superres import small_images
@@ -39,7 +39,7 @@ class Row:
         small_images: how they were made.
         frames: how many.
         network, bicubic: mean PSNR in dB.
-        network_error, bicubic_error: standard errors of those.
+        network_error, bicubic_error: standard errors of those; None of one frame.
         better: share of the frames that the network comes nearer to.
         seconds: that a frame took, on this machine.
     """
@@ -47,9 +47,9 @@ class Row:
     small_images: str
     frames: int
     network: float
-    network_error: float
+    network_error: float | None
     bicubic: float
-    bicubic_error: float
+    bicubic_error: float | None
     better: float
     seconds: float
 
@@ -87,10 +87,12 @@ def _measured(pipeline: SuperResolutionPipeline, frames: Any, job: MeasurePsnr, 
     """A row, and the picture of the first frames."""
     scale, found, picture = pipeline.unet.config["scale"], [], None
     begun = time.perf_counter()
-    for batch, numbers in _batches(frames, job, kind):
+    for batch, numbers, on_step in _batches(frames, job, kind):
         low_res, real = _small(batch, scale, kind, job.seed, numbers), to_clip(batch).video[:, 0]  # type: ignore[index]
         generators = clip_generators(job.seed, numbers)
-        (video,) = pipeline(low_res[:, None], job.steps, generator=generators, return_dict=False)
+        (video,) = pipeline(
+            low_res[:, None], job.steps, generator=generators, callback_on_step_end=on_step, return_dict=False
+        )
         made = video[:, 0].cpu()
         bicubic = functional.interpolate(low_res, real.shape[2:], mode="bicubic").clamp(-1, 1)
         if not bool(made.isfinite().all()):
@@ -100,21 +102,25 @@ def _measured(pipeline: SuperResolutionPipeline, frames: Any, job: MeasurePsnr, 
             picture = compared(*(x[:_SHOWN] for x in (low_res, bicubic, made, real)))
     values = torch.cat(found, 1)
     count = values.shape[1]
-    errors = values.std(1) / count**0.5 if count > 1 else torch.zeros(2)
+    errors = (values.std(1) / count**0.5).tolist() if count > 1 else (None, None)
     better = float((values[0] > values[1]).double().mean())
     seconds = (time.perf_counter() - begun) / job.frames
-    (network, network_error), (bicubic_mean, bicubic_error) = torch.stack([values.mean(1), errors], 1).tolist()
+    (network, bicubic_mean), (network_error, bicubic_error) = values.mean(1).tolist(), errors
     assert picture is not None
     row = Row(kind, job.frames, network, network_error, bicubic_mean, bicubic_error, better, seconds)
     return row, picture
 
 
-def _batches(frames: Any, job: MeasurePsnr, kind: str) -> Iterator[tuple[Item, range]]:
-    with tqdm(total=job.frames, desc=kind, unit="frame") as bar:
+def _batches(frames: Any, job: MeasurePsnr, kind: str) -> Iterator[tuple[Item, range, Callable[..., None]]]:
+    """Frames, their numbers, and what moves the bar after each step of the pipeline."""
+    with tqdm(total=job.steps * job.frames, desc=kind, unit="step") as bar:
+
+        def on_step(_pipeline: Any, _step: int, _t: Tensor, seen: Mapping[str, Tensor]) -> None:
+            bar.update(len(seen["frames"]))
+
         for at in range(0, job.frames, job.batch_size):
             numbers = range(at, min(at + job.batch_size, job.frames))
-            yield joined([frames[i] for i in numbers]), numbers
-            bar.update(len(numbers))
+            yield joined([frames[i] for i in numbers]), numbers, on_step
 
 
 def _small(batch: Item, scale: int, kind: str, seed: int, numbers: range) -> Tensor:
@@ -134,6 +140,7 @@ def table(rows: list[Row]) -> str:
     """The rows in Markdown."""
     lines = ["| small images | frames | network, dB | bicubic, dB | network nearer |", "|---|--:|--:|--:|--:|"]
     for row in rows:
-        values = f"{row.network:.2f} ± {row.network_error:.2f} | {row.bicubic:.2f} ± {row.bicubic_error:.2f}"
+        pairs = (row.network, row.network_error), (row.bicubic, row.bicubic_error)
+        values = " | ".join(with_error(*pair, ".2f", ".2f") for pair in pairs)
         lines.append(f"| {row.small_images} | {row.frames} | {values} | {row.better:.1%} |")
     return "\n".join(lines)

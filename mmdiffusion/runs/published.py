@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmdiffusion import checkpoints
+from mmdiffusion._files import check_regular
 from mmdiffusion.training import State
 
 _MODEL = re.compile(r"model([0-9]+)\.pt")
@@ -79,6 +80,7 @@ def _ours(
 
 
 def _optimizer(file: pathlib.Path) -> dict[int, dict[str, Any]]:
+    check_regular(file, "the state of the optimizer on a disk")
     try:
         return dict(torch.load(file, map_location="cpu", weights_only=True)["state"])
     except OSError:

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 from mmdiffusion._files import whole_file
+from mmdiffusion.media import film_sample_rate
 
 
 def refuse_to_overwrite(target: pathlib.Path, is_forced: bool) -> None:
@@ -37,6 +39,24 @@ def said_if_not_written(text: str) -> Iterator[None]:
     except OSError:
         sys.stdout.write(f"{text}\n")
         raise
+
+
+def said_of_rate(sample_rate: int) -> str:
+    """That films have sound at another rate than clips, to be added to a sentence, if it is so."""
+    written = film_sample_rate(sample_rate)
+    if written == sample_rate:
+        return ""
+    return f"; films have their {sample_rate} samples a second at {written}, the same sound, as AAC has no such rate"
+
+
+def with_error(value: float, error: float | None, form: str, of_error: str) -> str:
+    """A value and its standard error, each in its format; a dash where clips are too few to have one."""
+    return f"{value:{form}} ± {'-' if error is None else format(error, of_error)}"
+
+
+def or_none(error: float) -> float | None:
+    """None in the place of NaN, which JSON has not."""
+    return None if math.isnan(error) else error
 
 
 def write_texts(files: Mapping[str, pathlib.Path], texts: Mapping[str, str], is_forced: bool) -> None:

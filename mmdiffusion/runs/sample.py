@@ -26,6 +26,7 @@ from mmdiffusion.runs.folder import Folder
 from mmdiffusion.runs.jobs import Sample
 from mmdiffusion.runs.models import dtype_on, load_pipeline, load_superres, settings_of
 from mmdiffusion.runs.processes import Processes
+from mmdiffusion.runs.results import said_of_rate
 
 _RANDOM_GAIN = 0.05  # -26 dB
 
@@ -43,7 +44,7 @@ def run(job: Sample) -> str:
     if enlarge is not None:
         enlarge.check_inputs(torch.zeros(1, 1, *clips.video_size[1:]), job.superres_steps)
     given = _read(job, clips)
-    settings = _settings(job, dtype, pipeline.unet.config)
+    settings = _settings(job, dtype, pipeline)
     rates = {"frame_rate": clips.frame_rate, "sample_rate": clips.sample_rate}
     options: dict[str, Any] = {**rates, "formats": job.formats, "rank": processes.rank}
     if job.force and processes.rank == 0:
@@ -58,7 +59,8 @@ def run(job: Sample) -> str:
     folder.merge()
     gain = _gain(job, pipeline.unet.config)
     said = "" if gain == 1 else f"; the weights are random, so their sound is noise, turned down to {gain:.0%}"
-    return f"{job.out}: {job.num} clips{said}"
+    of_films = said_of_rate(clips.sample_rate) if "mp4" in job.formats else ""
+    return f"{job.out}: {job.num} clips{said}{of_films}"
 
 
 def fill(
@@ -91,7 +93,7 @@ def fill(
     with tqdm(total=calls * len(lacking), unit="step", disable=is_quiet or not lacking) as bar:
         for at in range(0, len(lacking), job.batch_size):
             batch = lacking[at : at + job.batch_size]
-            bar.set_description(f"clip {batch[0]}")
+            bar.set_description(f"clip {batch[0]}" if len(batch) == 1 else f"clips {batch[0]}-{batch[-1]}")
             seeds = [clip_seed(job.seed, number) for number in batch]
 
             def count(*_: Any, clips: int = len(batch)) -> None:
@@ -178,9 +180,9 @@ def _read(job: Sample, clips: ClipFormat) -> dict[str, Tensor]:
     return {stream: getattr(clip, stream)[None]}
 
 
-def _settings(job: Sample, dtype: str, config: Any) -> dict[str, Any]:
+def _settings(job: Sample, dtype: str, pipeline: MMDiffusionPipeline) -> dict[str, Any]:
     """All that a clip depends on besides its number."""
-    source, enlarged = job.audio_from or job.video_from, job.superres_source
+    source, enlarged, config = job.audio_from or job.video_from, job.superres_source, pipeline.unet.config
     return {
         "model": digest(job.model),
         "config": settings_of(config),
@@ -192,8 +194,16 @@ def _settings(job: Sample, dtype: str, config: Any) -> dict[str, Any]:
         "seconds": job.seconds,
         "overlap": job.overlap,
         "guidance": job.guidance if source or job.seconds else None,
-        "guidance_scale": job.guidance_scale if job.guidance == "gradient" else None,
+        "guidance_scale": _guidance_scale(job, pipeline) if job.guidance == "gradient" else None,
         f"{job.given_stream or 'video'}_from": digest(source) if source else None,
         "start": job.start,
         **({"superres": digest(enlarged), "superres_steps": job.superres_steps} if enlarged else {}),
     }
+
+
+def _guidance_scale(job: Sample, pipeline: MMDiffusionPipeline) -> float | dict[str, float]:
+    """The number that is used; those of both streams where both are given."""
+    if job.guidance_scale is not None:
+        return job.guidance_scale
+    scales = pipeline.published_scales(job.given_stream, job.seconds, job.overlap)
+    return scales if len(scales) != 1 else next(iter(scales.values()))

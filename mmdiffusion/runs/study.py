@@ -10,6 +10,7 @@ import socket
 import sys
 from typing import Any
 
+from mmdiffusion._files import said_of_files_beside
 from mmdiffusion.runs.jobs import MakeStudy, ServeStudy, TallyStudy
 from mmdiffusion.runs.processes import told_to_stop
 from mmdiffusion.runs.results import files_of, said_if_not_written, write_texts
@@ -31,6 +32,7 @@ def make(job: MakeStudy) -> str:
     made = make_study(job.out, sources, ratings=job.ratings, guesses=job.guesses, seed=seed, progress=True)
     lines = [f"{job.out}: {', '.join(f'{count} films of {name}' for name, count in made.films.items())}"]
     lines += [f"left out {path}: {why}" for path, why in made.refused.items()]
+    lines += said_of_files_beside(made.beside)
     lines += [f"{path}: no browser plays it, so it is in the study as H.264 and AAC" for path in made.transcoded]
     lines += made.cautions
     return "\n".join([*lines, f"next: mmdiffusion study serve {job.out}"])

@@ -18,13 +18,12 @@ from mmdiffusion.clips import STREAMS
 from mmdiffusion.data import SyntheticClips, to_clip
 from mmdiffusion.data.synthetic import ceiling_and_floor, synchrony
 from mmdiffusion.diffusion.pipelines import MMDiffusionPipeline
+from mmdiffusion.diffusion.schedulers import for_streams
 from mmdiffusion.runs.jobs import WAYS, MeasureSynchrony
 from mmdiffusion.runs.models import dtype_on, load_pipeline, settings_of
 from mmdiffusion.runs.processes import Processes
 from mmdiffusion.runs.results import files_of, said_if_not_written, write_texts
 from mmdiffusion.runs.sample import clip_generators, versions
-
-_RELEASE_SCALE = 3.0  # of the published gradient, whose squared norm is a mean over the elements
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +65,10 @@ def run(job: MeasureSynchrony) -> str:
             "config": settings_of(pipeline.unet.config),
             "dtype": dtype,
             **settings,
-            "guidance_scale": {given: _scale(pipeline, job, given) for given in STREAMS},
+            "guidance_scale": {
+                given: pipeline.published_scales(given)[given] if job.guidance_scale is None else job.guidance_scale
+                for given in STREAMS
+            },
             "versions": versions(),
             "rows": [dataclasses.asdict(row) for row in rows],
         }
@@ -84,8 +86,7 @@ def measure(pipeline: MMDiffusionPipeline, job: MeasureSynchrony) -> list[Row]:
     """
     form = pipeline.clip_format
     world = SyntheticClips(form, job.world)
-    scales = [_scale(pipeline, job, given) for given in STREAMS]
-    pipeline.check_inputs(job.batch_size, job.steps, guidance_scale=min(scales))
+    pipeline.check_inputs(job.batch_size, job.steps, guidance_scale=job.guidance_scale)
     pipeline.set_progress_bar_config(disable=True)
     whole = _clipped(_real(world, "audio", range(job.clips)))
     found = [
@@ -127,15 +128,20 @@ def _sampled(
     guidance: str,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches (video, audio) on the CPU."""
-    with tqdm(total=job.clips, desc=name, unit="clip") as bar:
+    calls = len(for_streams(pipeline.scheduler, job.steps)[0].timesteps)
+    with tqdm(total=calls * job.clips, desc=name, unit="step") as bar:
         for at in range(0, job.clips, job.batch_size):
             numbers = range(at, min(at + job.batch_size, job.clips))
+
+            def count(*_: Any, clips: int = len(numbers)) -> None:
+                bar.update(clips)
+
             options: dict[str, Any] = {}
             if given:
                 options = {
                     given: _real(world, given, numbers),
                     "guidance": guidance,
-                    "guidance_scale": _scale(pipeline, job, given),
+                    "guidance_scale": job.guidance_scale,
                 }
             video, audio = pipeline(
                 len(numbers),
@@ -143,22 +149,16 @@ def _sampled(
                 generator=clip_generators(job.seed, numbers),
                 shift_seed=job.seed,
                 return_dict=False,
+                callback_on_step_end=count,
                 **options,
             )
             if not bool(video.isfinite().all() and audio.isfinite().all()):
                 raise FloatingPointError(f"{job.model} makes clips {numbers[0]} to {numbers[-1]} ({name}) not finite")
             yield video.cpu(), audio.cpu()
-            bar.update(len(numbers))
 
 
 def _real(world: SyntheticClips, stream: str, numbers: range) -> Tensor:
     return torch.stack([getattr(to_clip(world[i]), stream) for i in numbers])
-
-
-def _scale(pipeline: MMDiffusionPipeline, job: MeasureSynchrony, given: str) -> float:
-    form = pipeline.clip_format
-    elements = torch.Size(form.audio_size if given == "audio" else form.video_size).numel()
-    return _RELEASE_SCALE / elements if job.guidance_scale is None else job.guidance_scale
 
 
 def _clipped(audio: Tensor) -> float:

@@ -30,7 +30,7 @@ from mmdiffusion.runs.sample import versions
 from mmdiffusion.runs.trackers import Trackers
 from mmdiffusion.runs.trained import TrainedClips, TrainedFrames
 from mmdiffusion.training import Recipe, State, States, train
-from mmdiffusion.training.log import Log, plot, row_of, summary
+from mmdiffusion.training.log import Log, plot, row_of, summary, time_left
 
 
 def run(job: Train) -> str:
@@ -102,7 +102,7 @@ class _Run:
             "processes": processes.count,
             "code": code_digest(),
         }
-        self.saved = -1
+        self.saved = self.begun = -1  # steps
 
     def go(self, signals: list[int]) -> str:
         job, state, processes = self.job, self.state, self.processes
@@ -127,7 +127,8 @@ class _Run:
         if self.saved < state.step:
             self._save()
         stopped = f"stopped by {signal.Signals(signals[0]).name}" if signals else "done"
-        return f"{job.out}: {stopped} at step {state.step}, after {state.seconds / 3600:.2f} hours of training"
+        again = "; the same command goes on from there" if state.step < job.steps else ""
+        return f"{job.out}: {stopped} at step {state.step}, after {state.seconds / 3600:.2f} hours of training{again}"
 
     def _begin(self) -> None:
         """Load the newest state, or keep the first."""
@@ -138,6 +139,7 @@ class _Run:
         self.processes.refuse_if_different("states to go on from", str(path and path.name))
         if path is None and self.job.resume:
             published.load(state, self.job.resume)
+        self.begun = state.step
         self.processes.wait()  # until all have read what the first one now goes on to write
         if not self.is_first:
             return
@@ -150,16 +152,36 @@ class _Run:
         else:
             self.saved = state.step
             _say(f"goes on from {path}")
+        for sentence in self._announced() if state.step < self.job.steps else ():
+            _say(sentence)
+
+    def _announced(self) -> list[str]:
+        """What is trained, by what, on what and how far."""
+        job, recipe, device = self.job, self.recipe, self.processes.device
+        count = sum(x.numel() for x in self.state.unet.parameters())
+        by = [str(device), *([f"{torch.get_num_threads()} threads"] if device.type == "cpu" else [])]
+        by += [f"{self.processes.count} processes"] if self.processes.count > 1 else []
+        clips = "synthetic clips" if job.data == "synthetic" else f"{len(self.data)} clips of {job.data}"
+        refused = getattr(getattr(self.data, "clips", self.data), "refused", ())
+        clips += f" ({len(refused)} files are of no use: see mmdiffusion data check)" if refused else ""
+        is_whole = recipe.micro_batch in (None, recipe.batch_size)
+        parts = "" if is_whole else f" in micro-batches of {recipe.micro_batch}"
+        return [
+            f"trains {count / 1e6:.2f} M parameters in {recipe.precision} on {', '.join(by)}",
+            f"{clips}, {recipe.batch_size} a step{parts}, into {job.out} from step {self.state.step} to {job.steps}",
+        ]
 
     def _after_step(self) -> None:
         job, state = self.job, self.state
+        if state.step == self.begun + 1 < job.steps:  # the log's first line may be hours away
+            _say(f"step {state.step} is done: {time_left(state, job.steps)} at this speed")
         if state.step % job.log_every == 0:
-            row = row_of(state)
+            row, left = row_of(state), time_left(state, job.steps)
             state.meter.clear()
             with self._going_on("the line of the log"):
                 self.log.add(row)
             self.trackers.log(row)
-            _say(summary(row))
+            _say(summary(row, left))
             if self.saved < state.step - job.checkpoint_every:  # one failed, on a full disk
                 self._try_to_save()
         if state.step % job.checkpoint_every == 0:

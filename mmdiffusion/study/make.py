@@ -15,7 +15,7 @@ from typing import Any
 import numpy
 from tqdm import tqdm
 
-from mmdiffusion._files import digest, files_below, printable, whole_folder
+from mmdiffusion._files import digest, files_below, is_beside_films, printable, said_of_files_beside, whole_folder
 from mmdiffusion.media import open_film, write_video
 from mmdiffusion.media.read import Film
 from mmdiffusion.study.votes import Study
@@ -31,6 +31,7 @@ class Made:
         study: it.
         films: how many of each source there are.
         refused: by path, why a file is not in it.
+        beside: files whose ending says text or a still picture, which are not opened.
         transcoded: those that browsers would not play, and so are in it as other files.
         cautions: by what else than quality the sources differ, which raters can tell them by.
     """
@@ -38,6 +39,7 @@ class Made:
     study: Study
     films: dict[str, int]
     refused: dict[str, str]
+    beside: list[str]
     transcoded: list[str]
     cautions: list[str]
 
@@ -45,6 +47,7 @@ class Made:
 @dataclasses.dataclass
 class _Source:
     paths: list[pathlib.Path] = dataclasses.field(default_factory=list)
+    beside: list[str] = dataclasses.field(default_factory=list)
     forms: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
 
@@ -84,9 +87,8 @@ def make_study(
     for number, (name, source) in enumerate(found.items()):
         needed = ratings + guesses * (len(sources) - 1 if number == 0 else 1)
         if len(source.paths) < needed:
-            why = "".join(
-                f"; {path}: {reason}" for path, reason in refused.items() if path.startswith(str(sources[name]))
-            )[:500]
+            faults = [f"{path}: {reason}" for path, reason in refused.items() if path.startswith(str(sources[name]))]
+            why = "".join(f"; {x}" for x in [*said_of_files_beside(source.beside), *faults])[:500]
             raise ValueError(
                 f"{sources[name]} has {len(source.paths)} films with picture and sound; expected {needed}, which one "
                 f"rater sees: more films, or fewer ratings ({ratings}) or guesses ({guesses}){why}"
@@ -102,6 +104,7 @@ def make_study(
         Study(out),
         {name: len(x) for name, x in copies.items()},
         refused,
+        [name for source in found.values() for name in source.beside],
         transcoded,
         _cautions(found),
     )
@@ -112,6 +115,9 @@ def _usable(folder: pathlib.Path, refused: dict[str, str], progress: bool) -> _S
     found = _Source()
     for name in tqdm(files_below(folder), str(folder), unit="film", disable=not progress):
         path = folder / name
+        if is_beside_films(name):
+            found.beside.append(str(path))
+            continue
         try:
             with open_film(path) as film:
                 forms, seconds = film.forms, film.durations

@@ -320,7 +320,8 @@ def extra(name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"a study needs {error.name}, which is not installed: pip install 'mmattn[study]'", name=error.name
+            f"a study needs {error.name}, which is not installed: pip install -e '.[study]' in a clone of mmattn",
+            name=error.name,
         ) from None
 
 

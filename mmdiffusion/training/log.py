@@ -89,13 +89,23 @@ def row_of(state: State) -> dict[str, Any]:
     }
 
 
-def summary(row: Mapping[str, Any]) -> str:
-    """A line for the eye."""
+def time_left(state: State, steps: int) -> str:
+    """What the steps up to `steps` take at the speed since the last line, as "37 h left"; "" at the end."""
+    spent, count = state.meter.sums["step_s"]
+    seconds = (steps - state.step) * spent / count
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} left"
+    return f"{seconds:.0f} s left" if state.step < steps else ""
+
+
+def summary(row: Mapping[str, Any], left: str = "") -> str:
+    """A line for the eye, with `time_left`."""
     losses = ", ".join(f"{name} {row[name]:.4f}" for name in ("loss", *STREAMS) if name in row)
     skipped = f", {row['skipped']} skipped" if row["skipped"] else ""
     return (
         f"step {row['step']}: {losses}; {row['clips_per_s']:.1f} clips/s, waiting for data {row['share']['data']:.1%}"
-        f"{skipped}"
+        f"{skipped}{f'; {left}' if left else ''}"
     )
 
 
