@@ -16,7 +16,7 @@ def keep_freed_memory() -> bool:
     in and cleared anew: a seventh of an fp32 forward of the published U-Net (docs/perf-notes.md). For programs that do
     little else than run such a model: call it before the first tensor. The process keeps as much memory as it once
     needed, and somewhat more, as freed blocks fall into pieces. The same from outside:
-    GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=2147483647.
+    GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=18446744073709551615.
 
     Returns:
         Whether the C library took it: False where it is not glibc.

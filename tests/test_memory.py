@@ -31,6 +31,26 @@ def test_freed_memory_is_kept():
     assert kept == "True" and int(before) > 20 and int(after) * 10 < int(before)
 
 
+END_OF_THE_HEAP = """
+import ctypes
+import mmattn
+
+mmattn.keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.sbrk.restype = libc.malloc.restype = ctypes.c_void_p
+libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+block = libc.malloc(5 << 29)  # of which no page is touched
+end = libc.sbrk(0)
+libc.free(block)
+print(libc.sbrk(0) == end)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_more_bytes_than_an_int_holds_are_kept():
+    assert subprocess.check_output([sys.executable, "-c", END_OF_THE_HEAP], text=True) == "True\n"
+
+
 @needs_extension
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_fork_while_threads_compute():
