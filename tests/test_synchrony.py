@@ -40,7 +40,7 @@ class Perfect:
 
     clip_format, scheduler = FORMAT, make_scheduler("dpmsolver++")
 
-    def __init__(self, world=1, spoil=None):
+    def __init__(self, world=1000, spoil=None):
         self.world, self.spoil, self.calls = SyntheticClips(FORMAT, world), spoil, []
 
     def check_inputs(self, *_, **__):

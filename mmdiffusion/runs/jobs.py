@@ -47,6 +47,7 @@ TIMESTEPS = ("uniform", "loss-second-moment")
 TRACKERS = ("tensorboard", "wandb", "none")
 """Those of accelerate whose curve is known to go on as the run does."""
 
+_UNSEEN_WORLD = 1000  # a seed that nobody trains with by chance; the packaged models have had those of 0 and 1
 _SMALL = pathlib.Path("small")
 _DATA_HELP = (
     "a folder of films, shards of WebDataset (.tar) in a folder or as a pattern ('films-{000..099}.tar'), a file "
@@ -405,7 +406,7 @@ class MeasureSynchrony(ModelJob):
     world: int = option(
         "seed of the synthetic world that the real clips are of; a world that is not that of training, which is of its "
         "--seed, has clips that the model has not seen",
-        default=1,
+        default=_UNSEEN_WORLD,
         **SEEDS,
     )
     batch_size: int = option("clips sampled together", default=16, minimum=1)
@@ -456,7 +457,7 @@ class MeasurePsnr:
     world: int = option(
         "seed of the synthetic world that the frames are of; a world that is not that of training, which is of its "
         "--seed, has frames that the network has not seen",
-        default=1,
+        default=_UNSEEN_WORLD,
         **SEEDS,
     )
     batch_size: int = option("frames sampled together", default=16, minimum=1)
