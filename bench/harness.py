@@ -369,6 +369,7 @@ def cpu_peak_extra(function: Callable[..., tuple[Call, Call]], arguments: tuple,
         raise NotApplicable("peak memory is read from Linux's /proc")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "mmattn"])  # torch loaded once; no thread has run when children are forked
+    _give_freed_memory_back()  # what this process has kept may be most of what there is
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_peak_in_child, args=(sender, function, arguments), daemon=True)
     child.start()
@@ -388,6 +389,12 @@ def cpu_peak_extra(function: Callable[..., tuple[Call, Call]], arguments: tuple,
     return outcome
 
 
+def _give_freed_memory_back() -> None:
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def _peak_in_child(sender: Any, function: Callable[..., tuple[Call, Call]], arguments: tuple) -> None:
     try:
         libc = ctypes.CDLL(None)
@@ -396,8 +403,7 @@ def _peak_in_child(sender: Any, function: Callable[..., tuple[Call, Call]], argu
             libc.mallopt(m_mmap_threshold, 64 << 10)
         small, call = function(*arguments)
         small()
-        if hasattr(libc, "malloc_trim"):
-            libc.malloc_trim(0)
+        _give_freed_memory_back()
         Path("/proc/self/clear_refs").write_text("5")
         before = _resident("VmRSS")
         kept = call()

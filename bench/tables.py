@@ -90,15 +90,9 @@ def summary(results: Path) -> str:
         ("the same with gradients", "attn", "both", shapes(""), "the same"),
         ("dilated residual block, forward", "conv", "forward", shapes("block"), "eager, channels last, compiled"),
         ("the same with gradients", "conv", "both", shapes("block"), "the same"),
-        (
-            "the coupled U-Net, forward",
-            "unet",
-            "forward",
-            shapes(""),
-            "the published composition, autocast in bfloat16",
-        ),
+        ("the coupled U-Net, forward", "unet", "forward", shapes(""), "the published code, autocast, tuned, compiled"),
         ("the same with gradients", "unet", "both", shapes(""), "the same"),
-        ("the super-resolution network", "superres", "forward", shapes(""), "the same; tuned, and compiled"),
+        ("the super-resolution network", "superres", "forward", shapes(""), "the same"),
     ):
         path = results / f"{file}-cpu.json"
         if not path.exists():

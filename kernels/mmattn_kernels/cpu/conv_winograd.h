@@ -108,7 +108,8 @@ class WinogradConv {
  public:
   // Where the saved products outweigh the transforms, those of the weights above all.
   static bool is_faster(const Conv& p) {
-    constexpr int64_t kFewestTiles = kTile == 4 ? 16 : 64, kFewestChannels = kTile == 4 ? 96 : 32;
+    // Dot products of bf16 need no transformed weights, whose time is that of some twenty tiles.
+    constexpr int64_t kFewestTiles = kTile == 2 ? 64 : kOnTiles<T> ? 32 : 16, kFewestChannels = kTile == 4 ? 96 : 32;
     constexpr double kMostProducts = 0.8;  // of those of the sum over the taps
     if (p.taps != kTaps || (p.width > 0) != kFrames) return false;
     if (kFrames && p.length % (p.height * p.width)) return false;
