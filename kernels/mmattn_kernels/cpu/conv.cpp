@@ -386,11 +386,11 @@ constexpr bool kHasFewerProducts = true;
 template <class T>
 using InFrames = WinogradConv<ConvOf<T>, T, true, 4>;
 
-// visit(Type<WinogradConv>) with the one that is faster than the sum over the taps, and whether there is one.
-template <class Conv>
+template <class Way>
 struct Type {
-  using type = Conv;
+  using type = Way;
 };
+// visit(Type<WinogradConv>) with the one that is faster than the sum over the taps, and whether there is one.
 template <class T, class Visit>
 bool with_fewer_products(const Conv& p, Visit visit) {
   if constexpr (kHasFewerProducts)
