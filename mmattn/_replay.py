@@ -2,10 +2,10 @@
 """Parts of a network as one call of the CPU extension each, where the kernels take less time than Python around them.
 
 A part is a function of tensors and layers that consists of ops of mmattn and of views. The first call of its kind runs
-it and notes its kernels; another one, of like tensors by like layers, runs those alone (`mmattn_kernels.cpu.plan`).
-Everything that could make the function compute something else is asked in each call. Where one answer is not the plain
-one (gradients, autocast, a trace, a mode or transform of torch, a hook, a layer of another class, a method that is not
-ours, large tensors), the function itself is called.
+it and notes its kernels; another one, of like tensors by like layers, runs those alone (`mmattn_kernels.cpu.plan`), and
+its backward another call (`plan_gradients`). Everything that could make the function compute something else is asked in
+each call. Where one answer is not the plain one (autocast, a trace, a mode or transform of torch, a hook, saved tensors
+that are packed, a layer of another class, a method that is not ours, large tensors), the function itself is called.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from mmattn import _checks, dispatch
 from mmattn._layers import is_plain
-from mmattn._library import can_skip_dispatcher, is_autocast
+from mmattn._library import apply, can_skip_dispatcher, is_autocast, wants_gradients
 
 LARGEST = 1 << 20  # bytes of a part's first tensor: of larger ones, the kernels take ten times as long as all else
 _KEYS, _CALLS_OF_A_KEY = 1024, 8
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _OPS = operator.itemgetter("dilated_conv1d", "group_norm", "random_shift_attention", "self_attention", "spatial_conv2d")
 # Guards and plans by key; no plan where the part does not consist of forward kernels alone.
 _plans: dict[Any, list[tuple[_checks.Guard, Any]]] = {}
@@ -50,7 +51,8 @@ def replayed(
     from mmattn_kernels import cpu
 
     machine = cpu.extension().instruction_set(), torch.get_num_threads(), dispatch.requested("auto")
-    key = part, type(owner), options, *map(type, options), settings, machine, len(given), inputs[0].shape
+    records = torch.is_grad_enabled()
+    key = part, type(owner), options, *map(type, options), settings, machine, records, len(given), inputs[0].shape
     calls = _plans.get(key)
     if calls is None:
         if len(_plans) >= _KEYS:
@@ -58,9 +60,11 @@ def replayed(
         calls = _plans.setdefault(key, [])
     for guard, plan in calls:
         if _checks.is_like(given, guard):
-            results = None if plan is None else plan.run(given)
-            if results is None:
+            if plan is None:
                 break
+            if records and wants_gradients(*given):
+                return apply(_Part, plan, *given)
+            results, _ = plan.run(given)
             return results[0] if len(results) == 1 else tuple(results)
     else:
         new = _checks.guard_of(given) if len(calls) < _CALLS_OF_A_KEY else None
@@ -73,15 +77,20 @@ def is_worth_it(x: Any) -> bool:
     """Whether the extension can be called directly, and it takes little time."""
     return bool(
         not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
         and type(x) is Tensor
         and x.is_cpu
         and 0 < x.nbytes <= LARGEST
         and can_skip_dispatcher(known=True)
+        and not (torch.is_grad_enabled() and _packs_saved_tensors())
         and not torch._C._len_torch_function_stack()
         and not is_autocast("cpu")
         and dispatch.support("dilated_conv1d", "cpu", "cpu", x.dtype)
     )
+
+
+def _packs_saved_tensors() -> bool:
+    """Whether what a graph saves is given to hooks, as under a checkpoint, which counts it; so if torch cannot tell."""
+    return _top_hooks is None or _top_hooks(True) is not None
 
 
 def _owner_is_plain(owner: Any) -> bool:
@@ -150,7 +159,64 @@ def _record(calls: list[Any], guard: Any, tensors: list[Tensor], call: Callable[
         results = call()
     try:
         plan = Plan(recorder, tensors, (results,) if isinstance(results, Tensor) else results)
+        if wants_gradients(*tensors):
+            plan.gradients(tuple([t.requires_grad for t in tensors]), (True,) * (plan.between - plan.first_result))
     except (TypeError, ValueError):
         plan = None
     calls.append((guard, plan))
     return results
+
+
+class _Part(torch.autograd.Function):
+    """A plan, of the tensors that a part was given, as one node of a graph."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Any, *tensors: Tensor) -> Any:
+        results, between = plan.run(tensors)
+        ctx.plan, ctx.wanted = plan, tuple(ctx.needs_input_grad[1:])
+        gradients = plan.gradients(ctx.wanted, (True,) * len(results))
+        saved = *[tensors[at] for at in gradients.reads], between
+        if gradients.guard is None:
+            gradients.guard = _checks.guard_of(saved)
+        ctx.gradients = gradients
+        ctx.save_for_backward(*saved)
+        ctx.set_materialize_grads(False)
+        return results[0] if len(results) == 1 else tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *d_results: Tensor | None) -> tuple[Tensor | None, ...]:
+        arguments = ctx.plan, ctx.wanted, ctx.gradients, len(d_results), *d_results, *ctx.saved_tensors
+        return None, *(apply(_PartGradients, *arguments) if torch.is_grad_enabled() else _part_gradients(*arguments))
+
+
+class _PartGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
+        return _part_gradients(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError("fused kernels are differentiable once; with MMATTN_IMPL=reference as often as wanted")
+
+
+def _part_gradients(plan: Any, wanted: Any, usual: Any, count: int, *tensors: Any) -> tuple[Tensor | None, ...]:
+    """Those of the tensors of a plan's call, of `count` gradients of results and the saved tensors behind them.
+
+    `usual` makes them where all results have a gradient.
+    """
+    d_results = [None if d is None else d.contiguous() for d in tensors[:count]]
+    given, saved = tuple([d is not None for d in d_results]), tensors[count:]
+    if usual.guard is None or not _checks.is_like(saved, usual.guard):
+        _refuse_others(plan, usual, saved)
+    gradients = usual if all(given) else plan.gradients(wanted, given)
+    read = [saved[usual.reads.index(at)] for at in gradients.reads] if gradients is not usual else saved[:-1]
+    return tuple(gradients.run(read, saved[-1], d_results))
+
+
+def _refuse_others(plan: Any, gradients: Any, saved: Sequence[Any]) -> None:
+    """Hooks may have put other tensors in the place of the saved ones, or somebody has freed their memory."""
+    forms = [*(plan.forms[at] for at in gradients.reads), (torch.Size([plan.bytes_between]), torch.uint8, (1,))]
+    for t, form in zip(saved, forms, strict=True):
+        if not _checks.is_plain(t) or not t.is_cpu or (t.shape, t.dtype, t.stride()) != form:
+            found = f"{list(t.shape)} {t.dtype} with strides {t.stride()} on {t.device}"
+            raise ValueError(f"a saved tensor is {found}; expected it as it was saved, {form}")

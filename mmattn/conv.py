@@ -51,9 +51,9 @@ def dilated_conv1d(
 
     out[b, l, o] = bias[o] + residual[b, l, o] + sum_{k, c} weight[o, c, k] * y[b, l + (k - K//2) * dilation, c]
 
-    y = activation(norm(x) * (1 + scale) + shift), computed in fp32 and rounded to the dtype of x, and 0 outside 0..L-1;
-    see `mmattn.group_norm`. Over video tokens [B, F*P, C], frames outermost, dilation P makes it the convolution over
-    the frames; K = 1 makes it a projection.
+    y = activation(norm(x) * (1 + scale) + shift), computed in fp32 and 0 outside 0..L-1; see `mmattn.group_norm`. It is
+    rounded to the dtype of x, except in front of kernels that multiply in fp32. Over video tokens [B, F*P, C], frames
+    outermost, dilation P makes it the convolution over the frames; K = 1 makes it a projection.
 
     On a CPU without AMX, K = 3 and 96 channels or more have half the products where four outputs, a dilation apart, are
     made of their six inputs together (Winograd's F(4, 3), as in `spatial_conv2d`): errors go by the largest of the six,
@@ -112,11 +112,13 @@ def spatial_conv2d(
 
     On a CPU without AMX 4x4 outputs of 96 channels or more are made of their 6x6 inputs together in float32, with a
     quarter of the products, and 2x2 outputs of 32 channels or more of their 4x4 inputs, with 16 for 36 (Winograd's
-    F(4x4, 3x3) and F(2x2, 3x3), arXiv 1509.09308; the latter not for bfloat16 where the CPU has AVX-512 BF16). Errors
+    F(4x4, 3x3) and F(2x2, 3x3), arXiv 1509.09308; of bfloat16 where the CPU has AVX-512 BF16 the former alone, from 32
+    tiles of a call on, so that a batch may differ from its clips by a rounding of bfloat16). Errors
     are within twice those of a sum over the taps on the whole, up to five times at the corner of a tile, and go by the
     largest of the inputs; a NaN or infinity of inputs or weights reaches all of the outputs (an infinity often as NaN),
     and so does an overflow in between, from inputs of about 1e37 on. The gradient of the weight is made so as well from
-    96 channels on, of all nine taps together: its error in float32 is 0.2 to 4 times that of torch, 7e-7 of it.
+    96 channels on, of all nine taps together: its error in float32 is 1e-6 of it, 0.2 to 14 times that of torch, and it
+    overflows from gradients of about 1e37 on.
 
     Args:
         x: [B, F*height*width, Cin], frames outermost and columns innermost, any strides as long as Cin is contiguous.

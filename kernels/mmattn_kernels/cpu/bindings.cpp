@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -38,6 +39,7 @@ struct InstructionSet {
   void (*group_norm_backward)(const GroupNorm&);
   void (*group_norm_work)(const GroupNorm&, bool, const Work&);
   void (*parameter_gradients)(const ParameterGradients&);
+  void (*add)(const Addition&);
   int64_t (*conv_packed_bytes)(int64_t, int64_t, int64_t, bool);
   void (*conv_pack)(const ConvWeights&, void*);
   void (*conv_forward)(const Conv&);
@@ -61,12 +63,12 @@ bool have_amx() {
 }
 #endif
 
-#define MMATTN_SET(isa)                                                                                   \
-  InstructionSet {                                                                                        \
-    #isa, isa::attention_forward, isa::attention_backward, isa::attention_work, isa::group_norm_forward,  \
-        isa::group_norm_backward, isa::group_norm_work, isa::parameter_gradients, isa::conv_packed_bytes, \
-        isa::conv_pack, isa::conv_forward, isa::conv_weight_gradient, isa::column_sums, isa::conv_work,   \
-        isa::content_hash                                                                                 \
+#define MMATTN_SET(isa)                                                                                             \
+  InstructionSet {                                                                                                  \
+    #isa, isa::attention_forward, isa::attention_backward, isa::attention_work, isa::group_norm_forward,            \
+        isa::group_norm_backward, isa::group_norm_work, isa::parameter_gradients, isa::add, isa::conv_packed_bytes, \
+        isa::conv_pack, isa::conv_forward, isa::conv_weight_gradient, isa::column_sums, isa::conv_work,             \
+        isa::content_hash                                                                                           \
   }
 
 // What this CPU runs, slowest first.
@@ -271,12 +273,19 @@ void group_norm_forward(const TokensArgs& x, const TokensArgs& out, const NormAr
   active().group_norm_forward(p);
 }
 
-void group_norm_backward(const TokensArgs& x, const TokensArgs& d_out, const TokensArgs& d_x, const NormArgs& args,
-                         uintptr_t sums, int64_t batch, int64_t length, int64_t channels, bool is_bf16, int threads) {
+GroupNorm group_norm_gradient(const TokensArgs& x, const TokensArgs& d_out, const TokensArgs& d_x, const NormArgs& args,
+                              uintptr_t sums, int64_t batch, int64_t length, int64_t channels, bool is_bf16,
+                              int threads) {
   GroupNorm p = group_norm(x, args, batch, length, channels, is_bf16, threads);
   p.d_out = tokens(d_out);
   p.d_x = tokens(d_x);
   p.sums = floats(sums);
+  return p;
+}
+
+void group_norm_backward(const TokensArgs& x, const TokensArgs& d_out, const TokensArgs& d_x, const NormArgs& args,
+                         uintptr_t sums, int64_t batch, int64_t length, int64_t channels, bool is_bf16, int threads) {
+  const GroupNorm p = group_norm_gradient(x, d_out, d_x, args, sums, batch, length, channels, is_bf16, threads);
   py::gil_scoped_release release;
   active().group_norm_backward(p);
 }
@@ -342,12 +351,23 @@ Conv conv(const TokensArgs& x, const TokensArgs& out, const NormArgs& args, cons
   return p;
 }
 
+// Of one tap without a norm and FiLM, sequences that follow one another are a single one: short ones share its blocks.
+void join_sequences(Conv& p) {
+  const Norm& norm = p.norm;
+  if (p.taps != 1 || norm.groups || norm.scale.data || norm.shift.data) return;
+  for (const Tokens& t : {p.x, p.out, p.residual})
+    if (t.data && t.batch != t.position * p.length) return;
+  p.length *= p.batch;
+  p.batch = 1;
+}
+
 Conv conv_call(const TokensArgs& x, const TokensArgs& out, const TokensArgs& residual, uintptr_t packed,
                const ParameterArgs& bias, const NormArgs& args, const ConvSizes& sizes) {
   Conv p = conv(x, out, args, sizes);
   p.residual = tokens(residual);
   p.packed = reinterpret_cast<void*>(packed);
   p.bias = parameter(bias);
+  join_sequences(p);
   return p;
 }
 
@@ -359,29 +379,48 @@ void conv_forward(const TokensArgs& x, const TokensArgs& out, const TokensArgs& 
 }
 
 // Of the gradients those with a place: of x, with the sums of a prologue if it has one; of the weight; of the bias.
+struct ConvGradients {
+  Conv of_x{}, of_weight{};
+  GroupNorm of_prologue{};
+  float* of_bias;
+
+  ConvGradients(const TokensArgs& x, const TokensArgs& d_out, const TokensArgs& d_x, uintptr_t sums,
+                const WeightArgs& weight, uintptr_t d_weight, uintptr_t d_bias, const NormArgs& args,
+                const ConvSizes& sizes)
+      : of_weight(conv(x, d_out, args, sizes)), of_bias(floats(d_bias)) {
+    const auto& [pointer, weight_is_bf16, out_stride, in_stride, tap_stride, out_channels, in_channels, taps] = weight;
+    const auto& [batch, length, all_in, all_out, all_taps, dilation, height, width, is_bf16, threads] = sizes;
+    of_weight.d_weight = reinterpret_cast<void*>(d_weight);
+    of_weight.d_weight_is_bf16 = weight_is_bf16;
+    of_x = conv(d_out, d_x, NormArgs{},
+                {batch, length, out_channels, in_channels, taps, dilation, height, width, is_bf16, threads});
+    if (of_x.out.data) {
+      // The gradient of y is the convolution with channels swapped and taps in reverse.
+      const uintptr_t last_tap = pointer + (taps - 1) * tap_stride * (weight_is_bf16 ? 2 : 4);
+      const WeightArgs reverse{last_tap,    weight_is_bf16, in_stride,    out_stride,
+                               -tap_stride, in_channels,    out_channels, taps};
+      of_x.weights = weights(reverse, is_bf16, of_x.threads);
+    }
+    join_sequences(of_x);
+    join_sequences(of_weight);
+    if (sums) of_prologue = group_norm_gradient(x, d_x, d_x, args, sums, batch, length, in_channels, is_bf16, threads);
+  }
+
+  void run() const {
+    if (of_x.out.data) active().conv_forward(of_x);
+    if (of_prologue.sums) active().group_norm_backward(of_prologue);
+    if (of_weight.d_weight) active().conv_weight_gradient(of_weight);
+    const Conv& p = of_weight;
+    if (of_bias) active().column_sums(p.out, p.batch, p.length, p.out_channels, p.is_bf16, of_bias, of_x.threads);
+  }
+};
+
 void conv_backward(const TokensArgs& x, const TokensArgs& d_out, const TokensArgs& d_x, uintptr_t sums,
                    const WeightArgs& weight, uintptr_t d_weight, uintptr_t d_bias, const NormArgs& args,
                    const ConvSizes& sizes) {
-  const auto& [pointer, weight_is_bf16, out_stride, in_stride, tap_stride, out_channels, in_channels, taps] = weight;
-  const auto& [batch, length, all_in, all_out, all_taps, dilation, height, width, is_bf16, threads] = sizes;
-  Conv of_weight = conv(x, d_out, args, sizes);
-  of_weight.d_weight = reinterpret_cast<void*>(d_weight);
-  of_weight.d_weight_is_bf16 = weight_is_bf16;
-  // The gradient of y is the convolution with channels swapped and taps in reverse.
-  const uintptr_t last_tap = pointer + (taps - 1) * tap_stride * (weight_is_bf16 ? 2 : 4);
-  const WeightArgs reverse{last_tap,    weight_is_bf16, in_stride,    out_stride,
-                           -tap_stride, in_channels,    out_channels, taps};
-  Conv of_x = conv(d_out, d_x, NormArgs{},
-                   {batch, length, out_channels, in_channels, taps, dilation, height, width, is_bf16, threads});
-  of_x.weights = weights(reverse, is_bf16, of_x.threads);
-  GroupNorm of_prologue = group_norm(x, args, batch, length, in_channels, is_bf16, threads);
-  of_prologue.d_out = of_prologue.d_x = tokens(d_x);
-  of_prologue.sums = floats(sums);
+  const ConvGradients p(x, d_out, d_x, sums, weight, d_weight, d_bias, args, sizes);
   py::gil_scoped_release release;
-  if (of_x.out.data) active().conv_forward(of_x);
-  if (of_prologue.sums) active().group_norm_backward(of_prologue);
-  if (of_weight.d_weight) active().conv_weight_gradient(of_weight);
-  if (d_bias) active().column_sums(of_weight.out, batch, length, out_channels, is_bf16, floats(d_bias), of_x.threads);
+  p.run();
 }
 
 // Of the forward call with a packed weight; of the gradient of y, whose weight is not; of the weight's and the bias's.
@@ -402,17 +441,24 @@ py::tuple conv_work(const std::string& what, int64_t groups, const ConvSizes& si
   else
     throw py::value_error("what is '" + what + "'; expected forward, d_x, d_weight or d_bias");
   p.out.data = &p;  // not the memory of x
+  if (what != "d_bias") join_sequences(p);
   Told told{p.threads, {}};
   active().conv_work(p, loop, told.work());
   return told.result();
 }
 
 // Of a norm's weight and bias, scale and shift to d_weight, d_bias, d_scale and d_shift: see ParameterGradients.
-void parameter_gradients(const std::array<ParameterArgs, 4>& of, uintptr_t sums, const std::array<uintptr_t, 4>& to,
-                         int64_t batch, int64_t channels) {
+ParameterGradients parameter_gradients_call(const std::array<ParameterArgs, 4>& of, uintptr_t sums,
+                                            const std::array<uintptr_t, 4>& to, int64_t batch, int64_t channels,
+                                            int64_t film_batch) {
   const Norm given{parameter(of[0]), parameter(of[1]), parameter(of[2]), parameter(of[3]), nullptr, 0, 0.0f, false};
   const auto place = [&](int i) { return reinterpret_cast<void*>(to[i]); };
-  active().parameter_gradients({given, floats(sums), place(0), place(1), place(2), place(3), batch, channels});
+  return {given, floats(sums), place(0), place(1), place(2), place(3), batch, channels, film_batch};
+}
+
+void parameter_gradients(const std::array<ParameterArgs, 4>& of, uintptr_t sums, const std::array<uintptr_t, 4>& to,
+                         int64_t batch, int64_t channels) {
+  active().parameter_gradients(parameter_gradients_call(of, sums, to, batch, channels, channels));
 }
 
 // Drawn once in each process, so that no content is unlucky twice.
@@ -446,37 +492,92 @@ template <typename F>
 void each_pointer(Conv& p, const F& f) {
   for (Tokens* t : {&p.x, &p.out, &p.residual}) f(t->data);
   f(p.packed);
+  f(p.weights.weight);
   f(p.bias.data);
+  f(p.d_weight);
   each_pointer(p.norm, f);
 }
 
 template <typename F>
 void each_pointer(GroupNorm& p, const F& f) {
-  for (Tokens* t : {&p.x, &p.out}) f(t->data);
+  for (Tokens* t : {&p.x, &p.out, &p.d_out, &p.d_x}) f(t->data);
+  f(p.sums);
   each_pointer(p.norm, f);
 }
 
 template <typename F>
 void each_pointer(Attention& p, const F& f) {
   for (Direction& d : p.directions) {
-    for (Strided* s : {&d.q, &d.k, &d.v, &d.out}) f(s->data);
+    for (Strided* s : {&d.q, &d.k, &d.v, &d.out, &d.d_out, &d.d_q, &d.d_k, &d.d_v}) f(s->data);
     f(d.lse);
+    f(d.d_lse);
   }
 }
 
-void run_forward(const Conv& p) {
+template <typename F>
+void each_pointer(ConvGradients& p, const F& f) {
+  each_pointer(p.of_x, f);
+  each_pointer(p.of_weight, f);
+  each_pointer(p.of_prologue, f);
+  f(p.of_bias);
+}
+
+template <typename F>
+void each_pointer(ParameterGradients& p, const F& f) {
+  each_pointer(p.norm, f);
+  f(p.sums);
+  for (void** to : {&p.d_weight, &p.d_bias, &p.d_scale, &p.d_shift}) f(*to);
+}
+
+template <typename F>
+void each_pointer(Addition& p, const F& f) {
+  f(p.to.data);
+  f(p.from.data);
+}
+
+template <typename T>
+struct Backward {
+  T call;
+};
+
+template <typename T, typename F>
+void each_pointer(Backward<T>& p, const F& f) {
+  each_pointer(p.call, f);
+}
+
+void run_call(const Conv& p) {
   active().conv_forward(p);
 }
 
-void run_forward(const GroupNorm& p) {
+void run_call(const GroupNorm& p) {
   active().group_norm_forward(p);
 }
 
-void run_forward(const Attention& p) {
+void run_call(const Attention& p) {
   active().attention_forward(p);
 }
 
-// Calls of forward kernels in their order, with offsets within blocks of memory instead of pointers, so that the same
+void run_call(const ConvGradients& p) {
+  p.run();
+}
+
+void run_call(const Backward<GroupNorm>& p) {
+  active().group_norm_backward(p.call);
+}
+
+void run_call(const Backward<Attention>& p) {
+  active().attention_backward(p.call);
+}
+
+void run_call(const ParameterGradients& p) {
+  active().parameter_gradients(p);
+}
+
+void run_call(const Addition& p) {
+  active().add(p);
+}
+
+// Calls of kernels in their order, with offsets within blocks of memory instead of pointers, so that the same
 // calls run on other blocks: see mmattn_kernels/cpu/plan.py.
 class Plan {
  public:
@@ -500,6 +601,43 @@ class Plan {
     add(AttentionCall(directions, windows, batch, heads, dim, scale, is_bf16, threads).p);
   }
 
+  void conv_backward(const TokensArgs& x, const TokensArgs& d_out, const TokensArgs& d_x, uintptr_t sums,
+                     const WeightArgs& weight, uintptr_t d_weight, uintptr_t d_bias, const NormArgs& args,
+                     const ConvSizes& sizes) {
+    add(ConvGradients(x, d_out, d_x, sums, weight, d_weight, d_bias, args, sizes));
+  }
+
+  void group_norm_backward(const TokensArgs& x, const TokensArgs& d_out, const TokensArgs& d_x, const NormArgs& args,
+                           uintptr_t sums, int64_t batch, int64_t length, int64_t channels, bool is_bf16, int threads) {
+    const GroupNorm p = group_norm_gradient(x, d_out, d_x, args, sums, batch, length, channels, is_bf16, threads);
+    add(Backward<GroupNorm>{p});
+  }
+
+  void attention_backward(const std::vector<DirectionArgs>& directions, const EqualArgs& windows, int64_t batch,
+                          int64_t heads, int64_t dim, float scale, bool is_bf16, int threads) {
+    add(Backward<Attention>{AttentionCall(directions, windows, batch, heads, dim, scale, is_bf16, threads).p});
+  }
+
+  void parameter_gradients(const std::array<ParameterArgs, 4>& of, uintptr_t sums, const std::array<uintptr_t, 4>& to,
+                           int64_t batch, int64_t channels, int64_t film_batch) {
+    add(parameter_gradients_call(of, sums, to, batch, channels, film_batch));
+  }
+
+  // to += from, or with `is_first` to = from; zeros where `from` has no pointer.
+  void addition(const TokensArgs& to, const TokensArgs& from, int64_t batch, int64_t length, int64_t channels,
+                bool is_first, bool is_bf16) {
+    add(Addition{tokens(to), tokens(from), batch, length, channels, is_first, is_bf16});
+  }
+
+  // The blocks that the calls read or write.
+  std::set<int> blocks() const {
+    std::set<int> found;
+    for (const auto& [call, places] : calls_)
+      for (const auto& [block, offset] : places)
+        if (block >= 0) found.insert(block);
+    return found;
+  }
+
   void run(const std::vector<uintptr_t>& blocks) const {
     py::gil_scoped_release release;
     for (const auto& [call, places] : calls_)
@@ -509,13 +647,14 @@ class Plan {
               const auto [block, offset] = *place++;
               pointer = block < 0 ? nullptr : reinterpret_cast<std::decay_t<decltype(pointer)>>(blocks[block] + offset);
             });
-            run_forward(p);
+            run_call(p);
           },
           call);
   }
 
  private:
-  using Call = std::variant<Conv, GroupNorm, Attention>;
+  using Call = std::variant<Conv, GroupNorm, Attention, ConvGradients, Backward<GroupNorm>, Backward<Attention>,
+                            ParameterGradients, Addition>;
   using Place = std::pair<int, int64_t>;  // block, offset; a block below 0 is no memory
 
   template <typename T>
@@ -565,5 +704,11 @@ PYBIND11_MODULE(_cpu, m) {
       .def("conv_forward", &Plan::conv_forward)
       .def("group_norm_forward", &Plan::group_norm_forward)
       .def("attention_forward", &Plan::attention_forward)
+      .def("conv_backward", &Plan::conv_backward)
+      .def("group_norm_backward", &Plan::group_norm_backward)
+      .def("attention_backward", &Plan::attention_backward)
+      .def("parameter_gradients", &Plan::parameter_gradients)
+      .def("addition", &Plan::addition)
+      .def("blocks", &Plan::blocks)
       .def("run", &Plan::run);
 }

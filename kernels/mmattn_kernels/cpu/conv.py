@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from mmattn_kernels import Question, Support
 from mmattn_kernels.cpu import extension
 from mmattn_kernels.cpu.norm import norm_arguments, parameter, readable, tokens
-from mmattn_kernels.cpu.plan import note, note_weight
+from mmattn_kernels.cpu.plan import is_recording, note, note_weight
 
 # Packed copies of weights, dropped with the weights: storage -> view and packing -> (hash, packed), the one used last
 # at the end. All those of one storage take at most so many times its bytes, and some for small weights, whose packing
@@ -136,23 +136,29 @@ def _packed_weight(weight: Tensor, is_bf16: bool) -> Tensor:
     kept = copies.pop(key, None)
     if kept is not None and kept[0] == content:
         copies[key] = kept
-        note_weight(weight, kept[1], functools.partial(_kept, key, weight.nbytes))
+        _note(weight, kept[1], key)
         return kept[1]
     packed = _pack(weight, is_bf16)
     # Another process or thread may have written in between, and may yet restore what was hashed.
     if _content_hash(weight) == content:
         copies[key] = content, packed
         _drop_oldest(copies, _COPIES * storage.nbytes() + _SPARE_BYTES)
-        note_weight(weight, packed, functools.partial(_kept, key, weight.nbytes))
+        _note(weight, packed, key)
     return packed
 
 
-def _kept(key: tuple[Any, ...], size: int, weight: Tensor) -> Tensor | None:
-    """The packed copy under a key, if it is of what the memory of `weight` holds now; None otherwise."""
+def _note(weight: Tensor, packed: Tensor, key: tuple[Any, ...]) -> None:
+    if is_recording():
+        note_weight(weight, packed, functools.partial(_packed_again, key, weight.nbytes), _weight_arguments(weight))
+
+
+def _packed_again(key: tuple[Any, ...], size: int, weight: Tensor) -> Tensor:
+    """The packed copy under a key of what the memory of `weight` holds now."""
     copies = _packed.get(weight.untyped_storage())
     kept = copies.get(key) if copies else None
     if kept is None or kept[0] != extension().content_hash(weight.data_ptr(), size, get_num_threads()):
-        return None
+        offset, shape, strides, _, is_bf16, _ = key
+        return _packed_weight(weight.detach().as_strided(shape, strides, offset), is_bf16)
     copies[key] = copies.pop(key, kept)
     return kept[1]
 

@@ -214,6 +214,20 @@ void put(void* to, const Parameter& like, int64_t at, float number) {
   static_cast<bf16*>(to)[at] = rounded[0];
 }
 
+template <class T>
+void add_rows(const Addition& p) {
+  for (int64_t b = 0; b < p.batch; ++b)
+    for (int64_t l = 0; l < p.length; ++l) {
+      T* to = row<T>(p.to, b, l);
+      const T* from = p.from.data ? row<T>(p.from, b, l) : nullptr;
+      for (int64_t c = 0; c < p.channels; c += kLanes) {
+        const int64_t n = p.channels - c;
+        const Vec term = from ? load_lanes(from + c, n) : broadcast(0.0f);
+        store_lanes(to + c, p.is_first ? term : load_lanes(to + c, n) + term, n);
+      }
+    }
+}
+
 }  // namespace
 
 void group_norm_forward(const GroupNorm& p) {
@@ -258,13 +272,17 @@ void parameter_gradients(const ParameterGradients& p) {
       d_weight += product(d_z_h, gain);
       d_bias += product(d_z, gain);
       const float weight = value(norm.weight, 0, c, 1.0f), bias = value(norm.bias, 0, c, 0.0f);
-      put(p.d_scale, norm.scale, b * p.channels + c,
+      put(p.d_scale, norm.scale, b * p.film_batch + c,
           is_normalised ? product(d_z_h, weight) + product(d_z, bias) : d_z_h);
-      put(p.d_shift, norm.shift, b * p.channels + c, d_z);
+      put(p.d_shift, norm.shift, b * p.film_batch + c, d_z);
     }
     put(p.d_weight, norm.weight, c, d_weight);
     put(p.d_bias, norm.bias, c, d_bias);
   }
+}
+
+void add(const Addition& p) {
+  p.is_bf16 ? add_rows<bf16>(p) : add_rows<float>(p);
 }
 
 }  // namespace mmattn::MMATTN_ISA

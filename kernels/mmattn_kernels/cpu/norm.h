@@ -41,12 +41,20 @@ struct GroupNorm {
   int threads;
 };
 
-// Where the gradients of a norm's parameters go, each as large as its parameter and contiguous; null where not wanted.
+// Where the gradients of a norm's parameters go, each as large as its parameter; null where not wanted.
 struct ParameterGradients {
-  const Norm& norm;
-  const float* sums;  // as of GroupNorm
+  Norm norm;
+  float* sums;  // as of GroupNorm
   void *d_weight, *d_bias, *d_scale, *d_shift;
   int64_t batch, channels;
+  int64_t film_batch;  // stride of the batches of d_scale and d_shift, in elements
+};
+
+// to += from, or to = from where that is the first term of a sum; zeros where `from` is null.
+struct Addition {
+  Tokens to, from;
+  int64_t batch, length, channels;
+  bool is_first, is_bf16;
 };
 
 #define MMATTN_DECLARE(isa)                                                  \
@@ -55,6 +63,7 @@ struct ParameterGradients {
   void group_norm_backward(const GroupNorm& p);                              \
   void group_norm_work(const GroupNorm& p, bool backward, const Work& work); \
   void parameter_gradients(const ParameterGradients& p);                     \
+  void add(const Addition& p);                                               \
   }
 MMATTN_EACH_ISA(MMATTN_DECLARE)
 #undef MMATTN_DECLARE

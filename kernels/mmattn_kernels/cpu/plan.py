@@ -3,7 +3,8 @@
 
 What a call is told besides pointers depends on shapes, strides and dtypes alone. So a `Recorder` notes the calls of
 a computation, and `Plan` keeps them with places instead of pointers: in the tensors that the computation was given, in
-packed copies of those that are weights, in its results, and in one block of memory for all that lies between.
+packed copies of those that are weights, in its results, and in one block of memory for all that lies between. Which
+calls make the gradients follows from the same notes: see `plan_gradients.py`.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmattn_kernels.cpu import extension
 
-_LINE = 64
+LINE = 64
 _state = threading.local()
 
 
@@ -33,7 +34,7 @@ class Recorder:
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.read: list[Tensor | None] = []
         self.written: list[Tensor] = []
-        self.weights: list[tuple[Tensor, Tensor, Callable[[Tensor], Tensor | None]]] = []
+        self.weights: list[tuple[Tensor, Tensor, Callable[[Tensor], Tensor], tuple[int, ...]]] = []
 
     def __enter__(self) -> Recorder:
         _state.recorder = self
@@ -56,10 +57,24 @@ def note(kernel: str, arguments: tuple[Any, ...], *, read: Sequence[Tensor | Non
         _state.recorder.written += written
 
 
-def note_weight(weight: Tensor, packed: Tensor, kept: Callable[[Tensor], Tensor | None]) -> None:
-    """Tell an open recorder of a packed copy; `kept` finds it again by whatever has the weight's memory, if it can."""
+def note_weight(
+    weight: Tensor, packed: Tensor, packed_of: Callable[[Tensor], Tensor], arguments: tuple[int, ...]
+) -> None:
+    """Tell an open recorder of a packed copy.
+
+    `packed_of` is that of whatever has the weight's memory, and `arguments` are how the extension takes the weight.
+    """
     if is_recording():
-        _state.recorder.weights.append((weight, packed, kept))
+        _state.recorder.weights.append((weight, packed, packed_of, arguments))
+
+
+class Region(NamedTuple):
+    """Memory that the calls read or write as one tensor."""
+
+    begin: int
+    size: int  # in bytes
+    block: int
+    offset: int  # in the block
 
 
 class Plan:
@@ -77,9 +92,11 @@ class Plan:
     def __init__(self, recorder: Recorder, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         blocks = [_range(t) for t in tensors]
         self._weights = []
-        for weight, packed, kept in recorder.weights:
+        self.weight_arguments: dict[int, tuple[int, ...]] = {}  # by the address of the packed copy
+        for weight, packed, packed_of, arguments in recorder.weights:
             at = [begin for begin, _ in blocks].index(weight.data_ptr())
-            self._weights.append((at, kept))
+            self._weights.append((at, packed_of))
+            self.weight_arguments[packed.data_ptr()] = arguments
             blocks.append((packed.data_ptr(), packed.nbytes))
         written = {_range(t) for t in recorder.written if t.numel()}
         self._shapes = [result.shape for result in results]
@@ -90,33 +107,46 @@ class Plan:
                 raise ValueError("a result is not contiguous, or of another dtype")
             written.remove(_range(result))
             blocks.append(_range(result))
-        ranges = [(*block, at, 0) for at, block in enumerate(blocks)]
-        self._bytes = 0
+        regions = [Region(*block, at, 0) for at, block in enumerate(blocks)]
+        self.bytes_between = 0
         for begin, size in sorted(written):
-            ranges.append((begin, size, len(blocks), self._bytes))
-            self._bytes += -(-size // _LINE) * _LINE
-        ranges.sort()
-        if any(one[0] + one[1] > other[0] for one, other in itertools.pairwise(ranges)):
+            regions.append(Region(begin, size, len(blocks), self.bytes_between))
+            self.bytes_between += -(-size // LINE) * LINE
+        self.regions = sorted(regions)
+        if any(one.begin + one.size > other.begin for one, other in itertools.pairwise(self.regions)):
             raise ValueError("tensors share memory")
-        self._plan = extension().Plan(ranges)
-        for kernel, arguments in recorder.calls:
+        self.calls = recorder.calls
+        self.first_result, self.between = len(blocks) - len(results), len(blocks)  # blocks
+        self.forms = [(t.shape, t.dtype, t.stride()) for t in tensors]
+        self._plan = extension().Plan(list(map(tuple, self.regions)))
+        for kernel, arguments in self.calls:
             getattr(self._plan, kernel)(*arguments)
+        self._gradients: dict[Any, Any] = {}
 
-    def run(self, tensors: Sequence[Tensor]) -> list[Tensor] | None:
-        """The results of tensors like those given before; None where a weight's values have no packed copy."""
+    def run(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """The results of tensors like those given before, and what was made on the way, as bytes."""
         pointers = [t.data_ptr() for t in tensors]
-        packed = []
-        for at, kept in self._weights:
-            copy = kept(tensors[at])
-            if copy is None:
-                return None
-            packed.append(copy)
-            pointers.append(copy.data_ptr())
+        packed = [packed_of(tensors[at]) for at, packed_of in self._weights]
         new = tensors[0].new_empty
         results = [new(shape) for shape in self._shapes]
-        between = new(self._bytes, dtype=torch.uint8)
-        self._plan.run([*pointers, *[t.data_ptr() for t in results], between.data_ptr()])
-        return results
+        between = new(self.bytes_between, dtype=torch.uint8)
+        pointers += [t.data_ptr() for t in (*packed, *results, between)]
+        self._plan.run(pointers)
+        return results, between
+
+    def gradients(self, wanted: tuple[bool, ...], given: tuple[bool, ...]) -> Any:
+        """The `Gradients` of the tensors that want them, by those of the results that have them.
+
+        Raises:
+            ValueError: if they do not follow from the noted calls.
+        """
+        key = wanted, given
+        found = self._gradients.get(key)
+        if found is None:
+            from mmattn_kernels.cpu.plan_gradients import Gradients
+
+            found = self._gradients.setdefault(key, Gradients(self, wanted, given))
+        return found
 
 
 def _range(t: Tensor) -> tuple[int, int]:

@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: MIT
+"""The gradients of what a `Plan` computes, by one call of the extension.
+
+The plan's calls are taken in reverse, each giving way to the kernels of its gradients. The gradient of what lies at a
+place lies at the same place of another block, so that views of a tensor have theirs without a thought. The first call
+that makes a share of a gradient writes it there and what later ones make is added, as by torch's engine.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmattn_kernels.cpu import extension
+from mmattn_kernels.cpu.plan import LINE, Plan, Region
+
+# Of the gradients of a plan's blocks, one behind the other, where no memory is: kernels are told of them by addresses.
+_FIRST, _OF_A_BLOCK = 1 << 62, 1 << 44
+_NOWHERE = (0, 0, 0)
+
+Calls = list[tuple[str, tuple[Any, ...]]]
+
+
+class _View(NamedTuple):
+    """Elements as a kernel reads or writes them."""
+
+    pointer: int
+    strides: tuple[int, ...]
+    shape: tuple[int, ...]
+    itemsize: int
+
+    def at(self, pointer: int) -> tuple[int, ...]:
+        """What the extension is told of the same view elsewhere; the last stride is 1."""
+        return pointer, *self.strides[:-1]
+
+
+def _view(told: Sequence[int], shape: tuple[int, ...], is_bf16: bool) -> _View:
+    return _View(told[0], (*told[1:], 1), shape, 2 if is_bf16 else 4)
+
+
+class Gradients:
+    """The gradients of those of a plan's tensors that want them, made from those of its results.
+
+    Args:
+        plan: whose tensors and results they are.
+        wanted: which of the tensors want a gradient.
+        given: which of the results have one.
+
+    Raises:
+        ValueError: if they do not follow from the plan's calls.
+    """
+
+    def __init__(self, plan: Plan, wanted: Sequence[bool], given: Sequence[bool]) -> None:
+        ways = _Ways(plan, wanted, given)
+        self._between, self._first_result = plan.between, plan.first_result
+        self._blocks = blocks = plan.between + 1  # their gradients have the numbers behind theirs
+        self._bytes, self._count = ways.bytes_between, len(plan.forms)
+        # Index, shape, strides, and the dtypes in which it is made, and wanted: that of a bias is summed in float32.
+        self._made = [
+            (at, shape, strides, torch.float32 if at in ways.biases else dtype, dtype)
+            for at, (shape, dtype, strides) in enumerate(plan.forms)
+            if at in ways.made
+        ]
+        ranges: list[tuple[int, ...]] = [*plan.regions]
+        for at, shape, _, dtype, _ in self._made:
+            ranges.append((_address(at), math.prod(shape) * dtype.itemsize, blocks + at, 0))
+        for region in plan.regions:
+            if plan.first_result <= region.block < plan.between:
+                ranges.append((_address(region.block), region.size, blocks + region.block, 0))
+        ranges.append((_address(plan.between), self._bytes, blocks + plan.between, 0))
+        self._plan = extension().Plan([tuple(one) for one in ranges])
+        for kernel, arguments in ways.calls:
+            getattr(self._plan, kernel)(*arguments)
+        used = self._plan.blocks()
+        if any(self._count <= at < plan.between for at in used):
+            raise ValueError("a gradient depends on a result")
+        self.reads = [at for at in range(self._count) if at in used]
+        self.guard: Any = None  # of these tensors and what lies between, for whoever keeps them for backward
+
+    def run(self, read: Sequence[Tensor], between: Tensor, d_results: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradient of each of the plan's tensors; None where it is not wanted, or depends on none that is given.
+
+        Args:
+            read: of tensors like the plan's those at the indices `reads`.
+            between: what the plan's run has made on the way.
+            d_results: contiguous, None where none is given.
+        """
+        pointers = [0] * (2 * self._blocks)
+        for at, t in zip(self.reads, read, strict=True):
+            pointers[at] = t.data_ptr()
+        pointers[self._between] = between.data_ptr()
+        for at, d in enumerate(d_results, self._blocks + self._first_result):
+            pointers[at] = 0 if d is None else d.data_ptr()
+        found: list[Tensor | None] = [None] * self._count
+        narrow = []
+        for at, shape, strides, dtype, wanted in self._made:
+            found[at] = made = between.new_empty_strided(shape, strides, dtype=dtype)
+            pointers[self._blocks + at] = made.data_ptr()
+            if dtype != wanted:
+                narrow.append((at, made, wanted))
+        of_between = between.new_empty(self._bytes)
+        pointers[-1] = of_between.data_ptr()
+        self._plan.run(pointers)
+        for at, made, wanted in narrow:
+            found[at] = made.to(wanted)
+        return found
+
+
+def _address(block: int) -> int:
+    return _FIRST + block * _OF_A_BLOCK
+
+
+class _Ways:
+    """The calls that lead from the gradients of a plan's results to those of its tensors.
+
+    Attributes:
+        calls: of the extension, in their order.
+        made: the tensors that have a gradient then.
+        biases: those of them whose gradient is made in float32.
+        bytes_between: of the gradients of all that lies between, and of what the calls need besides.
+    """
+
+    def __init__(self, plan: Plan, wanted: Sequence[bool], given: Sequence[bool]) -> None:
+        self.calls: Calls = []
+        self.biases: set[int] = set()
+        self.bytes_between = plan.bytes_between
+        self._plan = plan
+        self._begins = [region.begin for region in plan.regions]
+        self._wanted: set[Region] = set()
+        self._has: dict[Region, Tensor] = {}  # which of its elements have a gradient
+        self._lies_at: dict[Region, tuple[tuple[int, ...], _View]] = {}  # a gradient that is another's, not copied yet
+        of_tensors = [region for region in plan.regions if region.block < len(plan.forms)]
+        self._wanted.update(region for region in of_tensors if wanted[region.block])
+        for kernel, arguments in plan.calls:
+            read, written = getattr(self, f"_places_of_{kernel}")(*arguments)
+            if any(map(self._wants, read)):
+                self._wanted.update(map(self._region, written))
+        for region in plan.regions:
+            if plan.first_result <= region.block < plan.between and given[region.block - plan.first_result]:
+                self._has[region] = torch.ones(region.size // plan.forms[0][1].itemsize, dtype=torch.bool)
+        for kernel, arguments in reversed(plan.calls):
+            getattr(self, f"_reverse_{kernel}")(*arguments)
+        for region in of_tensors:
+            self._copy(region)
+        self.made = {region.block for region in of_tensors if region in self._has}
+        if any(not has.all() for has in self._has.values()):
+            raise ValueError("a part of a tensor has no gradient")
+        sizes = {region.block: region.size for region in of_tensors}
+        if any(sizes[at] != math.prod(plan.forms[at][0]) * plan.forms[at][1].itemsize for at in self.made):
+            raise ValueError("a tensor that wants a gradient has gaps")
+
+    def _places_of_conv_forward(
+        self, x: Any, out: Any, residual: Any, packed: int, bias: Any, norm: Any, _: Any
+    ) -> Any:
+        weight = self._plan.weight_arguments[packed][0]
+        return [x[0], residual[0], weight, bias[0], *(p[0] for p in norm[0])], [out[0]]
+
+    def _reverse_conv_forward(
+        self, x: Any, out: Any, residual: Any, packed: int, bias: Any, norm: Any, sizes: tuple[Any, ...]
+    ) -> None:
+        batch, length, in_channels, out_channels, *_, is_bf16, _ = sizes
+        d_out = self._to_read(_view(out, (batch, length, out_channels), is_bf16))
+        if d_out is None:
+            return
+        if self._wants(residual[0]):
+            self._pass_on(d_out, _view(residual, (batch, length, out_channels), is_bf16))
+        weight = self._plan.weight_arguments[packed]
+        shape = weight[5:]
+        if weight[2:5] != (shape[1] * shape[2], shape[2], 1):
+            raise ValueError("a weight is not contiguous")
+        d_weight = self._of_parameter(_View(weight[0], (1,), (math.prod(shape),), 2 if weight[1] else 4))
+        d_bias = 0
+        if self._wants(bias[0]):
+            d_bias = self._of_parameter(_View(bias[0], (1,), (out_channels,), 2 if bias[2] else 4))
+            self.biases.add(self._region(bias[0]).block)
+        parameters, _, groups, _, silu = norm
+        d_x, sums, later = self._through_norm(_view(x, (batch, length, in_channels), is_bf16), parameters)
+        if not (groups or silu or parameters[2][0] or parameters[3][0]):
+            sums = 0
+        self.calls.append(("conv_backward", (x, d_out, d_x, sums, weight, d_weight, d_bias, norm, sizes)))
+        self._reverse_parameters(parameters, sums, batch, in_channels)
+        self.calls += later
+
+    def _places_of_group_norm_forward(self, x: Any, out: Any, norm: Any, *_: Any) -> Any:
+        return [x[0], *(p[0] for p in norm[0])], [out[0]]
+
+    def _reverse_group_norm_forward(
+        self, x: Any, out: Any, norm: Any, batch: int, length: int, channels: int, is_bf16: bool, threads: int
+    ) -> None:
+        view = _view(x, (batch, length, channels), is_bf16)
+        d_out = self._to_read(_view(out, view.shape, is_bf16))
+        if d_out is None:
+            return
+        d_x, sums, later = self._through_norm(view, norm[0])
+        sizes = batch, length, channels, is_bf16, threads
+        self.calls.append(("group_norm_backward", (x, d_out, d_x, norm, sums, *sizes)))
+        self._reverse_parameters(norm[0], sums, batch, channels)
+        self.calls += later
+
+    def _places_of_attention_forward(self, directions: Any, *_: Any) -> Any:
+        matrices = [of for of, *_ in directions]
+        return [m[0] for of in matrices for m in of[:3]], [of[3][0] for of in matrices]
+
+    def _reverse_attention_forward(
+        self, directions: Any, windows: Any, batch: int, heads: int, dim: int, scale: float, is_bf16: bool, threads: int
+    ) -> None:
+        def view(matrix: Sequence[int], length: int) -> _View:
+            return _view(matrix, (batch, length, heads, dim), is_bf16)
+
+        outs = [view(of[3], queries) for of, _, _, queries, _ in directions]
+        d_outs = [self._to_read(out) for out in outs]
+        if all(d_out is None for d_out in d_outs):
+            return
+        calls = []
+        for (of, lse, _, queries, keys), out, d_out in zip(directions, outs, d_outs, strict=True):
+            if d_out is None:
+                d_out = self._zeros(out)
+            d_matrices = []
+            for matrix, length in zip(of[:3], (queries, keys, keys), strict=True):
+                one = view(matrix, length)
+                if self._wants(one.pointer):
+                    self._begin(one)
+                    d_matrices.append(one.at(self._gradient(one.pointer)))
+                else:
+                    strides = (length * heads * dim, heads * dim, dim, 1)
+                    other = one._replace(strides=strides)
+                    d_matrices.append(other.at(self._new(batch * strides[0] * one.itemsize)))
+            calls.append(([*of, d_out, *d_matrices], lse, 0, queries, keys))
+        self.calls.append(("attention_backward", (calls, windows, batch, heads, dim, scale, is_bf16, threads)))
+
+    def _through_norm(self, x: _View, parameters: Any) -> tuple[tuple[int, ...], int, Calls]:
+        """Where the gradient of x goes that a norm stands in front of, where its sums do, and what has to follow."""
+        later: Calls = []
+        if self._wants(x.pointer):
+            d_x = self._to_write(x, later)
+        elif any(self._wants(p[0]) for p in parameters):
+            d_x = self._new_like(x)
+        else:
+            return _NOWHERE, 0, later
+        return d_x, self._new(8 * x.shape[0] * x.shape[2]), later
+
+    def _reverse_parameters(self, parameters: Any, sums: int, batch: int, channels: int) -> None:
+        if not any(self._wants(p[0]) for p in parameters):
+            return
+        places, strides = [], set()
+        for at, (pointer, stride, is_bf16) in enumerate(parameters):
+            place = 0
+            if self._wants(pointer):
+                of_film = _View(pointer, (stride, 1), (batch, channels), 2 if is_bf16 else 4)
+                place = self._of_parameter(of_film if at > 1 else _View(pointer, (1,), (channels,), of_film.itemsize))
+                strides |= {stride} if at > 1 else set()
+            places.append(place)
+        if len(strides) > 1:
+            raise ValueError("scale and shift have different strides")
+        film_batch = strides.pop() if strides else channels
+        self.calls.append(("parameter_gradients", (parameters, sums, places, batch, channels, film_batch)))
+
+    def _region(self, pointer: int) -> Region:
+        region = self._plan.regions[bisect.bisect_right(self._begins, pointer) - 1]
+        if not region.begin <= pointer < region.begin + region.size:
+            raise ValueError("a call reads or writes memory that is in none of the tensors")
+        return region
+
+    def _wants(self, pointer: int) -> bool:
+        return pointer != 0 and self._region(pointer) in self._wanted
+
+    def _gradient(self, pointer: int) -> int:
+        """The address of the gradient of what lies at an address."""
+        region = self._region(pointer)
+        return _address(region.block) + region.offset + pointer - region.begin
+
+    def _new(self, size: int) -> int:
+        """The address of new memory."""
+        at = self.bytes_between
+        self.bytes_between += -(-size // LINE) * LINE
+        return _address(self._plan.between) + at
+
+    def _new_like(self, tokens: _View) -> tuple[int, ...]:
+        batch, length, channels = tokens.shape
+        return self._new(batch * length * channels * tokens.itemsize), length * channels, channels
+
+    def _begin(self, view: _View) -> None:
+        """Note that the elements of a view have a gradient from now on, and had none."""
+        if not self._is_first(view):
+            raise ValueError("a gradient that is not of tokens is a sum")
+
+    def _is_first(self, view: _View) -> bool:
+        """Whether the elements of a view have had no gradient; they have one from now on."""
+        region = self._region(view.pointer)
+        has = self._has.get(region)
+        if has is None:
+            has = self._has[region] = torch.zeros(region.size // view.itemsize, dtype=torch.bool)
+        part = has.as_strided(view.shape, view.strides, (view.pointer - region.begin) // view.itemsize)
+        if part.all():
+            if region.block >= self._plan.first_result and region.block < self._plan.between:
+                raise ValueError("a result is read by another call")  # its gradient is given, and not ours to add to
+            return False
+        if part.any():
+            raise ValueError("views whose gradients are summed overlap")
+        part.fill_(True)
+        return True
+
+    def _of_parameter(self, view: _View) -> int:
+        """The address of its gradient, which one call makes; 0 where it is not wanted."""
+        if not self._wants(view.pointer):
+            return 0
+        self._begin(view)
+        return self._gradient(view.pointer)
+
+    def _to_read(self, view: _View) -> tuple[int, ...] | None:
+        """Where the gradient lies of what a call has written; None where there is none, or none is wanted."""
+        region = self._region(view.pointer)
+        if region not in self._has or region not in self._wanted:
+            return None
+        lies_at, of = self._lies_at.get(region, (None, None))
+        if lies_at is not None and of == view:
+            return lies_at
+        self._copy(region)
+        return view.at(self._gradient(view.pointer))
+
+    def _to_write(self, tokens: _View, later: Calls) -> tuple[int, ...]:
+        """Where a call shall write a share of a gradient; the calls that add it to other shares join `later`."""
+        region, place = self._region(tokens.pointer), tokens.at(self._gradient(tokens.pointer))
+        if self._is_first(tokens):
+            return place
+        other = None
+        if region in self._lies_at and self._lies_at[region][1] == tokens:
+            other = self._lies_at.pop(region)[0]
+        else:
+            self._copy(region)
+        written = self._new_like(tokens) if other is None else place
+        later.append(_addition(place, written if other is None else other, tokens))
+        return written
+
+    def _pass_on(self, gradient: tuple[int, ...], tokens: _View) -> None:
+        """A share of the gradient of `tokens` is another tensor's."""
+        region = self._region(tokens.pointer)
+        if self._is_first(tokens):
+            self._lies_at[region] = gradient, tokens
+        else:
+            self._copy(region)
+            self.calls.append(_addition(tokens.at(self._gradient(tokens.pointer)), gradient, tokens))
+
+    def _copy(self, region: Region) -> None:
+        """Have the gradient of a region where it belongs."""
+        if region in self._lies_at:
+            other, tokens = self._lies_at.pop(region)
+            place = tokens.at(self._gradient(tokens.pointer))
+            self.calls.append(_addition(place, other, tokens, is_first=True))
+
+    def _zeros(self, view: _View) -> tuple[int, ...]:
+        """Zeros in the place of a gradient that is not given, of an attention's output."""
+        batch, length, heads, dim = view.shape
+        strides = (length * heads * dim, heads * dim, dim, 1)
+        place = view._replace(strides=strides).at(self._new(batch * strides[0] * view.itemsize))
+        tokens = _View(0, strides[:3], (batch, length, heads * dim), view.itemsize)
+        self.calls.append(_addition(place[:3], _NOWHERE, tokens, is_first=True))
+        return place
+
+
+def _addition(
+    to: Iterable[int], of: Iterable[int], tokens: _View, *, is_first: bool = False
+) -> tuple[str, tuple[Any, ...]]:
+    return "addition", (tuple(to), tuple(of), *tokens.shape, is_first, tokens.itemsize == 2)

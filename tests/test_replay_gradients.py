@@ -1,0 +1,459 @@
+# SPDX-License-Identifier: MIT
+"""Gradients of parts of a network that the extension runs by one call: bit for bit those of their functions."""
+
+import random
+import threading
+from typing import ClassVar
+
+import pytest
+import torch
+from helpers import SMALL_UNET, fill, needs_extension
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import mmattn
+from mmattn import RandomShiftAttention, _replay
+from mmdiffusion import CoupledUNet
+from mmdiffusion.model.blocks import AudioBlock, SelfAttention, SpatialAttention, TemporalAttention, VideoBlock
+
+pytestmark = needs_extension
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """The gradients that were replayed since the list was cleared, in their order."""
+    from mmattn_kernels.cpu.plan_gradients import Gradients
+
+    found = []
+    run = Gradients.run
+
+    def counted(gradients, *arguments):
+        found.append(gradients)
+        return run(gradients, *arguments)
+
+    monkeypatch.setattr(Gradients, "run", counted)
+    return found
+
+
+class Case:
+    """A block in training and its inputs."""
+
+    BLOCKS: ClassVar = {
+        "self-attention": lambda: (SelfAttention(64, 2), (20, 64)),
+        "attention in frames": lambda: (SpatialAttention(64, 2), (4, 3, 3, 64)),
+        "attention over frames": lambda: (TemporalAttention(64, 2), (4, 3, 3, 64)),
+        "audio": lambda: (AudioBlock(64, 64, dilation=2, num_heads=0, resampling=None, dropout=0.0), (20, 64)),
+        "wider audio": lambda: (AudioBlock(32, 64, dilation=2, num_heads=2, resampling=None, dropout=0.0), (20, 32)),
+        "longer audio": lambda: (AudioBlock(64, 64, dilation=1, num_heads=0, resampling="up", dropout=0.0), (20, 64)),
+        "video": lambda: (VideoBlock(64, 64, num_heads=2, resampling=None, dropout=0.0), (4, 3, 3, 64)),
+        "wider video": lambda: (VideoBlock(32, 64, num_heads=0, resampling=None, dropout=0.0), (4, 3, 3, 32)),
+        "larger video": lambda: (VideoBlock(32, 64, num_heads=0, resampling="up", dropout=0.0), (4, 3, 3, 32)),
+        "both": lambda: (RandomShiftAttention(64, num_heads=2, window=2), (4, 3, 3, 64)),
+    }
+    PARTS: ClassVar = {"wider audio": 2, "video": 3}
+
+    def __init__(self, name="self-attention", batch=2, dtype=torch.float32):
+        module, shape = self.BLOCKS[name]()
+        generator = torch.Generator().manual_seed(1)
+
+        def random(*shape):
+            return torch.randn(batch, *shape, generator=generator).to(dtype).requires_grad_()
+
+        self.module, self.inputs = fill(module).to(dtype), [random(*shape)]
+        if name == "both":
+            self.inputs.append(random(27, 64))
+        elif not isinstance(module, SelfAttention):
+            self.inputs.append(random(128))
+        self.parts = self.PARTS.get(name, 1)
+
+    def __call__(self):
+        x, *others = self.inputs
+        if isinstance(self.module, RandomShiftAttention):
+            return self.module(x.permute(0, 1, 4, 2, 3), others[0].transpose(1, 2), shift=1)
+        return (self.module(x, *others, **({"is_film": True} if others else {})),)
+
+    def gradients(self, which=None, leaves=None, **options):
+        """Of the results, or those of the numbers `which`, in all leaves."""
+        results = self()
+        results = [results[at] for at in which or range(len(results))]
+        generator = torch.Generator().manual_seed(2)
+        d_results = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in results]
+        leaves = self.leaves() if leaves is None else leaves
+        found = torch.autograd.grad(results, leaves, d_results, allow_unused=True, **options)
+        return [x.detach() for x in results], found
+
+    def leaves(self):
+        return [x for x in (*self.inputs, *self.module.parameters()) if x.requires_grad]
+
+    def expected(self, **options):
+        """By the functions."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_replay, "LARGEST", 0)
+            return self.gradients(**options)
+
+
+def equal(found, expected):
+    for x, y in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):
+        if (x is None) != (y is None) or (x is not None and not (torch.equal(x, y) and x.dtype == y.dtype)):
+            return False
+    return True
+
+
+every_block = pytest.mark.parametrize("name", Case.BLOCKS)
+
+
+@every_block
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+@pytest.mark.parametrize("batch", (1, 3))
+def test_gradients_are_those_of_the_functions(name, dtype, batch, replays):
+    case = Case(name, batch, dtype)
+    expected = case.expected()
+    assert not replays and equal(case.gradients(), expected)
+    replays.clear()
+    assert equal(case.gradients(), expected) and len(replays) == case.parts
+    assert all(x is not None for x in expected[1])
+
+
+@every_block
+def test_of_parameters_in_float32_beside_bfloat16(name, replays):
+    case = Case(name, dtype=torch.bfloat16)
+    for norm in (x for x in case.module.modules() if isinstance(x, nn.GroupNorm)):
+        norm.float()
+    assert all(equal(case.gradients(), case.expected()) for _ in range(2)) and replays
+
+
+@pytest.mark.parametrize("which", ((0,), (1,)), ids=("video", "audio"))
+def test_where_one_result_has_no_gradient(which, replays):
+    case = Case("both")
+    case.gradients()
+    replays.clear()
+    found = case.gradients(which=which)
+    assert equal(found, case.expected(which=which)) and replays
+    assert sum(x is None for x in found[1]) == 2  # the other stream's output projection
+
+
+def freeze_all(_module):
+    return True
+
+
+def freeze_norms(module):
+    return isinstance(module, nn.GroupNorm)
+
+
+def freeze_convolutions(module):
+    return not isinstance(module, nn.GroupNorm)
+
+
+@every_block
+@pytest.mark.parametrize("is_frozen", (freeze_all, freeze_norms, freeze_convolutions), ids=lambda f: f.__name__)
+@pytest.mark.parametrize("of_inputs", (True, False), ids=("inputs", "no inputs"))
+def test_what_is_frozen_has_no_gradient(name, is_frozen, of_inputs, replays):
+    case = Case(name)
+    for x in case.inputs:
+        x.requires_grad_(of_inputs)
+    for module in case.module.modules():
+        if not list(module.children()):
+            module.requires_grad_(not is_frozen(module))
+    if not case.leaves():
+        assert not case()[0].requires_grad and not case()[0].requires_grad
+        return
+    expected = case.expected()
+    assert equal(case.gradients(), expected) and equal(case.gradients(), expected)
+
+
+@every_block
+def test_of_one_leaf_alone(name):
+    case = Case(name)
+    case.gradients()
+    for leaf in case.leaves():
+        assert equal(case.gradients(leaves=[leaf]), case.expected(leaves=[leaf]))
+
+
+@every_block
+def test_again_and_accumulated(name):
+    case = Case(name)
+    expected = case.expected()
+    case.gradients()
+    results = case()
+    generator = torch.Generator().manual_seed(2)
+    d_results = [torch.randn(x.shape, generator=generator) for x in results]
+    kept = [d.clone() for d in d_results]
+    for _ in range(2):
+        found = torch.autograd.grad(results, case.leaves(), d_results, retain_graph=True)
+        assert equal(([x.detach() for x in results], found), expected)
+    assert all(map(torch.equal, d_results, kept))
+    for _ in range(2):
+        torch.autograd.backward(results, d_results, retain_graph=True)
+    assert all(torch.equal(leaf.grad, 2 * d) for leaf, d in zip(case.leaves(), expected[1], strict=True))
+
+
+def test_gradients_of_gradients_are_refused():
+    case = Case()
+    case.gradients()
+    _, found = case.gradients(create_graph=True)
+    assert equal(((), found), ((), case.expected()[1]))
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        found[0].sum().backward()
+
+
+@every_block
+def test_training_follows_the_parameters(name, replays):
+    """Weights change in every step, also past torch's counters of versions, and are packed anew."""
+    cases = Case(name), Case(name)
+    for step in range(3):
+        for case, is_expected in zip(cases, (False, True), strict=True):
+            _, found = case.expected() if is_expected else case.gradients()
+            for leaf, d in zip(case.leaves(), found, strict=True):
+                if step % 2:
+                    leaf.data -= 0.1 * d
+                else:
+                    with torch.no_grad():
+                        leaf -= 0.1 * d
+    assert replays and equal((cases[0].leaves(), ()), (cases[1].leaves(), ()))
+
+
+def test_a_network_is_trained_as_by_the_functions(replays):
+    """But for the order in which torch's engine adds what several parts make of one tensor."""
+
+    def losses(steps):
+        torch.manual_seed(0)
+        unet = fill(CoupledUNet(**SMALL_UNET)).train()
+        optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
+        generator = torch.Generator().manual_seed(1)
+        video, audio = torch.randn(1, 4, 3, 8, 8, generator=generator), torch.randn(1, 1, 64, generator=generator)
+        found = []
+        for _ in range(steps):
+            out = unet(video, audio, timesteps=500, shifts=[0] * len(unet.shift_ranges()))
+            loss = (out[0] - video).square().mean() + (out[1] - audio).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return torch.tensor(found)
+
+    found = losses(6)
+    assert replays
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_replay, "LARGEST", 0)
+        expected = losses(6)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+    assert found[-1] < found[0]
+
+
+def test_changes_between_forward_and_backward():
+    case = Case("audio")
+    case.gradients()
+    out = case()[0].sum()
+    with torch.no_grad():
+        case.module.conv1.bias += 1  # no gradient depends on it
+    torch.autograd.grad(out, case.leaves(), retain_graph=True)
+    with torch.no_grad():
+        case.module.conv1.weight += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(out, case.leaves())
+
+
+def test_memory_freed_between_forward_and_backward_is_refused():
+    case = Case("audio")
+    case.gradients()
+    out = case()[0].sum()
+    case.module.conv1.weight.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="saved tensor"):
+        torch.autograd.grad(out, case.leaves())
+
+
+@pytest.mark.parametrize("change", ("cut", "double", "transposed"))
+def test_other_tensors_in_the_place_of_saved_ones_are_refused(change):
+    case = Case("audio")
+    case.gradients()
+    out = case()[0]
+    unpacked = {"cut": lambda x: x[:0], "double": torch.Tensor.double, "transposed": lambda x: x.mT.contiguous().mT}
+    out.grad_fn._raw_saved_tensors[0].register_hooks(lambda x: x.detach(), unpacked[change])
+    with pytest.raises(ValueError, match="saved tensor"):
+        out.sum().backward()
+
+
+def test_equal_tensors_in_the_place_of_saved_ones():
+    case = Case("audio")
+    expected = case.expected()
+    case.gradients()
+    results = case()
+    results[0].grad_fn._raw_saved_tensors[0].register_hooks(lambda x: x.detach().numpy(), torch.tensor)
+    d = torch.randn(results[0].shape, generator=torch.Generator().manual_seed(2))
+    assert equal(((), torch.autograd.grad(results, case.leaves(), d)), ((), expected[1]))
+
+
+@every_block
+@pytest.mark.parametrize("use_reentrant", (False, True))
+def test_under_a_checkpoint(name, use_reentrant):
+    """What one that counts saved tensors sees must not depend on whether the call was recorded."""
+    case = Case(name)
+    expected = case.expected()
+    d_results = [torch.randn(x.shape, generator=torch.Generator().manual_seed(2)) for x in expected[0]]
+    for _ in range(3):
+        for leaf in case.leaves():
+            leaf.grad = None
+        plain = case()
+        torch.autograd.backward(plain, d_results)
+        grads = [leaf.grad for leaf in case.leaves()]
+        for leaf in case.leaves():
+            leaf.grad = None
+        results = checkpoint(lambda *_: case(), *case.inputs, use_reentrant=use_reentrant)
+        torch.autograd.backward(results, d_results)
+        assert all(map(torch.equal, [leaf.grad for leaf in case.leaves()], grads))
+
+
+def test_saved_tensors_are_given_to_hooks(replays):
+    case = Case("video")
+    expected = case.expected()
+    case.gradients()
+    replays.clear()
+    with torch.autograd.graph.save_on_cpu():
+        assert equal(case.gradients(), expected)
+    assert not replays
+
+
+def test_hooks_of_tensors_run():
+    case = Case("both")
+    _, expected = case.expected()
+    case.gradients()
+    for leaf in case.leaves():
+        leaf.register_hook(lambda d: 2 * d)
+    _, found = case.gradients()
+    assert all(torch.equal(2 * x, y) for x, y in zip(expected, found, strict=True))
+
+
+def test_gradients_from_an_expanded_tensor():
+    case = Case("audio")
+    case.gradients()
+    found = torch.autograd.grad(case()[0].sum(), case.leaves())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_replay, "LARGEST", 0)
+        expected = torch.autograd.grad(case()[0].sum(), case.leaves())
+    assert all(map(torch.equal, found, expected))
+
+
+def test_an_input_with_gaps_is_left_to_the_function(replays):
+    block = fill(SelfAttention(32, num_heads=2))
+    wide = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    for _ in range(3):
+        found = torch.autograd.grad(block(wide[..., :32]).square().sum(), wide)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_replay, "LARGEST", 0)
+        expected = torch.autograd.grad(block(wide[..., :32]).square().sum(), wide)[0]
+    assert not replays and torch.equal(found, expected)
+
+
+def test_threads_at_once():
+    cases = [Case("video"), Case("video"), Case("both")]
+    expected, wrong = [case.expected() for case in cases], []
+
+    def run(at):
+        for _ in range(5):
+            if not equal(cases[at].gradients(), expected[at]):
+                wrong.append(at)
+
+    threads = [threading.Thread(target=run, args=(at,)) for at in range(len(cases))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+class Ops:
+    """A random function of tokens, a chain with residuals, of all that a plan can hold."""
+
+    def __init__(self, seed):
+        choose = random.Random(seed)
+        generator = torch.Generator().manual_seed(seed)
+        self.channels = choose.choice((16, 32, 48))
+        self.batch, self.length = choose.choice((1, 2)), choose.choice((8, 16))
+
+        def parameter(*shape):
+            return (0.3 * torch.randn(*shape, generator=generator)).requires_grad_()
+
+        c = self.channels
+        self.x, self.film = parameter(self.batch, self.length, c), parameter(self.batch, 2 * c)
+        self.steps, self.tensors = [], [self.x, self.film]
+        film_at = choose.randrange(5)  # used once: its gradient is no sum
+        for at in range(choose.randint(2, 5)):
+            kind = choose.choice(("conv", "conv", "norm", "attention"))
+            source = choose.randrange(at + 1)
+            residual = choose.randrange(at + 1) if kind == "conv" and choose.random() < 0.6 else None
+            taps = choose.choice((1, 3))
+            own = {
+                "conv": lambda taps=taps: [parameter(c, c, taps), parameter(c), parameter(c), parameter(c)],
+                "norm": lambda: [parameter(c), parameter(c)],
+                "attention": lambda: [parameter(3 * c, c, 1)],
+            }[kind]()
+            self.steps.append((kind, source, residual, own, at == film_at))
+            self.tensors += own
+        self.heads = [parameter(c, c, 1) for _ in range(len(self.steps) + 1)]
+        self.tensors += self.heads
+
+    def __call__(self):
+        values, used = [self.x], {0}
+        for kind, source, residual, own, has_film in self.steps:
+            x, scale_shift = values[source], self.film.chunk(2, -1)
+            if kind == "conv":
+                options = {"film": scale_shift, "activation": "silu"} if has_film else {}
+                out = mmattn.dilated_conv1d(
+                    x,
+                    own[0],
+                    own[1],
+                    norm=(own[2], own[3], 8),
+                    residual=None if residual is None else values[residual],
+                    **options,
+                )
+            elif kind == "norm":
+                out = mmattn.group_norm(x, *own, 8)
+            else:
+                qkv = mmattn.dilated_conv1d(x, own[0])
+                q, k, v = qkv.unflatten(-1, (3, 2, -1)).unbind(2)
+                out = mmattn.self_attention(q, k, v).flatten(2)
+            used |= {source, residual}
+            values.append(out)
+        return [mmattn.dilated_conv1d(x, self.heads[at]) for at, x in enumerate(values) if at not in used]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_gradients_follow_from_any_chain_of_calls(seed):
+    from mmattn_kernels.cpu.plan import Plan, Recorder
+
+    ops = Ops(seed)
+    with Recorder() as recorder:
+        results = ops()
+    d_results = [torch.randn(x.shape, generator=torch.Generator().manual_seed(3)) for x in results]
+    expected = torch.autograd.grad(results, ops.tensors, d_results, allow_unused=True)
+    plan = Plan(recorder, ops.tensors, results)
+    _, between = plan.run(ops.tensors)
+    gradients = plan.gradients((True,) * len(ops.tensors), (True,) * len(results))
+    found = gradients.run([ops.tensors[at] for at in gradients.reads], between, d_results)
+    for x, y in zip(found, expected, strict=True):
+        assert (x is None) == (y is None)
+        if x is not None:
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+def test_a_result_that_is_read_by_another_call_has_no_plan_of_gradients():
+    from mmattn_kernels.cpu.plan import Plan, Recorder
+
+    x, weight, other = (torch.randn(shape).requires_grad_() for shape in ((1, 8, 16), (16, 16, 1), (16, 16, 3)))
+    with Recorder() as recorder:
+        h = mmattn.dilated_conv1d(x, weight)
+        y = mmattn.dilated_conv1d(h, other)
+    plan = Plan(recorder, (x, weight, other), (h, y))
+    with pytest.raises(ValueError, match="read by another call"):
+        plan.gradients((True,) * 3, (True, True))
+
+
+def test_a_parameter_that_is_used_twice_has_no_plan_of_gradients():
+    from mmattn_kernels.cpu.plan import Plan, Recorder
+
+    x, weight, bias = (torch.randn(shape).requires_grad_() for shape in ((1, 8, 16), 16, 16))
+    with Recorder() as recorder:
+        out = mmattn.group_norm(mmattn.group_norm(x, weight, bias, 4), weight, bias, 4)
+    plan = Plan(recorder, (x, weight, bias), (out,))
+    with pytest.raises(ValueError, match="sum"):
+        plan.gradients((True,) * 3, (True,))
