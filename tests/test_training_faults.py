@@ -291,3 +291,22 @@ def test_processes_that_differ(tmp_path, what):
     }
     assert status != 0 and re.search(f"mmdiffusion train: the processes have {expected[what]}", said), said
     assert not pathlib.Path("run/states").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds threads in /proc")
+def test_processes_end_with_no_thread_of_gloo(tmp_path):
+    """One that drops a tensor of the last collective while the interpreter goes would abort the process."""
+    (tmp_path / "one.py").write_text(
+        "import atexit, os, pathlib\n"
+        "def count(when):\n"
+        "    names = [x.read_text() for x in pathlib.Path('/proc/self/task').glob('*/comm')]\n"
+        "    pathlib.Path(f'{when}-' + os.environ['RANK']).write_text(str(sum('gloo' in x for x in names)))\n"
+        "atexit.register(count, 'after')\n"  # the first that is registered is called last
+        "from mmdiffusion.runs.processes import Processes\n"
+        "assert Processes('cpu').gathered([3]) == [3, 3]\n"
+        "count('before')\n"
+    )
+    status, said = launched(f"torch.distributed.run --nproc_per_node 2 {tmp_path / 'one.py'}")
+    assert status == 0, said
+    before, after = ([pathlib.Path(f"{when}-{rank}").read_text() for rank in (0, 1)] for when in ("before", "after"))
+    assert "0" not in before and after == ["0", "0"], (before, after)

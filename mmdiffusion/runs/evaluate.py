@@ -42,10 +42,7 @@ def run(job: Evaluate) -> str:
     measure = Measure(job, processes)
     found = [measure.folder(folder) for folder in (job.real, *job.fake)]
     training = measure.folder(job.training, step=job.training_step) if job.training else None
-    try:
-        return "" if processes.rank else _compared(job, measure, found, training, outputs)
-    finally:
-        processes.wait()  # the end of one would break the connections of the others
+    return "" if processes.rank else _compared(job, measure, found, training, outputs)
 
 
 def _compared(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -58,6 +59,11 @@ class Processes:
                     f"WORLD_SIZE is {os.environ['WORLD_SIZE']} and accelerate finds {kind} here; expected MULTI_GPU or "
                     f"MULTI_CPU, as accelerate launch --multi_gpu makes them"
                 )
+            # Threads of gloo drop a collective's tensors after it has returned, and need the interpreter for that: one
+            # that comes to it when the interpreter is on its way out aborts the process. This joins them before. Not
+            # those of NCCL, whose end may wait for processes that have failed.
+            if torch.distributed.get_backend() == "gloo":
+                atexit.register(self._state.destroy_process_group)
         self.rank = self._state.process_index if self._state else 0
         self.count = self._state.num_processes if self._state else 1
         own = self._state.device if self._state else torch.device("cuda" if torch.cuda.is_available() else "cpu")
