@@ -34,6 +34,7 @@ from mmdiffusion.data.items import Item
 from mmdiffusion.diffusion.process import GaussianDiffusion
 from mmdiffusion.diffusion.schedulers import make_scheduler
 from mmdiffusion.runs import train as job
+from mmdiffusion.runs.processes import Processes
 from mmdiffusion.training import Recipe, State, States, train
 from mmdiffusion.training.log import Log, time_left
 from mmdiffusion.training.loop import _apply, _Clock
@@ -653,9 +654,10 @@ def test_what_the_launcher_says_anyway(monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     run("--precision", "bfloat16", "--preview-every", "0", "--trackers", "none", steps=1)
     assert read_state(weights())[0]["notes"]["machine"].split(", ")[1] == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # not in the run, whose optimizer would use it
+    assert Processes(None).device.type == "cpu"
 
 
 def launched(launcher, *arguments, **variables):
