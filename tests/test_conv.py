@@ -376,6 +376,27 @@ def test_how_large_errors_of_fewer_products_are(isa, instruction_set, threads):
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("mean", (0, 10))
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_how_large_the_error_of_the_weight_of_frames_is(isa, mean, dtype, instruction_set):
+    """Its gradient in float32, where that of the output has a mean, as that of a sum has."""
+    instruction_set(isa)
+    for size in (16, 4):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(1, 1024, 96, generator=generator).to(dtype)
+        d_out = (torch.randn(1, 1024, 97, generator=generator) + mean).to(dtype)
+
+        def gradient(function, wide, x=x, d_out=d_out, size=size):
+            weight = torch.zeros(97, 96, 3, 3, dtype=wide, requires_grad=True)
+            out = function(x.to(wide) if wide == torch.float64 else x, weight, height=size, width=size)
+            return torch.autograd.grad(out, weight, d_out.to(out.dtype))[0]
+
+        exact = gradient(functools.partial(mmattn.spatial_conv2d, impl="reference"), torch.float64)
+        found = gradient(functools.partial(mmattn.spatial_conv2d, impl="cpu"), torch.float32)
+        assert (found.double() - exact).norm() < 3e-6 * exact.norm(), size
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_a_nan_or_an_infinity_reaches_whoever_reads_it(isa, instruction_set):
     """And nobody else, but for the outputs that Winograd makes together: what pads the input is no copy of it."""
     instruction_set(isa)
