@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from mmattn import _checks, dispatch
 from mmattn._layers import is_plain
@@ -63,7 +64,7 @@ def replayed(
             if plan is None:
                 break
             if records and wants_gradients(*given):
-                return apply(_Part, plan, *given)
+                return apply(_Part, plan, (part, owner, layers, options), len(inputs), *given)
             results, _ = plan.run(given)
             return results[0] if len(results) == 1 else tuple(results)
     else:
@@ -160,33 +161,54 @@ def _record(calls: list[Any], guard: Any, tensors: list[Tensor], call: Callable[
     try:
         plan = Plan(recorder, tensors, (results,) if isinstance(results, Tensor) else results)
         if wants_gradients(*tensors):
-            plan.gradients(tuple([t.requires_grad for t in tensors]), (True,) * (plan.between - plan.first_result))
+            _check_gradients(plan, tuple([t.requires_grad for t in tensors]))
     except (TypeError, ValueError):
         plan = None
     calls.append((guard, plan))
     return results
 
 
+def _check_gradients(plan: Any, wanted: tuple[bool, ...]) -> None:
+    """Refuse a plan of which a single node would have other gradients than none where the function's graph has none."""
+    count = len(plan.result_forms)
+    made = plan.gradients(wanted, (True,) * count).made
+    for at in range(count if count > 1 else 0):
+        if plan.gradients(wanted, tuple([at == one for one in range(count)])).made != made:
+            raise ValueError("not all results depend on the same tensors")
+
+
 class _Part(torch.autograd.Function):
     """A plan, of the tensors that a part was given, as one node of a graph."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Any, *tensors: Tensor) -> Any:
+    def forward(ctx: Any, plan: Any, call: Any, count: int, *tensors: Tensor) -> Any:
         results, between = plan.run(tensors)
-        ctx.plan, ctx.wanted = plan, tuple(ctx.needs_input_grad[1:])
-        gradients = plan.gradients(ctx.wanted, (True,) * len(results))
-        saved = *[tensors[at] for at in gradients.reads], between
+        wanted = tuple(ctx.needs_input_grad[3:])
+        gradients = plan.gradients(wanted, (True,) * len(results))
+        read = *[tensors[at] for at in gradients.reads], *[results[at] for at in gradients.reads_of_results]
         if gradients.guard is None:
-            gradients.guard = _checks.guard_of(saved)
-        ctx.gradients = gradients
-        ctx.save_for_backward(*saved)
+            gradients.guard = _checks.guard_of((*read, between))
+        ctx.plan, ctx.wanted, ctx.gradients, ctx.call, ctx.count = plan, wanted, gradients, call, count
+        ctx.save_for_backward(*read, between, *[tensors[at] for at in range(count) if at not in gradients.reads])
         ctx.set_materialize_grads(False)
         return results[0] if len(results) == 1 else tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *d_results: Tensor | None) -> tuple[Tensor | None, ...]:
-        arguments = ctx.plan, ctx.wanted, ctx.gradients, len(d_results), *d_results, *ctx.saved_tensors
-        return None, *(apply(_PartGradients, *arguments) if torch.is_grad_enabled() else _part_gradients(*arguments))
+        saved, places = ctx.saved_tensors, _places(ctx.gradients)  # once: checkpointing refuses a second look
+        read = saved[: len(places) + 1]
+        given = [d for d in d_results if d is not None]
+        if torch.compiler.is_compiling():
+            found = _untraced(_part_gradients, ctx.plan, ctx.wanted, ctx.gradients, len(d_results), *d_results, *read)
+        elif not can_skip_dispatcher(*given):
+            of = dict(zip(places, read, strict=False))
+            others = iter(saved[len(read) :])
+            inputs = [of[at] if at in of else next(others) for at in range(ctx.count)]
+            found = apply(_FunctionGradients, ctx.call, ctx.wanted, ctx.count, *inputs, *d_results)
+        else:
+            arguments = ctx.plan, ctx.wanted, ctx.gradients, len(d_results), *d_results, *read
+            found = apply(_PartGradients, *arguments) if torch.is_grad_enabled() else _part_gradients(*arguments)
+        return None, None, None, *found
 
 
 class _PartGradients(torch.autograd.Function):
@@ -199,6 +221,12 @@ class _PartGradients(torch.autograd.Function):
         raise RuntimeError("fused kernels are differentiable once; with MMATTN_IMPL=reference as often as wanted")
 
 
+class _FunctionGradients(_PartGradients):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
+        return _function_gradients(*arguments)
+
+
 def _part_gradients(plan: Any, wanted: Any, usual: Any, count: int, *tensors: Any) -> tuple[Tensor | None, ...]:
     """Those of the tensors of a plan's call, of `count` gradients of results and the saved tensors behind them.
 
@@ -208,15 +236,43 @@ def _part_gradients(plan: Any, wanted: Any, usual: Any, count: int, *tensors: An
     given, saved = tuple([d is not None for d in d_results]), tensors[count:]
     if usual.guard is None or not _checks.is_like(saved, usual.guard):
         _refuse_others(plan, usual, saved)
-    gradients = usual if all(given) else plan.gradients(wanted, given)
-    read = [saved[usual.reads.index(at)] for at in gradients.reads] if gradients is not usual else saved[:-1]
+    gradients, read = usual, saved[:-1]
+    if not all(given):
+        gradients, of = plan.gradients(wanted, given), dict(zip(_places(usual), read, strict=True))
+        read = [of[place] for place in _places(gradients)]
     return tuple(gradients.run(read, saved[-1], d_results))
+
+
+def _places(gradients: Any) -> list[Any]:
+    """What is read: indices of tensors, and of results by another name."""
+    return [*gradients.reads, *[("result", at) for at in gradients.reads_of_results]]
+
+
+def _untraced(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Dynamo, which traces a backward under compiled autograd, knows nothing of pointers to tensors."""
+    return torch.compiler.disable(function)(*arguments)
+
+
+def _function_gradients(call: Any, wanted: Sequence[bool], count: int, *tensors: Any) -> tuple[Tensor | None, ...]:
+    """The same by the function itself, computed again: for gradients that are no memory, and modes that look on."""
+    part, owner, layers, options = call
+    inputs, d_results = tensors[:count], tensors[count:]
+    with torch.enable_grad(), _disable_current_modes():
+        given = [x.view_as(x) for x in inputs]  # what is in front of the part is not asked for gradients
+        results = part(owner, *given, *options)
+    own = [layer._parameters.get(name) for layer in layers if layer is not None for name in ("weight", "bias")]
+    given += [p for p in own if p is not None]
+    results = (results,) if isinstance(results, Tensor) else results
+    pairs = [(x, d) for x, d in zip(results, d_results, strict=True) if d is not None]
+    of = [t for t, is_wanted in zip(given, wanted, strict=True) if is_wanted]
+    made = iter(torch.autograd.grad([x for x, _ in pairs], of, [d for _, d in pairs], allow_unused=True))
+    return tuple([next(made) if is_wanted else None for is_wanted in wanted])
 
 
 def _refuse_others(plan: Any, gradients: Any, saved: Sequence[Any]) -> None:
     """Hooks may have put other tensors in the place of the saved ones, or somebody has freed their memory."""
-    forms = [*(plan.forms[at] for at in gradients.reads), (torch.Size([plan.bytes_between]), torch.uint8, (1,))]
-    for t, form in zip(saved, forms, strict=True):
+    forms = [plan.forms[at] for at in gradients.reads] + [plan.result_forms[at] for at in gradients.reads_of_results]
+    for t, form in zip(saved, [*forms, (torch.Size([plan.bytes_between]), torch.uint8, (1,))], strict=True):
         if not _checks.is_plain(t) or not t.is_cpu or (t.shape, t.dtype, t.stride()) != form:
             found = f"{list(t.shape)} {t.dtype} with strides {t.stride()} on {t.device}"
             raise ValueError(f"a saved tensor is {found}; expected it as it was saved, {form}")

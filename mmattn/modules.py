@@ -195,20 +195,29 @@ def cross_attend(
     if isinstance(shift, Tensor) and is_worth_it(video):
         _checks.window(video.shape[1], window)
         shift = _checks.shift_in_range(shift, video.shape[1] - window, video)
-    options = num_heads, window, shift
-    if type(shift) is int and video.is_contiguous() and audio.is_contiguous():
-        layers = *video_layers, *audio_layers
-        video, audio = replayed(_cross_attend, (video_layers, audio_layers), layers, (video, audio), *options)
+    streams, options = (video_layers, audio_layers), (num_heads, window, shift)
+    if type(shift) is not int or not video.is_contiguous() or not audio.is_contiguous():
+        video, audio = _cross_attend(streams, video, audio, *options)
+    elif torch.is_grad_enabled():
+        # Without the projections, so that all parameters of the part have gradients where one stream alone has a loss.
+        layers = *video_layers[:2], *audio_layers[:2]
+        video, audio = _project(streams, video, audio, replayed(_attend, streams, layers, (video, audio), *options))
     else:
-        video, audio = _cross_attend((video_layers, audio_layers), video, audio, *options)
+        layers = *video_layers, *audio_layers
+        video, audio = replayed(_cross_attend, streams, layers, (video, audio), *options)
     return video.permute(0, 1, 4, 2, 3), audio.transpose(1, 2)
 
 
-def _cross_attend(
-    layers: tuple[Stream, Stream], video: Tensor, audio: Tensor, num_heads: int, window: int, shift: int | Tensor
-) -> tuple[Tensor, Tensor]:
+def _cross_attend(streams: tuple[Stream, Stream], video: Tensor, audio: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     """The same of tokens, video [B, F, H, W, C] and audio [B, T, C]."""
-    video_layers, audio_layers = layers
+    return _project(streams, video, audio, _attend(streams, video, audio, *options))
+
+
+def _attend(
+    streams: tuple[Stream, Stream], video: Tensor, audio: Tensor, num_heads: int, window: int, shift: int | Tensor
+) -> tuple[Tensor, Tensor]:
+    """What is projected of both streams, [B, F*H*W, heads, D] and [B, T, heads, D]."""
+    video_layers, audio_layers = streams
     video_tokens, audio_tokens = video.flatten(1, 3).contiguous(), audio.contiguous()
     video_qkv, audio_qkv = side_by_side(
         lambda: _heads(video_tokens, video_layers, num_heads),
@@ -216,10 +225,15 @@ def _cross_attend(
         video.device,
     )
     geometry: Any = {"frames": video.shape[1], "window": window, "shift": shift}
-    video_heads, audio_heads = random_shift_attention(*video_qkv, *audio_qkv, **geometry)
+    return random_shift_attention(*video_qkv, *audio_qkv, **geometry)
+
+
+def _project(
+    streams: tuple[Stream, Stream], video: Tensor, audio: Tensor, heads: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
     return side_by_side(
-        lambda: _add_projection(video, video_heads, video_layers.out),
-        lambda: _add_projection(audio, audio_heads, audio_layers.out),
+        lambda: _add_projection(video, heads[0], streams[0].out),
+        lambda: _add_projection(audio, heads[1], streams[1].out),
         video.device,
     )
 

@@ -10,6 +10,7 @@ import torch
 from helpers import SMALL_UNET, fill, needs_extension
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import mmattn
 from mmattn import RandomShiftAttention, _replay
@@ -359,6 +360,106 @@ def test_threads_at_once():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def both_ways(function):
+    """function() twice in replays, as it is expected, and by the functions."""
+    function()
+    found = function()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_replay, "LARGEST", 0)
+        return found, function()
+
+
+def test_hooks_of_parameters_run_as_by_the_functions_where_one_result_has_a_loss():
+    case = Case("both")
+    seen = []
+    for name, parameter in case.module.named_parameters():
+        parameter.register_hook(lambda d, name=name: seen.append(name) or d.clamp(-1, 1))
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: seen.append(f"{name} accumulated"))
+
+    def step():
+        seen.clear()
+        case()[0].square().mean().backward()
+        return set(seen)
+
+    found, expected = both_ways(step)
+    assert found == expected and len(expected) == 20
+
+
+@pytest.mark.parametrize("layer", ("video_norm", "audio_qkv", "video_out", "audio_out"))
+def test_results_want_gradients_as_those_of_the_functions(layer):
+    case = Case("both")
+    for x in (*case.inputs, *case.module.parameters()):
+        x.requires_grad_(False)
+    getattr(case.module, layer).requires_grad_(True)
+    found, expected = both_ways(lambda: [x.requires_grad for x in case()])
+    assert found == expected and any(expected)
+
+
+@every_block
+@pytest.mark.parametrize("kind", ("negative view", "zeros", "batched"))
+def test_gradients_that_are_no_plain_memory(name, kind):
+    case = Case(name)
+    d_results = [torch.randn(x.shape, generator=torch.Generator().manual_seed(2)) for x in case()]
+    if kind == "negative view":
+        d_results = list(map(torch._neg_view, d_results))
+    if kind == "zeros":
+        d_results = [torch._efficientzerotensor(d.shape) for d in d_results]
+
+    def gradients():
+        leaves = case.leaves()
+        results = case()
+        if kind != "batched":
+            return torch.autograd.grad(results, leaves, d_results)
+        batches = [torch.stack([d, 2 * d]) for d in d_results]
+        return torch.func.vmap(lambda *d: torch.autograd.grad(results, leaves, d))(*batches)
+
+    found, expected = both_ways(gradients)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("size", (0, 64))
+def test_gradients_whose_memory_was_freed_are_refused(size):
+    case = Case()
+    case.gradients()
+    d = torch.randn(case.inputs[0].shape)
+    d.untyped_storage().resize_(size)
+    with pytest.raises(ValueError, match="freed or cut short"):
+        torch.autograd.grad(case(), case.leaves(), d)
+
+
+def test_modes_around_backward_alone_see_every_op():
+    case = Case("video")
+
+    def flops():
+        out = case()[0].sum()
+        with FlopCounterMode(display=False) as counter:
+            out.backward()
+        return counter.get_total_flops()
+
+    found, expected = both_ways(flops)
+    assert found == expected > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_under_compiled_autograd(fresh_dynamo):
+    case = Case("video")
+    expected = case.expected()
+    case.gradients()
+    results = torch.compiler.disable(case)
+    d = torch.randn(expected[0][0].shape, generator=torch.Generator().manual_seed(2))
+
+    @torch.compile(backend="eager")
+    def step():
+        results()[0].backward(d)
+
+    for _ in range(4):
+        for leaf in case.leaves():
+            leaf.grad = None
+        with torch._dynamo.config.patch(compiled_autograd=True):
+            step()
+        assert all(torch.equal(leaf.grad, x) for leaf, x in zip(case.leaves(), expected[1], strict=True))
 
 
 class Ops:

@@ -99,7 +99,6 @@ class Plan:
             self.weight_arguments[packed.data_ptr()] = arguments
             blocks.append((packed.data_ptr(), packed.nbytes))
         written = {_range(t) for t in recorder.written if t.numel()}
-        self._shapes = [result.shape for result in results]
         for result in results:
             if _range(result) not in written:
                 raise ValueError("a result is not what a kernel has written")
@@ -118,6 +117,7 @@ class Plan:
         self.calls = recorder.calls
         self.first_result, self.between = len(blocks) - len(results), len(blocks)  # blocks
         self.forms = [(t.shape, t.dtype, t.stride()) for t in tensors]
+        self.result_forms = [(t.shape, t.dtype, t.stride()) for t in results]
         self._plan = extension().Plan(list(map(tuple, self.regions)))
         for kernel, arguments in self.calls:
             getattr(self._plan, kernel)(*arguments)
@@ -128,7 +128,7 @@ class Plan:
         pointers = [t.data_ptr() for t in tensors]
         packed = [packed_of(tensors[at]) for at, packed_of in self._weights]
         new = tensors[0].new_empty
-        results = [new(shape) for shape in self._shapes]
+        results = [new(shape) for shape, _, _ in self.result_forms]
         between = new(self.bytes_between, dtype=torch.uint8)
         pointers += [t.data_ptr() for t in (*packed, *results, between)]
         self._plan.run(pointers)

@@ -77,21 +77,24 @@ class Gradients:
         for kernel, arguments in ways.calls:
             getattr(self._plan, kernel)(*arguments)
         used = self._plan.blocks()
-        if any(self._count <= at < plan.between for at in used):
-            raise ValueError("a gradient depends on a result")
+        if any(self._count <= at < plan.first_result for at in used):
+            raise ValueError("a gradient depends on a packed weight")
+        self.made = frozenset(ways.made)
         self.reads = [at for at in range(self._count) if at in used]
+        self.reads_of_results = [at for at in range(len(given)) if plan.first_result + at in used]
         self.guard: Any = None  # of these tensors and what lies between, for whoever keeps them for backward
 
     def run(self, read: Sequence[Tensor], between: Tensor, d_results: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradient of each of the plan's tensors; None where it is not wanted, or depends on none that is given.
 
         Args:
-            read: of tensors like the plan's those at the indices `reads`.
+            read: of tensors like the plan's those at the indices `reads`, and of the results those of `reads_of_results`.
             between: what the plan's run has made on the way.
             d_results: contiguous, None where none is given.
         """
         pointers = [0] * (2 * self._blocks)
-        for at, t in zip(self.reads, read, strict=True):
+        places = *self.reads, *[self._first_result + at for at in self.reads_of_results]
+        for at, t in zip(places, read, strict=True):
             pointers[at] = t.data_ptr()
         pointers[self._between] = between.data_ptr()
         for at, d in enumerate(d_results, self._blocks + self._first_result):
