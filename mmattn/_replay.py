@@ -64,7 +64,9 @@ def replayed(
             if plan is None:
                 break
             if records and wants_gradients(*given):
-                return apply(_Part, plan, (part, owner, layers, options), len(inputs), *given)
+                gradients = _gradients_of(plan, given)
+                again = [given[at] for at in gradients.repeats]  # an edge for each share of a gradient
+                return apply(_Part, plan, gradients, (part, owner, layers, options, inputs), *given, *again)
             results, _ = plan.run(given)
             return results[0] if len(results) == 1 else tuple(results)
     else:
@@ -161,35 +163,39 @@ def _record(calls: list[Any], guard: Any, tensors: list[Tensor], call: Callable[
     try:
         plan = Plan(recorder, tensors, (results,) if isinstance(results, Tensor) else results)
         if wants_gradients(*tensors):
-            _check_gradients(plan, tuple([t.requires_grad for t in tensors]))
+            _check_gradients(plan, tensors)
     except (TypeError, ValueError):
         plan = None
     calls.append((guard, plan))
     return results
 
 
-def _check_gradients(plan: Any, wanted: tuple[bool, ...]) -> None:
-    """Refuse a plan of which a single node would have other gradients than none where the function's graph has none."""
-    count = len(plan.result_forms)
-    made = plan.gradients(wanted, (True,) * count).made
+def _gradients_of(plan: Any, tensors: Sequence[Tensor]) -> Any:
+    return plan.gradients(tuple([t.requires_grad for t in tensors]), (True,) * len(plan.result_forms))
+
+
+def _check_gradients(plan: Any, tensors: Sequence[Tensor]) -> None:
+    """Refuse a plan of which a single node would not have the edges that the graph of the function has."""
+    gradients, count = _gradients_of(plan, tensors), len(plan.result_forms)
     for at in range(count if count > 1 else 0):
-        if plan.gradients(wanted, tuple([at == one for one in range(count)])).made != made:
-            raise ValueError("not all results depend on the same tensors")
+        given = tuple([at == one for one in range(count)])
+        if gradients.repeats or plan.gradients(gradients.wanted, given).made != gradients.made:
+            raise ValueError("not all results depend on the same tensors, each by one call")
 
 
 class _Part(torch.autograd.Function):
     """A plan, of the tensors that a part was given, as one node of a graph."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Any, call: Any, count: int, *tensors: Tensor) -> Any:
-        results, between = plan.run(tensors)
-        wanted = tuple(ctx.needs_input_grad[3:])
-        gradients = plan.gradients(wanted, (True,) * len(results))
+    def forward(ctx: Any, plan: Any, gradients: Any, call: Any, *tensors: Tensor) -> Any:
+        *call, inputs = call
+        results, between = plan.run(tensors[: len(plan.forms)])
         read = *[tensors[at] for at in gradients.reads], *[results[at] for at in gradients.reads_of_results]
         if gradients.guard is None:
             gradients.guard = _checks.guard_of((*read, between))
-        ctx.plan, ctx.wanted, ctx.gradients, ctx.call, ctx.count = plan, wanted, gradients, call, count
-        ctx.save_for_backward(*read, between, *[tensors[at] for at in range(count) if at not in gradients.reads])
+        ctx.plan, ctx.gradients, ctx.call, ctx.count = plan, gradients, call, len(inputs)
+        others = [x for at, x in enumerate(inputs) if at not in gradients.reads]
+        ctx.save_for_backward(*read, between, *others)
         ctx.set_materialize_grads(False)
         return results[0] if len(results) == 1 else tuple(results)
 
@@ -198,16 +204,17 @@ class _Part(torch.autograd.Function):
         saved, places = ctx.saved_tensors, _places(ctx.gradients)  # once: checkpointing refuses a second look
         read = saved[: len(places) + 1]
         given = [d for d in d_results if d is not None]
+        arguments = ctx.plan, ctx.gradients, len(d_results), *d_results, *read
         if torch.compiler.is_compiling():
-            found = _untraced(_part_gradients, ctx.plan, ctx.wanted, ctx.gradients, len(d_results), *d_results, *read)
-        elif not can_skip_dispatcher(*given):
+            found = _untraced(_part_gradients, *arguments)
+        elif can_skip_dispatcher(*given):
+            found = apply(_PartGradients, *arguments) if torch.is_grad_enabled() else _part_gradients(*arguments)
+        else:
             of = dict(zip(places, read, strict=False))
             others = iter(saved[len(read) :])
             inputs = [of[at] if at in of else next(others) for at in range(ctx.count)]
-            found = apply(_FunctionGradients, ctx.call, ctx.wanted, ctx.count, *inputs, *d_results)
-        else:
-            arguments = ctx.plan, ctx.wanted, ctx.gradients, len(d_results), *d_results, *read
-            found = apply(_PartGradients, *arguments) if torch.is_grad_enabled() else _part_gradients(*arguments)
+            found = apply(_FunctionGradients, ctx.call, ctx.gradients.wanted, ctx.count, *inputs, *d_results)
+            found += (None,) * len(ctx.gradients.repeats)
         return None, None, None, *found
 
 
@@ -227,7 +234,7 @@ class _FunctionGradients(_PartGradients):
         return _function_gradients(*arguments)
 
 
-def _part_gradients(plan: Any, wanted: Any, usual: Any, count: int, *tensors: Any) -> tuple[Tensor | None, ...]:
+def _part_gradients(plan: Any, usual: Any, count: int, *tensors: Any) -> tuple[Tensor | None, ...]:
     """Those of the tensors of a plan's call, of `count` gradients of results and the saved tensors behind them.
 
     `usual` makes them where all results have a gradient.
@@ -238,8 +245,8 @@ def _part_gradients(plan: Any, wanted: Any, usual: Any, count: int, *tensors: An
         _refuse_others(plan, usual, saved)
     gradients, read = usual, saved[:-1]
     if not all(given):
-        gradients, of = plan.gradients(wanted, given), dict(zip(_places(usual), read, strict=True))
-        read = [of[place] for place in _places(gradients)]
+        gradients, of = plan.gradients(usual.wanted, given), dict(zip(_places(usual), read, strict=True))
+        read = tuple([of[place] for place in _places(gradients)])
     return tuple(gradients.run(read, saved[-1], d_results))
 
 

@@ -200,8 +200,8 @@ def cross_attend(
         video, audio = _cross_attend(streams, video, audio, *options)
     elif torch.is_grad_enabled():
         # Without the projections, so that all parameters of the part have gradients where one stream alone has a loss.
-        layers = *video_layers[:2], *audio_layers[:2]
-        video, audio = _project(streams, video, audio, replayed(_attend, streams, layers, (video, audio), *options))
+        attending = *video_layers[:2], *audio_layers[:2]
+        video, audio = _project(streams, video, audio, replayed(_attend, streams, attending, (video, audio), *options))
     else:
         layers = *video_layers, *audio_layers
         video, audio = replayed(_cross_attend, streams, layers, (video, audio), *options)

@@ -3,7 +3,8 @@
 
 The plan's calls are taken in reverse, each giving way to the kernels of its gradients. The gradient of what lies at a
 place lies at the same place of another block, so that views of a tensor have theirs without a thought. The first call
-that makes a share of a gradient writes it there and what later ones make is added, as by torch's engine.
+that makes a share of a gradient writes it there and what later ones make is added, as by torch's engine; but shares of
+a tensor that the plan was given stay apart, so that the engine adds them, and others', in the order in which it would.
 """
 
 from __future__ import annotations
@@ -64,8 +65,11 @@ class Gradients:
         self._made = [
             (at, shape, strides, torch.float32 if at in ways.biases else dtype, dtype)
             for at, (shape, dtype, strides) in enumerate(plan.forms)
-            if at in ways.made
+            if at in ways.made and at not in ways.passed_on
         ]
+        self._passed_on = [(at, result, plan.forms[at][0]) for at, result in ways.passed_on.items()]
+        self.repeats = ways.repeats
+        self._repeats = [plan.forms[at] for at in ways.repeats]
         ranges: list[tuple[int, ...]] = [*plan.regions]
         for at, shape, _, dtype, _ in self._made:
             ranges.append((_address(at), math.prod(shape) * dtype.itemsize, blocks + at, 0))
@@ -73,26 +77,29 @@ class Gradients:
             if plan.first_result <= region.block < plan.between:
                 ranges.append((_address(region.block), region.size, blocks + region.block, 0))
         ranges.append((_address(plan.between), self._bytes, blocks + plan.between, 0))
+        for at, (shape, dtype, _) in enumerate(self._repeats):
+            ranges.append((_address(blocks + at), math.prod(shape) * dtype.itemsize, 2 * blocks + at, 0))
         self._plan = extension().Plan([tuple(one) for one in ranges])
         for kernel, arguments in ways.calls:
             getattr(self._plan, kernel)(*arguments)
         used = self._plan.blocks()
         if any(self._count <= at < plan.first_result for at in used):
             raise ValueError("a gradient depends on a packed weight")
-        self.made = frozenset(ways.made)
+        self.wanted, self.made = wanted, frozenset(ways.made)
         self.reads = [at for at in range(self._count) if at in used]
         self.reads_of_results = [at for at in range(len(given)) if plan.first_result + at in used]
         self.guard: Any = None  # of these tensors and what lies between, for whoever keeps them for backward
 
     def run(self, read: Sequence[Tensor], between: Tensor, d_results: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The gradient of each of the plan's tensors; None where it is not wanted, or depends on none that is given.
+        """The gradient of each of the plan's tensors, None where it is not wanted or depends on none that is given; and
+        further shares of the gradients of the tensors at the indices `repeats`.
 
         Args:
-            read: of tensors like the plan's those at the indices `reads`, and of the results those of `reads_of_results`.
+            read: of tensors like the plan's those at the indices `reads`, of the results those at `reads_of_results`.
             between: what the plan's run has made on the way.
             d_results: contiguous, None where none is given.
         """
-        pointers = [0] * (2 * self._blocks)
+        pointers = [0] * (2 * self._blocks + len(self._repeats))
         places = *self.reads, *[self._first_result + at for at in self.reads_of_results]
         for at, t in zip(places, read, strict=True):
             pointers[at] = t.data_ptr()
@@ -106,9 +113,14 @@ class Gradients:
             pointers[self._blocks + at] = made.data_ptr()
             if dtype != wanted:
                 narrow.append((at, made, wanted))
+        for at, (shape, dtype, strides) in enumerate(self._repeats):
+            found.append(made := between.new_empty_strided(shape, strides, dtype=dtype))
+            pointers[2 * self._blocks + at] = made.data_ptr()
         of_between = between.new_empty(self._bytes)
-        pointers[-1] = of_between.data_ptr()
+        pointers[2 * self._blocks - 1] = of_between.data_ptr()
         self._plan.run(pointers)
+        for at, result, shape in self._passed_on:
+            found[at] = d_results[result].view(shape)  # type: ignore[union-attr]
         for at, made, wanted in narrow:
             found[at] = made.to(wanted)
         return found
@@ -125,12 +137,16 @@ class _Ways:
         calls: of the extension, in their order.
         made: the tensors that have a gradient then.
         biases: those of them whose gradient is made in float32.
+        passed_on: those of them whose gradient is that of a result, with the number of that.
+        repeats: a tensor for each share of its gradient behind the first one.
         bytes_between: of the gradients of all that lies between, and of what the calls need besides.
     """
 
     def __init__(self, plan: Plan, wanted: Sequence[bool], given: Sequence[bool]) -> None:
         self.calls: Calls = []
         self.biases: set[int] = set()
+        self.passed_on: dict[int, int] = {}
+        self.repeats: list[int] = []
         self.bytes_between = plan.bytes_between
         self._plan = plan
         self._begins = [region.begin for region in plan.regions]
@@ -149,7 +165,7 @@ class _Ways:
         for kernel, arguments in reversed(plan.calls):
             getattr(self, f"_reverse_{kernel}")(*arguments)
         for region in of_tensors:
-            self._copy(region)
+            self._finish(region)
         self.made = {region.block for region in of_tensors if region in self._has}
         if any(not has.all() for has in self._has.values()):
             raise ValueError("a part of a tensor has no gradient")
@@ -331,6 +347,8 @@ class _Ways:
         region, place = self._region(tokens.pointer), tokens.at(self._gradient(tokens.pointer))
         if self._is_first(tokens):
             return place
+        if region.block < len(self._plan.forms):
+            return tokens.at(self._repeat(region, tokens))
         other = None
         if region in self._lies_at and self._lies_at[region][1] == tokens:
             other = self._lies_at.pop(region)[0]
@@ -345,9 +363,29 @@ class _Ways:
         region = self._region(tokens.pointer)
         if self._is_first(tokens):
             self._lies_at[region] = gradient, tokens
+        elif region.block < len(self._plan.forms):
+            place = tokens.at(self._repeat(region, tokens))
+            self.calls.append(_addition(place, gradient, tokens, is_first=True))
         else:
             self._copy(region)
             self.calls.append(_addition(tokens.at(self._gradient(tokens.pointer)), gradient, tokens))
+
+    def _repeat(self, region: Region, tokens: _View) -> int:
+        """The address of a further share of a tensor's gradient."""
+        if math.prod(tokens.shape) * tokens.itemsize != region.size:
+            raise ValueError("a share of a gradient is of a part of a tensor")
+        self.repeats.append(region.block)
+        return _address(self._plan.between + len(self.repeats))
+
+    def _finish(self, region: Region) -> None:
+        """Have the gradient of a tensor where it belongs, or be the one of a result."""
+        (pointer, *strides), tokens = self._lies_at.get(region, ((0,), None))
+        for result in range(len(self._plan.result_forms)):
+            is_its = pointer == _address(self._plan.first_result + result)
+            if is_its and tokens is not None and tokens.strides[:-1] == tuple(strides) and not region.offset:
+                del self._lies_at[region]
+                self.passed_on[region.block] = result
+        self._copy(region)
 
     def _copy(self, region: Region) -> None:
         """Have the gradient of a region where it belongs."""
