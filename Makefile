@@ -87,6 +87,7 @@ bench: install ## the full benchmarks of this machine into bench/results and the
 	$(RUN) bench/norm.py --json bench/results/norm-cpu.json
 	$(RUN) bench/conv.py --json bench/results/conv-cpu.json
 	$(RUN) bench/unet.py --breakdown --json bench/results/unet-cpu.json
+	$(RUN) bench/unet.py --shapes small --batch 1 --json bench/results/unet-small-cpu.json
 	$(RUN) bench/superres.py --breakdown --json bench/results/superres-cpu.json
 	$(RUN) bench/plot.py bench/results/attn-cpu.json docs/attn-cpu.png --modes forward
 	$(RUN) bench/plot.py bench/results/scaling-cpu.json docs/scaling-cpu.png
