@@ -57,13 +57,13 @@ test-newest: ## all tests on the newest torch, triton and diffusers, in an envir
 
 # Multiplications and additions are contracted as in the extension that is shipped, on whose rounding tests rely.
 SANITIZED := build/sanitized
-sanitize: install ## the extension's tests and random calls under AddressSanitizer and UndefinedBehaviorSanitizer (six minutes)
+sanitize: install ## the extension's tests and random calls under AddressSanitizer and UndefinedBehaviorSanitizer (ten minutes)
 	MMATTN_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -fexpensive-optimizations -g1" \
 	  $(RUN) setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	PYTHONPATH=$(SANITIZED)/lib ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  sh -c '$(RUN) -c "import torch, mmattn_kernels._cpu as m; assert \"$(SANITIZED)\" in m.__file__, m.__file__" && \
-	  $(RUN) -m pytest tests/test_attention.py tests/test_self_attention.py tests/test_segmented_attention.py tests/test_norm.py tests/test_conv.py tests/test_checks.py && \
+	  $(RUN) -m pytest tests/test_attention.py tests/test_self_attention.py tests/test_segmented_attention.py tests/test_norm.py tests/test_conv.py tests/test_checks.py tests/test_replay.py tests/test_replay_gradients.py && \
 	  $(RUN) tests/fuzz_ops.py --seconds 60'
 
 lint: install ## style and types: ruff, mypy, clang-format, and tables and API page against their sources

@@ -81,8 +81,9 @@ class Buffer {
   // In the first place that is empty or holds a smaller one.
   static void keep(Block* block) {
     for (Block*& place : kept_) {
+      const int64_t bytes = block->bytes;  // read first: in its place it is any thread's, to use and to release
       Block* other = exchange(&place, block);
-      if (!other || other->bytes < block->bytes) return release(other);
+      if (!other || other->bytes < bytes) return release(other);
       block = exchange(&place, other);  // the smaller one, unless another thread was quicker
       if (!block) return;
     }
