@@ -208,30 +208,28 @@ class _Part(torch.autograd.Function):
         if torch.compiler.is_compiling():
             found = _untraced(_part_gradients, *arguments)
         elif can_skip_dispatcher(*given):
-            found = apply(_PartGradients, *arguments) if torch.is_grad_enabled() else _part_gradients(*arguments)
+            recorded = torch.is_grad_enabled()
+            found = apply(_Once, _part_gradients, *arguments) if recorded else _part_gradients(*arguments)
         else:
             of = dict(zip(places, read, strict=False))
             others = iter(saved[len(read) :])
             inputs = [of[at] if at in of else next(others) for at in range(ctx.count)]
-            found = apply(_FunctionGradients, ctx.call, ctx.gradients.wanted, ctx.count, *inputs, *d_results)
+            arguments = ctx.call, ctx.gradients.wanted, ctx.count, *inputs, *d_results
+            found = apply(_Once, _function_gradients, *arguments)
             found += (None,) * len(ctx.gradients.repeats)
         return None, None, None, *found
 
 
-class _PartGradients(torch.autograd.Function):
+class _Once(torch.autograd.Function):
+    """A function of gradients that refuses to be differentiated in its turn."""
+
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
-        return _part_gradients(*arguments)
+    def forward(ctx: Any, function: Callable[..., Any], *arguments: Any) -> tuple[Tensor | None, ...]:
+        return function(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise RuntimeError("fused kernels are differentiable once; with MMATTN_IMPL=reference as often as wanted")
-
-
-class _FunctionGradients(_PartGradients):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
-        return _function_gradients(*arguments)
 
 
 def _part_gradients(plan: Any, usual: Any, count: int, *tensors: Any) -> tuple[Tensor | None, ...]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Gradients of parts of a network that the extension runs by one call: bit for bit those of their functions."""
 
+import contextlib
 import random
 import threading
 from typing import ClassVar
@@ -34,6 +35,14 @@ def replays(monkeypatch):
 
     monkeypatch.setattr(Gradients, "run", counted)
     return found
+
+
+@contextlib.contextmanager
+def by_the_functions():
+    """No part is replayed while it is open."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_replay, "LARGEST", 0)
+        yield
 
 
 class Case:
@@ -87,9 +96,7 @@ class Case:
         return [x for x in (*self.inputs, *self.module.parameters()) if x.requires_grad]
 
     def expected(self, **options):
-        """By the functions."""
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_replay, "LARGEST", 0)
+        with by_the_functions():
             return self.gradients(**options)
 
 
@@ -234,8 +241,7 @@ def test_a_network_is_trained_as_by_the_functions(replays):
 
     found = losses(6)
     assert replays
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_replay, "LARGEST", 0)
+    with by_the_functions():
         expected = losses(6)
     assert torch.equal(found, expected) and found[-1] < found[0]
 
@@ -327,8 +333,7 @@ def test_gradients_from_an_expanded_tensor():
     case = Case("audio")
     case.gradients()
     found = torch.autograd.grad(case()[0].sum(), case.leaves())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_replay, "LARGEST", 0)
+    with by_the_functions():
         expected = torch.autograd.grad(case()[0].sum(), case.leaves())
     assert all(map(torch.equal, found, expected))
 
@@ -338,8 +343,7 @@ def test_an_input_with_gaps_is_left_to_the_function(replays):
     wide = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     for _ in range(3):
         found = torch.autograd.grad(block(wide[..., :32]).square().sum(), wide)[0]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_replay, "LARGEST", 0)
+    with by_the_functions():
         expected = torch.autograd.grad(block(wide[..., :32]).square().sum(), wide)[0]
     assert not replays and torch.equal(found, expected)
 
@@ -365,8 +369,7 @@ def both_ways(function):
     """function() twice in replays, as it is expected, and by the functions."""
     function()
     found = function()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_replay, "LARGEST", 0)
+    with by_the_functions():
         return found, function()
 
 

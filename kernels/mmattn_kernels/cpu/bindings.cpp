@@ -441,7 +441,7 @@ py::tuple conv_work(const std::string& what, int64_t groups, const ConvSizes& si
   else
     throw py::value_error("what is '" + what + "'; expected forward, d_x, d_weight or d_bias");
   p.out.data = &p;  // not the memory of x
-  if (what != "d_bias") join_sequences(p);
+  join_sequences(p);
   Told told{p.threads, {}};
   active().conv_work(p, loop, told.work());
   return told.result();

@@ -60,12 +60,11 @@ def note(kernel: str, arguments: tuple[Any, ...], *, read: Sequence[Tensor | Non
 def note_weight(
     weight: Tensor, packed: Tensor, packed_of: Callable[[Tensor], Tensor], arguments: tuple[int, ...]
 ) -> None:
-    """Tell an open recorder of a packed copy.
+    """Tell the open recorder of a packed copy.
 
     `packed_of` is that of whatever has the weight's memory, and `arguments` are how the extension takes the weight.
     """
-    if is_recording():
-        _state.recorder.weights.append((weight, packed, packed_of, arguments))
+    _state.recorder.weights.append((weight, packed, packed_of, arguments))
 
 
 class Region(NamedTuple):

@@ -246,9 +246,7 @@ class _Ways:
                     self._begin(one)
                     d_matrices.append(one.at(self._gradient(one.pointer)))
                 else:
-                    strides = (length * heads * dim, heads * dim, dim, 1)
-                    other = one._replace(strides=strides)
-                    d_matrices.append(other.at(self._new(batch * strides[0] * one.itemsize)))
+                    d_matrices.append(self._new_like(one))
             calls.append(([*of, d_out, *d_matrices], lse, 0, queries, keys))
         self.calls.append(("attention_backward", (calls, windows, batch, heads, dim, scale, is_bf16, threads)))
 
@@ -299,9 +297,10 @@ class _Ways:
         self.bytes_between += -(-size // LINE) * LINE
         return _address(self._plan.between) + at
 
-    def _new_like(self, tokens: _View) -> tuple[int, ...]:
-        batch, length, channels = tokens.shape
-        return self._new(batch * length * channels * tokens.itemsize), length * channels, channels
+    def _new_like(self, view: _View) -> tuple[int, ...]:
+        """New memory for the elements of a view, contiguous."""
+        strides = tuple(math.prod(view.shape[at + 1 :]) for at in range(len(view.shape)))
+        return view._replace(strides=strides).at(self._new(math.prod(view.shape) * view.itemsize))
 
     def _begin(self, view: _View) -> None:
         """Note that the elements of a view have a gradient from now on, and had none."""
@@ -397,9 +396,8 @@ class _Ways:
     def _zeros(self, view: _View) -> tuple[int, ...]:
         """Zeros in the place of a gradient that is not given, of an attention's output."""
         batch, length, heads, dim = view.shape
-        strides = (length * heads * dim, heads * dim, dim, 1)
-        place = view._replace(strides=strides).at(self._new(batch * strides[0] * view.itemsize))
-        tokens = _View(0, strides[:3], (batch, length, heads * dim), view.itemsize)
+        place = self._new_like(view)
+        tokens = view._replace(shape=(batch, length, heads * dim))
         self.calls.append(_addition(place[:3], _NOWHERE, tokens, is_first=True))
         return place
 
