@@ -26,7 +26,7 @@ from mmattn.norm import group_norm
 Parameters = tuple[Tensor, Tensor | None]
 
 _CONVOLUTIONS = {nn.Conv1d, nn.Conv2d, nn.Conv3d}
-_PLAIN = {nn.Linear, nn.GroupNorm, *_CONVOLUTIONS}
+PLAIN_LAYERS = {nn.Linear, nn.GroupNorm, *_CONVOLUTIONS}
 _LORA = ("Linear", "Conv1d", "Conv2d", "Conv3d")
 # Hooks that set the weight in front of a call, and do nothing else.
 _WEIGHT_HOOKS = (BasePruningMethod, WeightNorm, SpectralNorm)
@@ -41,7 +41,7 @@ def parameters(layer: nn.Module) -> Parameters | None:
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether the layer is one as torch made it, of stride 1 and padded with zeros to the same length."""
-    return type(layer) in _PLAIN and not has_hooks(layer) and _is_same_padded(layer)
+    return type(layer) in PLAIN_LAYERS and not has_hooks(layer) and _is_same_padded(layer)
 
 
 def has_hooks(layer: nn.Module) -> bool:
@@ -64,7 +64,7 @@ def _changes_its_result(layer: nn.Module) -> bool:
 def dtype_of(layer: nn.Module) -> torch.dtype | None:
     """The dtype that the layer computes in; None if only its forward knows."""
     layer = innermost(layer)
-    return layer.weight.dtype if _kind(layer) in _PLAIN and "forward" not in layer.__dict__ else None  # type: ignore[union-attr,return-value]
+    return layer.weight.dtype if _kind(layer) in PLAIN_LAYERS and "forward" not in layer.__dict__ else None  # type: ignore[union-attr,return-value]
 
 
 def innermost(layer: nn.Module) -> nn.Module:
@@ -244,7 +244,7 @@ def _kind(layer: nn.Module) -> type[nn.Module]:
 def _computed_parameters(layer: nn.Module) -> Parameters | None:
     if type(layer).__module__ == "peft.tuners.lora.layer":
         return _adapted_parameters(layer)
-    if _kind(layer) not in _PLAIN or not _is_same_padded(layer):
+    if _kind(layer) not in PLAIN_LAYERS or not _is_same_padded(layer):
         return None
     pre_hooks = list(layer._forward_pre_hooks.values())
     if not all(isinstance(hook, _WEIGHT_HOOKS) for hook in pre_hooks):
@@ -282,7 +282,7 @@ def _adapters(layer: Any) -> list[_Adapter] | None:
         down, up = layer.lora_A[name], layer.lora_B[name]
         if name in layer.lora_variant or layer.use_dora.get(name) or down.bias is not None:
             return None
-        if any(type(factor) not in _PLAIN or has_hooks(factor) for factor in (down, up)):
+        if any(type(factor) not in PLAIN_LAYERS or has_hooks(factor) for factor in (down, up)):
             return None
         found.append(_Adapter(layer.lora_dropout[name], down.weight, up.weight, up.bias, layer.scaling[name]))
     return found

@@ -13,22 +13,27 @@ from __future__ import annotations
 import functools
 import operator
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mmattn import _checks, dispatch
-from mmattn._layers import is_plain
+from mmattn._layers import PLAIN_LAYERS, has_own_hooks, is_plain
 from mmattn._library import apply, can_skip_dispatcher, is_autocast, wants_gradients
 
 LARGEST = 1 << 20  # bytes of a part's first tensor: of larger ones, the kernels take ten times as long as all else
 _KEYS, _CALLS_OF_A_KEY = 1024, 8
+_OF_A_MODULE = frozenset(nn.Module().__dict__)
+_SETTINGS = {bool, int, float, str, type(None)}
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _OPS = operator.itemgetter("dilated_conv1d", "group_norm", "random_shift_attention", "self_attention", "spatial_conv2d")
+_networks: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
 # Guards and plans by key; no plan where the part does not consist of forward kernels alone.
 _plans: dict[Any, list[tuple[_checks.Guard, Any]]] = {}
 
@@ -45,15 +50,92 @@ def replayed(
         inputs: the first one the largest, and in the dtype of the results.
         options: that are equal where they are the same, and have a hash.
     """
-    found = _read(layers, inputs) if is_worth_it(inputs[0]) else None
+    found = _read(layers, inputs) if is_worth_it(inputs[0]) and not is_recording() else None
     if found is None or not _owner_is_plain(owner):
         return part(owner, *inputs, *options)
     settings, given = found
+    records = torch.is_grad_enabled()
+    key = part, type(owner), options, *map(type, options), settings, _machine(), records, len(given), inputs[0].shape
+    plan, new = _look_up(key, given)
+    if new is not None:
+        return _record(new, given, lambda: part(owner, *inputs, *options), keeps=records)
+    if plan is None:
+        return part(owner, *inputs, *options)
+    if records and wants_gradients(*given):
+        gradients = _gradients_of(plan, given)
+        again = [given[at] for at in gradients.repeats]  # an edge for each share of a gradient
+        return apply(_Part, plan, gradients, (part, owner, layers, options, inputs), *given, *again)
+    return _results(plan, given)
+
+
+class Network(NamedTuple):
+    """Modules as they are now."""
+
+    settings: tuple[Any, ...]  # all that they compute by, besides tensors
+    tensors: list[Tensor]
+
+
+class _Kept(NamedTuple):
+    """Modules as they were read, to see in a twentieth of the time whether they are as they were."""
+
+    roots: tuple[nn.Module, ...]
+    modules: Any  # `Modules` of the extension
+    kinds: set[type]
+    settings: tuple[Any, ...]
+
+
+def network_of(owner: nn.Module, roots: tuple[nn.Module, ...], x: Tensor) -> Network | None:
+    """The modules of a network in `roots` and below, for `replayed_network` on tokens like x.
+
+    None with gradients, or where only calling the modules tells what they compute.
+    """
+    if torch.is_grad_enabled() or not is_worth_it(x) or is_recording() or _has_any_global_hook():
+        return None
+    kept = _networks.get(owner)
+    tensors = kept.modules.parameters() if kept is not None and kept.roots == roots else None
+    if kept is None or tensors is None:
+        settings: list[Any] = []
+        modules: list[nn.Module] = []
+        if not all(_read_module(root, settings, modules) for root in roots):
+            _networks.pop(owner, None)
+            return None
+        from mmattn_kernels import cpu
+
+        kinds = {type(module) for module in modules} - PLAIN_LAYERS
+        kept = _Kept(roots, cpu.extension().Modules(modules), kinds, tuple(settings))
+        _networks[owner] = kept
+        tensors = kept.modules.parameters()
+    return Network(kept.settings, tensors) if all(map(_class_is_plain, kept.kinds)) else None
+
+
+def replayed_network(
+    part: Callable[..., Any], network: Network, inputs: tuple[Tensor, ...], shifts: Sequence[int]
+) -> Any:
+    """`part()`, a tensor or a tuple of tensors, without gradients.
+
+    Args:
+        part: what it computes depends on the inputs, the network and the shifts alone.
+        network: all modules that it uses, read since anything else has run.
+        inputs: the first one the largest, and in the dtype of the results.
+        shifts: of the random-shift attentions that it calls, in their order.
+    """
+    given = [*inputs, *network.tensors]
+    key = part.__code__, network.settings, _machine(), len(given), inputs[0].shape
+    plan, new = _look_up(key, given)
+    if new is not None:
+        return _record(new, given, part, keeps=False)
+    return part() if plan is None else _results(plan, given, shifts)
+
+
+def _machine() -> tuple[Any, ...]:
+    """What else decides what kernels are called with."""
     from mmattn_kernels import cpu
 
-    machine = cpu.extension().instruction_set(), torch.get_num_threads(), dispatch.requested("auto")
-    records = torch.is_grad_enabled()
-    key = part, type(owner), options, *map(type, options), settings, machine, records, len(given), inputs[0].shape
+    return cpu.extension().instruction_set(), torch.get_num_threads(), dispatch.requested("auto")
+
+
+def _look_up(key: tuple[Any, ...], given: Sequence[Tensor]) -> tuple[Any, list[Any] | None]:
+    """The plan of a call, or None where it has none; and where it is new, what its plan is to be added to."""
     calls = _plans.get(key)
     if calls is None:
         if len(_plans) >= _KEYS:
@@ -61,19 +143,26 @@ def replayed(
         calls = _plans.setdefault(key, [])
     for guard, plan in calls:
         if _checks.is_like(given, guard):
-            if plan is None:
-                break
-            if records and wants_gradients(*given):
-                gradients = _gradients_of(plan, given)
-                again = [given[at] for at in gradients.repeats]  # an edge for each share of a gradient
-                return apply(_Part, plan, gradients, (part, owner, layers, options, inputs), *given, *again)
-            results, _ = plan.run(given)
-            return results[0] if len(results) == 1 else tuple(results)
-    else:
-        new = _checks.guard_of(given) if len(calls) < _CALLS_OF_A_KEY else None
-        if new is not None:
-            return _record(calls, new, given, lambda: part(owner, *inputs, *options))
-    return part(owner, *inputs, *options)
+            return plan, None
+    return None, calls if len(calls) < _CALLS_OF_A_KEY else None
+
+
+def _results(plan: Any, given: Sequence[Tensor], shifts: Sequence[int] = ()) -> Any:
+    results, _ = plan.run(given, shifts)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def note_sum(out: Tensor, to: Tensor, *terms: Tensor, scale: float = 1.0) -> None:
+    """Tell the open recorder what torch has computed: see `mmattn_kernels.cpu.plan.note_sum`."""
+    sys.modules["mmattn_kernels.cpu.plan"].note_sum(out, to, terms, scale)
+
+
+def is_recording() -> bool:
+    """Whether a call of a part is being noted in this thread; asked where the extension may not be there."""
+    if torch.compiler.is_compiling():
+        return False
+    plan = sys.modules.get("mmattn_kernels.cpu.plan")
+    return plan is not None and plan.is_recording()
 
 
 def is_worth_it(x: Any) -> bool:
@@ -99,10 +188,14 @@ def _packs_saved_tensors() -> bool:
 def _owner_is_plain(owner: Any) -> bool:
     """Whether a module is of a class of ours, and nobody has replaced a method of it, or of its class, or an op."""
     kind: Any = type(owner)
-    code = _code_of(kind)
-    if code is None or any(now != then for now, then in code.classes) or _ops() != code.ops:
+    if not _class_is_plain(kind):
         return False
-    return not isinstance(owner, nn.Module) or code.names.isdisjoint(owner.__dict__)
+    return not isinstance(owner, nn.Module) or _code_of(kind).names.isdisjoint(owner.__dict__)  # type: ignore[union-attr]
+
+
+def _class_is_plain(kind: type) -> bool:
+    code = _code_of(kind)
+    return code is not None and all(now == then for now, then in code.classes) and _ops() == code.ops
 
 
 class _Code(NamedTuple):
@@ -117,7 +210,7 @@ def _code_of(kind: type) -> _Code | None:
     bases = kind.__mro__[: kind.__mro__.index(nn.Module)] if issubclass(kind, nn.Module) else ()
     functions = [getattr(x, "__func__", x) for base in bases for x in vars(base).values()]
     code = [x.__globals__["__name__"] for x in (*functions, *_ops()) if isinstance(x, FunctionType)]
-    if any(name.partition(".")[0] not in ("mmattn", "mmdiffusion") for name in code):
+    if kind is not nn.ModuleList and any(name.partition(".")[0] not in ("mmattn", "mmdiffusion") for name in code):
         return None
     return _Code(frozenset(dir(kind)), [(vars(base), dict(vars(base))) for base in bases], _ops())
 
@@ -133,35 +226,69 @@ def _read(layers: Sequence[nn.Module | None], inputs: Sequence[Tensor]) -> tuple
     for layer in layers:
         if layer is None:
             settings.append(None)
-            continue
-        if not is_plain(layer):
+        elif not _read_layer(layer, settings, tensors):
             return None
-        own = layer.__dict__
-        weight, bias = map(own["_parameters"].get, ("weight", "bias"))  # half the time of the attributes
-        if weight is None or "bias" not in own["_parameters"] or "weight" in own or "bias" in own:
-            return None
-        tensors += (weight,) if bias is None else (weight, bias)
-        if type(layer) is nn.GroupNorm:
-            groups, eps = own["num_groups"], own["eps"]
-            settings += type(groups), groups, type(eps), eps
-        elif type(layer) is nn.Linear:
-            settings.append(bias is None)
-        else:
-            dilation = tuple(own["dilation"])
-            settings += bias is None, tuple(own["kernel_size"]), dilation, *map(type, dilation)
     return tuple(settings), tensors
 
 
-def _record(calls: list[Any], guard: Any, tensors: list[Tensor], call: Callable[[], Any]) -> Any:
-    """call(), noted."""
-    from mmattn_kernels.cpu.plan import Plan, Recorder, is_recording
+def _read_layer(layer: nn.Module, settings: list[Any], tensors: list[Tensor]) -> bool:
+    """The same of one layer; False if only calling it tells."""
+    if not is_plain(layer):
+        return False
+    own = layer.__dict__
+    weight, bias = map(own["_parameters"].get, ("weight", "bias"))  # half the time of the attributes
+    if weight is None or "bias" not in own["_parameters"] or "weight" in own or "bias" in own:
+        return False
+    tensors += (weight,) if bias is None else (weight, bias)
+    if type(layer) is nn.GroupNorm:
+        groups, eps = own["num_groups"], own["eps"]
+        settings += type(groups), groups, type(eps), eps
+    elif type(layer) is nn.Linear:
+        settings.append(bias is None)
+    else:
+        dilation = tuple(own["dilation"])
+        settings += bias is None, tuple(own["kernel_size"]), dilation, *map(type, dilation)
+    return True
 
-    if is_recording():
+
+def _read_module(module: nn.Module, settings: list[Any], modules: list[nn.Module]) -> bool:
+    """The same of a module and all that lie in it, which join `modules`."""
+    own = module.__dict__
+    kind: Any = type(module)
+    modules.append(module)
+    settings.append(kind)
+    if kind in PLAIN_LAYERS:
+        is_fixed = not any(isinstance(value, list) for name, value in own.items() if not name.startswith("_"))
+        return is_fixed and _read_layer(module, settings, [])
+    code = _code_of(kind)
+    if code is None or not code.names.isdisjoint(own) or has_own_hooks(module) or own["_parameters"] or own["_buffers"]:
+        return False
+    settings.append(own["training"])
+    for name, value in own.items():
+        if name not in _OF_A_MODULE:
+            if type(value) not in _SETTINGS:
+                return False
+            settings += name, type(value), value
+    for name, child in own["_modules"].items():
+        settings.append(name)
+        if child is None:
+            settings.append(None)
+        elif not _read_module(child, settings, modules):
+            return False
+    return True
+
+
+def _record(calls: list[Any], tensors: list[Tensor], call: Callable[[], Any], *, keeps: bool) -> Any:
+    """call(), noted."""
+    from mmattn_kernels.cpu.plan import Plan, Recorder
+
+    guard = _checks.guard_of(tensors)
+    if guard is None:
         return call()
     with Recorder() as recorder:
         results = call()
     try:
-        plan = Plan(recorder, tensors, (results,) if isinstance(results, Tensor) else results)
+        plan = Plan(recorder, tensors, (results,) if isinstance(results, Tensor) else results, keeps=keeps)
         if wants_gradients(*tensors):
             _check_gradients(plan, tensors)
     except (TypeError, ValueError):

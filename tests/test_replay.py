@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Parts of a network that the extension runs by one call: bit for bit what their functions compute."""
 
+import gc
 import threading
 import warnings
 import weakref
@@ -65,9 +66,9 @@ def replays(monkeypatch):
     found = []
     run = Plan.run
 
-    def counted(plan, tensors):
+    def counted(plan, tensors, shifts=()):
         found.append(plan)
-        return run(plan, tensors)
+        return run(plan, tensors, shifts)
 
     monkeypatch.setattr(Plan, "run", counted)
     return found
@@ -82,14 +83,139 @@ every_module = pytest.mark.parametrize("name", ("unet", "RandomShiftAttention"))
 def test_replays_are_what_was_noted(name, batch, dtype, replays):
     case = Case(name, batch, dtype)
     expected = case.expected()
-    first = case()
-    noted = len(replays)
-    second = case()
-    assert equal(first, expected) and equal(second, expected)
-    # Of like parts the first call has replays too; the second has no other call of a part.
+    assert equal(case(), expected)
+    replays.clear()
+    assert equal(case(), expected) and len(replays) == 1
+
+
+def test_parts_of_a_network_that_is_not_one_call_are_replayed(replays):
+    case = Case()
+    expected = case.expected()
+    case.module.middle[0].register_forward_hook(lambda *_: None)
+    assert equal(case(), expected)
+    replays.clear()
+    assert equal(case(), expected)
     kinds = SelfAttention, RandomShiftAttention, AudioBlock, VideoBlock
     parts = [x for x in case.module.modules() if isinstance(x, kinds) and getattr(x, "resampling", None) != "down"]
-    assert len(replays) - noted == len(parts)
+    assert len(replays) == len(parts)
+
+
+def test_a_network_of_added_embeddings_is_one_call(replays):
+    case = Case()
+    case.module = fill(CoupledUNet(**SMALL_UNET, use_scale_shift_norm=False)).eval()
+    case.options = lambda _shift: {"timesteps": 500, "shifts": [1] * len(case.module.shift_ranges())}
+    expected = case.expected()
+    assert equal(case(), expected)
+    replays.clear()
+    assert equal(case(), expected) and len(replays) == 1
+
+
+def test_shifts_of_a_network_share_its_plan(replays):
+    case = Case()
+    ranges = case.module.shift_ranges()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(6):
+        shifts = [int(torch.randint(largest + 1, (1,), generator=generator)) for largest in ranges]
+        case.options = lambda _shift, shifts=shifts: {"timesteps": 500, "shifts": shifts}
+        assert equal(case(), case.expected())
+    assert len(replays) >= 5 and len({id(plan) for plan in replays}) == 1
+
+
+def test_memory_between_the_calls_of_a_network_is_used_again(replays):
+    case = Case()
+    case(), case()
+    regions = [region for region in replays[0].regions if region.block == replays[0].between]
+    assert 0 < replays[0].bytes_between < sum(region.size for region in regions) / 8
+
+
+def test_a_network_that_has_replayed_is_freed():
+    case = Case()
+    case(), case()
+    network, weight = weakref.ref(case.module), weakref.ref(case.module.encoder[0].block.video.spatial.weight)
+    del case
+    gc.collect()
+    assert network() is None and weight() is None
+
+
+def hook_a_block(network):
+    network.decoder[0].block.register_forward_hook(lambda _module, _args, out: tuple(2 * x for x in out))
+
+
+def hook_a_stage_first(network):
+    network.encoder[1].register_forward_pre_hook(lambda _module, args: (args[0] + 1, *args[1:]))
+
+
+def narrow_a_window(network):
+    cross = next(stage.cross for stage in network.encoder if stage.cross is not None and stage.cross.window > 1)
+    cross.window = 1
+
+
+def double_heads(network):
+    network.middle[0].cross.num_heads *= 2
+
+
+def swap_stages(network):
+    network.middle[0], network.middle[1] = network.middle[1], network.middle[0]
+
+
+def drop_a_stage(network):
+    network.middle = network.middle[:1]
+
+
+def drop_cross_attention(network):
+    next(stage for stage in network.encoder if stage.cross is not None).cross = None
+
+
+def add_a_stage(network):
+    network.middle.append(network.middle[1])
+
+
+def replace_a_forward(network):
+    forward = network.encoder[0].block.audio.forward
+    network.encoder[0].block.audio.forward = lambda *args, **options: 2 * forward(*args, **options)
+
+
+def of_a_subclass(network):
+    class Louder(AudioBlock):
+        def forward(self, *args, **options):
+            return 2 * super().forward(*args, **options)
+
+    network.encoder[0].block.audio.__class__ = Louder
+
+
+@pytest.mark.parametrize(
+    "change",
+    (
+        hook_a_block,
+        hook_a_stage_first,
+        narrow_a_window,
+        double_heads,
+        swap_stages,
+        drop_a_stage,
+        drop_cross_attention,
+        add_a_stage,
+        replace_a_forward,
+        of_a_subclass,
+    ),
+    ids=lambda change: change.__name__,
+)
+def test_whatever_is_done_to_a_network_takes_effect(change):
+    case = Case()
+    before = [case() for _ in range(2)][-1]
+    change(case.module)
+    options = {"timesteps": 500, "shifts": [1] * len(case.module.shift_ranges())}
+    case.options = lambda _shift: options
+    after = case.expected()
+    assert not equal(after, before) and equal(case(), after) and equal(case(), after)
+
+
+def test_a_list_of_a_layer_that_is_written_to_takes_effect():
+    case = Case()
+    layer = case.module.encoder[0].block.audio.conv1
+    layer.dilation, layer.padding = [1], [1]
+    before = [case() for _ in range(2)][-1]
+    layer.dilation[0] = layer.padding[0] = 2
+    assert not equal(case(), before) and equal(case(), case.expected())
 
 
 @every_module
@@ -379,9 +505,9 @@ def test_temporary_copies_are_not_taken_for_what_is_written_to_their_memory(chan
 
         return call
 
-    def planned(*arguments):
+    def planned(*arguments, **options):
         alive.append(all(copy() is not None for copy in copies))
-        make(*arguments)
+        make(*arguments, **options)
 
     monkeypatch.setattr(_replay, "_plans", {})
     monkeypatch.setattr(conv, "readable", watched(readable))

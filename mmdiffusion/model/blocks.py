@@ -17,7 +17,7 @@ from torch.nn import functional
 import mmattn
 from mmattn import _layers
 from mmattn._layers import convolve_frames
-from mmattn._replay import replayed
+from mmattn._replay import is_recording, note_sum, replayed
 from mmattn._streams import side_by_side
 from mmattn.modules import project_residual
 from mmdiffusion.model.config import AUDIO_RATE, NORM_GROUPS, VIDEO_RATE
@@ -52,13 +52,35 @@ def convolve_over_frames(video: Tensor, layer: nn.Module) -> Tensor:
 def pool_frames(video: Tensor) -> Tensor:
     """The mean of each 2x2 pixels of video [B, F, H, W, C]."""
     frames = functional.avg_pool2d(video.flatten(0, 1).permute(0, 3, 1, 2), VIDEO_RATE)
-    return frames.permute(0, 2, 3, 1).unflatten(0, video.shape[:2])
+    out = frames.permute(0, 2, 3, 1).unflatten(0, video.shape[:2])
+    if is_recording():
+        height, width = (size * VIDEO_RATE for size in out.shape[2:4])
+        rows = [video[:, :, i:height:VIDEO_RATE] for i in range(VIDEO_RATE)]
+        each = [x[:, :, :, j:width:VIDEO_RATE] for x in rows for j in range(VIDEO_RATE)]
+        note_sum(out, out, *each, scale=1 / len(each))
+    return out
 
 
 def repeat_frames(video: Tensor) -> Tensor:
     """Each pixel of video [B, F, H, W, C] as 2x2."""
     frames = functional.interpolate(video.flatten(0, 1).permute(0, 3, 1, 2), scale_factor=VIDEO_RATE)
-    return frames.permute(0, 2, 3, 1).unflatten(0, video.shape[:2])
+    out = frames.permute(0, 2, 3, 1).unflatten(0, video.shape[:2])
+    if is_recording():
+        rows = video.flatten(0, 2)
+        to = out.view(len(rows), VIDEO_RATE, rows.shape[1], VIDEO_RATE, -1)
+        note_sum(out, to, rows[:, None, :, None].expand_as(to))
+    return out
+
+
+def concatenate(x: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """[..., C + C'] of tokens [..., C] and [..., C']; None of a stream that is not there."""
+    if x is None or other is None:
+        return None
+    out = torch.cat([x, other], -1)
+    if is_recording():
+        note_sum(out, out[..., : x.shape[-1]], x)
+        note_sum(out, out[..., x.shape[-1] :], other)
+    return out
 
 
 def embedded(h: Tensor, embedding: Tensor, *, is_film: bool) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
@@ -66,7 +88,11 @@ def embedded(h: Tensor, embedding: Tensor, *, is_film: bool) -> tuple[Tensor, tu
     if is_film:
         scale, shift = embedding.chunk(2, -1)
         return h, (scale, shift)
-    return h + embedding.view(len(h), *(1,) * (h.dim() - 2), -1), None
+    embedding = embedding.view(len(h), *(1,) * (h.dim() - 2), -1)
+    out = h + embedding
+    if is_recording():
+        note_sum(out, out, h, embedding.expand_as(h))
+    return out, None
 
 
 def zeroed(layer: Layer) -> Layer:
@@ -116,9 +142,15 @@ class TemporalAttention(SelfAttention):
         pixels = height * width
         by_frame = video.view(batch, frames, pixels, channels)
         by_pixel = by_frame.transpose(1, 2).reshape(batch * pixels, frames, channels)
+        if is_recording() and by_pixel.data_ptr() != video.data_ptr():
+            note_sum(by_pixel, by_pixel.view(batch, pixels, frames, channels), by_frame.transpose(1, 2))
         layers = self.norm, self.qkv, self.out
         update = replayed(TemporalAttention._of_pixels, self, layers, (by_pixel,), batch, self.num_heads)
-        return (by_frame + update.view(batch, pixels, frames, channels).transpose(1, 2)).view(video.shape)
+        update = update.view(batch, pixels, frames, channels).transpose(1, 2)
+        out = by_frame + update
+        if is_recording():
+            note_sum(out, out, by_frame, update)
+        return out.view(video.shape)
 
     def _of_pixels(self, by_pixel: Tensor, batch: int, num_heads: int) -> Tensor:
         """What is added to each pixel [B*P, F, C]: [B, P*F, C]."""
@@ -250,10 +282,18 @@ class AudioBlock(_StreamBlock):
         return (self.conv1,)
 
     def _pool(self, x: Tensor) -> Tensor:
-        return x.unflatten(1, (-1, AUDIO_RATE)).mean(2)
+        each = x.unflatten(1, (-1, AUDIO_RATE))
+        out = each.mean(2)
+        if is_recording():
+            note_sum(out, out, *each.unbind(2), scale=1 / AUDIO_RATE)
+        return out
 
     def _repeat(self, x: Tensor) -> Tensor:
-        return x.unsqueeze(2).expand(-1, -1, AUDIO_RATE, -1).flatten(1, 2)
+        each = x.unsqueeze(2).expand(-1, -1, AUDIO_RATE, -1)
+        out = each.flatten(1, 2)
+        if is_recording():
+            note_sum(out, out.view(each.shape), each)
+        return out
 
 
 class ResidualBlock(nn.Module):
@@ -307,7 +347,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, video: Tensor | None, audio: Tensor | None, embedding: Tensor) -> Streams:
         """Tokens of both streams from tokens; embedding [B, E] has its SiLU behind it already."""
-        embedding = self.embedding(embedding)
+        return self.transform(video, audio, self.embedding(embedding))
+
+    def transform(self, video: Tensor | None, audio: Tensor | None, embedding: Tensor) -> Streams:
+        """The same from what the layer `embedding` gives."""
         return side_by_side(
             lambda: video if self.video is None else self.video(video, embedding, is_film=self.is_film),
             lambda: audio if self.audio is None else self.audio(audio, embedding, is_film=self.is_film),

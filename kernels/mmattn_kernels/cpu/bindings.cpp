@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <array>
+#include <functional>
+#include <numeric>
 #include <random>
 #include <set>
 #include <stdexcept>
@@ -39,7 +41,7 @@ struct InstructionSet {
   void (*group_norm_backward)(const GroupNorm&);
   void (*group_norm_work)(const GroupNorm&, bool, const Work&);
   void (*parameter_gradients)(const ParameterGradients&);
-  void (*add)(const Addition&);
+  void (*sum)(const Sum&);
   int64_t (*conv_packed_bytes)(int64_t, int64_t, int64_t, bool);
   void (*conv_pack)(const ConvWeights&, void*);
   void (*conv_forward)(const Conv&);
@@ -66,7 +68,7 @@ bool have_amx() {
 #define MMATTN_SET(isa)                                                                                             \
   InstructionSet {                                                                                                  \
     #isa, isa::attention_forward, isa::attention_backward, isa::attention_work, isa::group_norm_forward,            \
-        isa::group_norm_backward, isa::group_norm_work, isa::parameter_gradients, isa::add, isa::conv_packed_bytes, \
+        isa::group_norm_backward, isa::group_norm_work, isa::parameter_gradients, isa::sum, isa::conv_packed_bytes, \
         isa::conv_pack, isa::conv_forward, isa::conv_weight_gradient, isa::column_sums, isa::conv_work,             \
         isa::content_hash                                                                                           \
   }
@@ -231,6 +233,12 @@ using NormArgs = std::tuple<std::array<ParameterArgs, 4>, uintptr_t, int64_t, fl
 
 Tokens tokens(const TokensArgs& t) {
   return {reinterpret_cast<void*>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)};
+}
+
+using RowsArgs = std::pair<uintptr_t, std::array<int64_t, 4>>;  // pointer and strides, see Rows
+
+Rows rows(const RowsArgs& args) {
+  return {reinterpret_cast<void*>(args.first), args.second};
 }
 
 float* floats(uintptr_t p) {
@@ -481,6 +489,22 @@ std::pair<uint64_t, uint64_t> content_hash(uintptr_t pointer, int64_t bytes, int
   return {hash.words[0], hash.words[1]};
 }
 
+// The same of many ranges of memory, each by one thread.
+std::vector<std::pair<uint64_t, uint64_t>> content_hashes(const std::vector<std::pair<uintptr_t, int64_t>>& ranges,
+                                                          int threads) {
+  const HashKey& key = hash_key();
+  const auto kernel = active().content_hash;
+  const auto count = static_cast<int64_t>(ranges.size());
+  std::vector<std::pair<uint64_t, uint64_t>> found(ranges.size());
+  py::gil_scoped_release release;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t i = 0; i < count; ++i) {
+    const ContentHash hash = kernel(reinterpret_cast<const void*>(ranges[i].first), ranges[i].second, key, 1);
+    found[i] = {hash.words[0], hash.words[1]};
+  }
+  return found;
+}
+
 // Every pointer of a call, in one order.
 template <typename F>
 void each_pointer(Norm& norm, const F& f) {
@@ -530,9 +554,9 @@ void each_pointer(ParameterGradients& p, const F& f) {
 }
 
 template <typename F>
-void each_pointer(Addition& p, const F& f) {
+void each_pointer(Sum& p, const F& f) {
   f(p.to.data);
-  f(p.from.data);
+  for (Rows& term : p.terms) f(term.data);
 }
 
 template <typename T>
@@ -573,8 +597,8 @@ void run_call(const ParameterGradients& p) {
   active().parameter_gradients(p);
 }
 
-void run_call(const Addition& p) {
-  active().add(p);
+void run_call(const Sum& p) {
+  active().sum(p);
 }
 
 // Calls of kernels in their order, with offsets within blocks of memory instead of pointers, so that the same
@@ -623,10 +647,21 @@ class Plan {
     add(parameter_gradients_call(of, sums, to, batch, channels, film_batch));
   }
 
-  // to += from, or with `is_first` to = from; zeros where `from` has no pointer.
-  void addition(const TokensArgs& to, const TokensArgs& from, int64_t batch, int64_t length, int64_t channels,
-                bool is_first, bool is_bf16) {
-    add(Addition{tokens(to), tokens(from), batch, length, channels, is_first, is_bf16});
+  // Pointers and strides of what is written and of each term; sizes of their dimensions: see Sum.
+  void sum(const RowsArgs& to, const std::vector<RowsArgs>& terms, const std::array<int64_t, 5>& sizes, float scale,
+           bool is_bf16, int threads) {
+    if (terms.size() > Sum::kMost)
+      throw py::value_error("a sum has more than " + std::to_string(Sum::kMost) + " terms");
+    Sum p{};
+    p.to = rows(to);
+    std::transform(terms.begin(), terms.end(), p.terms.begin(), rows);
+    std::copy(sizes.begin(), sizes.end() - 1, p.sizes.begin());
+    p.channels = sizes.back();
+    p.scale = scale;
+    p.is_bf16 = is_bf16;
+    const double elements = std::accumulate(sizes.begin(), sizes.end(), 1.0, std::multiplies<>());
+    p.threads = threads_for(16 * elements, threads);
+    add(p);
   }
 
   // The blocks that the calls read or write.
@@ -638,8 +673,11 @@ class Plan {
     return found;
   }
 
-  void run(const std::vector<uintptr_t>& blocks) const {
+  // `shifts`: of the random-shift attentions in their order, in the place of those they were added with; or none.
+  void run(const std::vector<uintptr_t>& blocks, const std::vector<int64_t>& shifts) const {
+    check(shifts);
     py::gil_scoped_release release;
+    auto shift = shifts.begin();
     for (const auto& [call, places] : calls_)
       std::visit(
           [&, place = places.begin()](auto p) mutable {
@@ -647,6 +685,8 @@ class Plan {
               const auto [block, offset] = *place++;
               pointer = block < 0 ? nullptr : reinterpret_cast<std::decay_t<decltype(pointer)>>(blocks[block] + offset);
             });
+            if constexpr (std::is_same_v<decltype(p), Attention>)
+              if (is_shifted(p) && shift != shifts.end()) p.shift = *shift++;
             run_call(p);
           },
           call);
@@ -654,8 +694,25 @@ class Plan {
 
  private:
   using Call = std::variant<Conv, GroupNorm, Attention, ConvGradients, Backward<GroupNorm>, Backward<Attention>,
-                            ParameterGradients, Addition>;
+                            ParameterGradients, Sum>;
   using Place = std::pair<int, int64_t>;  // block, offset; a block below 0 is no memory
+
+  static bool is_shifted(const Attention& p) { return p.directions.size() == 2; }
+
+  void check(const std::vector<int64_t>& shifts) const {
+    if (shifts.empty()) return;
+    size_t count = 0;
+    for (const auto& [call, places] : calls_) {
+      const auto* p = std::get_if<Attention>(&call);
+      if (!p || !is_shifted(*p)) continue;
+      if (count < shifts.size() && !(0 <= shifts[count] && shifts[count] <= p->frames - p->window))
+        throw py::value_error("shift is " + std::to_string(shifts[count]) + "; expected 0.." +
+                              std::to_string(p->frames - p->window));
+      ++count;
+    }
+    if (count != shifts.size())
+      throw py::value_error(std::to_string(shifts.size()) + " shifts for " + std::to_string(count) + " attentions");
+  }
 
   template <typename T>
   void add(T p) {
@@ -673,6 +730,83 @@ class Plan {
 
   std::vector<Range> ranges_;
   std::vector<std::pair<Call, std::vector<Place>>> calls_;
+};
+
+// Modules of torch as they were found, all that lie in others among them.
+class Modules {
+ public:
+  explicit Modules(const std::vector<py::object>& modules) {
+    for (const py::object& module : modules)
+      modules_.push_back({module, kind(module), entries(attributes(module), true)});
+  }
+
+  // Their parameters in their order; None if a class, an attribute, or an entry of a dictionary that is an attribute,
+  // is another object than it was. Parameters may be others, but not more or fewer.
+  py::object parameters() const {
+    py::list found;
+    for (const Module& module : modules_)
+      if (!kind(module.self).is(module.kind) || !are_same(module.attributes, attributes(module.self), found))
+        return py::none();
+    return found;
+  }
+
+ private:
+  struct Entry {
+    py::object name, value;  // of a parameter none
+    bool is_parameter;
+    std::vector<Entry> entries;  // of an attribute that is a dictionary
+  };
+
+  struct Module {
+    py::object self, kind;
+    std::vector<Entry> attributes;
+  };
+
+  static py::object kind(const py::object& module) {
+    return py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(Py_TYPE(module.ptr())));
+  }
+
+  static py::dict attributes(const py::object& module) {
+    return py::reinterpret_steal<py::dict>(PyObject_GenericGetDict(module.ptr(), nullptr));
+  }
+
+  static std::vector<Entry> entries(const py::dict& of, bool is_module, bool are_parameters = false) {
+    std::vector<Entry> found;
+    for (const auto& [name, value] : of) {
+      const bool is_parameter = are_parameters && !value.is_none();
+      Entry entry{py::reinterpret_borrow<py::object>(name), {}, is_parameter, {}};
+      if (!is_parameter) entry.value = py::reinterpret_borrow<py::object>(value);
+      if (is_module && PyDict_Check(value.ptr()))
+        entry.entries = entries(py::reinterpret_borrow<py::dict>(value), false, is_parameters(name));
+      found.push_back(std::move(entry));
+    }
+    return found;
+  }
+
+  static bool is_parameters(py::handle name) {
+    return PyUnicode_Check(name.ptr()) && PyUnicode_CompareWithASCIIString(name.ptr(), "_parameters") == 0;
+  }
+
+  static bool are_same(const std::vector<Entry>& then, const py::dict& now, py::list& parameters) {
+    if (static_cast<size_t>(PyDict_Size(now.ptr())) != then.size()) return false;
+    auto entry = then.begin();
+    for (const auto& [name, value] : now) {
+      if (name.ptr() != entry->name.ptr()) return false;
+      if (entry->is_parameter) {
+        if (value.is_none()) return false;
+        parameters.append(value);
+      } else if (value.ptr() != entry->value.ptr()) {
+        return false;
+      } else if (PyDict_Check(value.ptr()) &&
+                 !are_same(entry->entries, py::reinterpret_borrow<py::dict>(value), parameters)) {
+        return false;
+      }
+      ++entry;
+    }
+    return true;
+  }
+
+  std::vector<Module> modules_;
 };
 
 }  // namespace
@@ -699,6 +833,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("conv_work", &conv_work);
   m.def("parameter_gradients", &parameter_gradients);
   m.def("content_hash", &content_hash);
+  m.def("content_hashes", &content_hashes);
+  py::class_<Modules>(m, "Modules").def(py::init<std::vector<py::object>>()).def("parameters", &Modules::parameters);
   py::class_<Plan>(m, "Plan")
       .def(py::init<std::vector<Plan::Range>>())
       .def("conv_forward", &Plan::conv_forward)
@@ -708,7 +844,7 @@ PYBIND11_MODULE(_cpu, m) {
       .def("group_norm_backward", &Plan::group_norm_backward)
       .def("attention_backward", &Plan::attention_backward)
       .def("parameter_gradients", &Plan::parameter_gradients)
-      .def("addition", &Plan::addition)
+      .def("sum", &Plan::sum)
       .def("blocks", &Plan::blocks)
-      .def("run", &Plan::run);
+      .def("run", &Plan::run, py::arg("blocks"), py::arg("shifts") = std::vector<int64_t>{});
 }

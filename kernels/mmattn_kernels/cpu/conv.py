@@ -7,8 +7,9 @@ parameters in either; outputs contiguous.
 
 from __future__ import annotations
 
-import functools
+import weakref
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -149,18 +150,51 @@ def _packed_weight(weight: Tensor, is_bf16: bool) -> Tensor:
 
 def _note(weight: Tensor, packed: Tensor, key: tuple[Any, ...]) -> None:
     if is_recording():
-        note_weight(weight, packed, functools.partial(_packed_again, key, weight.nbytes), _weight_arguments(weight))
+        note_weight(weight, packed, (key, weight.nbytes), _weight_arguments(weight))
 
 
-def _packed_again(key: tuple[Any, ...], size: int, weight: Tensor) -> Tensor:
-    """The packed copy under a key of what the memory of `weight` holds now."""
+class PackedAgain:
+    """Packed copies like those that were noted, of weights that are like those and of what they hold in each call."""
+
+    def __init__(self, notes: Sequence[tuple[Any, ...]]) -> None:
+        self._notes = notes
+        self._last: tuple[list[Any], list[Any]] = [], []  # contents, and weak references to their copies
+
+    def __call__(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        ranges = [(weight.data_ptr(), size) for (_, size), weight in zip(self._notes, weights, strict=True)]
+        contents = extension().content_hashes(ranges, get_num_threads())
+        last, references = self._last
+        if contents == last:
+            copies: list[Any] = [copy() for copy in references]
+            if all(copy is not None for copy in copies):
+                return copies
+        copies = [
+            _kept_copy(key, weight, content)
+            for (key, _), weight, content in zip(self._notes, weights, contents, strict=True)
+        ]
+        if any(copy is None for copy in copies):  # what is packed now may be of contents that a writer has changed
+            return [
+                _packed_view(key, weight) if copy is None else copy
+                for (key, _), weight, copy in zip(self._notes, weights, copies, strict=True)
+            ]
+        self._last = contents, [weakref.ref(copy) for copy in copies]
+        return copies
+
+
+def _kept_copy(key: tuple[Any, ...], weight: Tensor, content: tuple[int, int]) -> Tensor | None:
     copies = _packed.get(weight.untyped_storage())
     kept = copies.get(key) if copies else None
-    if kept is None or kept[0] != extension().content_hash(weight.data_ptr(), size, get_num_threads()):
-        offset, shape, strides, _, is_bf16, _ = key
-        return _packed_weight(weight.detach().as_strided(shape, strides, offset), is_bf16)
-    copies[key] = copies.pop(key, kept)
+    if kept is None or kept[0] != content:
+        return None
+    if len(copies) > 1:
+        copies[key] = copies.pop(key, kept)
     return kept[1]
+
+
+def _packed_view(key: tuple[Any, ...], weight: Tensor) -> Tensor:
+    """The packed copy under a key, of a view of the memory of `weight`."""
+    offset, shape, strides, _, is_bf16, _ = key
+    return _packed_weight(weight.detach().as_strided(shape, strides, offset), is_bf16)
 
 
 def _drop_oldest(copies: OrderedDict, most: int) -> None:

@@ -7,6 +7,8 @@
 //   h).
 #include "norm.h"
 
+#include <cstring>
+
 #include "prologue.h"
 
 namespace mmattn::MMATTN_ISA {
@@ -215,17 +217,32 @@ void put(void* to, const Parameter& like, int64_t at, float number) {
 }
 
 template <class T>
-void add_rows(const Addition& p) {
-  for (int64_t b = 0; b < p.batch; ++b)
-    for (int64_t l = 0; l < p.length; ++l) {
-      T* to = row<T>(p.to, b, l);
-      const T* from = p.from.data ? row<T>(p.from, b, l) : nullptr;
-      for (int64_t c = 0; c < p.channels; c += kLanes) {
-        const int64_t n = p.channels - c;
-        const Vec term = from ? load_lanes(from + c, n) : broadcast(0.0f);
-        store_lanes(to + c, p.is_first ? term : load_lanes(to + c, n) + term, n);
-      }
-    }
+void sum_rows(const Sum& p) {
+  const auto [first, second, third, fourth] = p.sizes;
+  int count = 0;
+  while (count < Sum::kMost && p.terms[count].data) ++count;
+  const bool is_copy = count == 1 && p.scale == 1.0f;  // to the bit, of whatever is not a number
+#pragma omp parallel for num_threads(p.threads) collapse(3)
+  for (int64_t i = 0; i < first; ++i)
+    for (int64_t j = 0; j < second; ++j)
+      for (int64_t k = 0; k < third; ++k)
+        for (int64_t l = 0; l < fourth; ++l) {
+          const auto row = [&](const Rows& of) {
+            const auto& s = of.strides;
+            return static_cast<T*>(of.data) + i * s[0] + j * s[1] + k * s[2] + l * s[3];
+          };
+          T* to = row(p.to);
+          if (is_copy) {
+            std::memcpy(to, row(p.terms[0]), p.channels * sizeof(T));
+            continue;
+          }
+          for (int64_t c = 0; c < p.channels; c += kLanes) {
+            const int64_t n = p.channels - c;
+            Vec sum = count ? load_lanes(row(p.terms[0]) + c, n) : broadcast(0.0f);
+            for (int term = 1; term < count; ++term) sum += load_lanes(row(p.terms[term]) + c, n);
+            store_lanes(to + c, sum * p.scale, n);
+          }
+        }
 }
 
 }  // namespace
@@ -281,8 +298,8 @@ void parameter_gradients(const ParameterGradients& p) {
   }
 }
 
-void add(const Addition& p) {
-  p.is_bf16 ? add_rows<bf16>(p) : add_rows<float>(p);
+void sum(const Sum& p) {
+  p.is_bf16 ? sum_rows<bf16>(p) : sum_rows<float>(p);
 }
 
 }  // namespace mmattn::MMATTN_ISA

@@ -2,6 +2,7 @@
 // What a group normalisation call needs to know, as mmattn_kernels.cpu.norm passes it.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 #include "isa.h"
@@ -50,11 +51,22 @@ struct ParameterGradients {
   int64_t film_batch;  // stride of the batches of d_scale and d_shift, in elements
 };
 
-// to += from, or to = from where that is the first term of a sum; zeros where `from` is null.
-struct Addition {
-  Tokens to, from;
-  int64_t batch, length, channels;
-  bool is_first, is_bf16;
+struct Rows {  // of channels, contiguous, by four dimensions, strides in elements
+  void* data;
+  std::array<int64_t, 4> strides;
+};
+
+// to = scale * (terms[0] + terms[1] + ...), in float32 and rounded once; zeros without terms. A term may be `to`.
+struct Sum {
+  static constexpr int kMost = 4;
+
+  Rows to;
+  std::array<Rows, kMost> terms;  // null behind the last one
+  std::array<int64_t, 4> sizes;
+  int64_t channels;
+  float scale;
+  bool is_bf16;
+  int threads;
 };
 
 #define MMATTN_DECLARE(isa)                                                  \
@@ -63,7 +75,7 @@ struct Addition {
   void group_norm_backward(const GroupNorm& p);                              \
   void group_norm_work(const GroupNorm& p, bool backward, const Work& work); \
   void parameter_gradients(const ParameterGradients& p);                     \
-  void add(const Addition& p);                                               \
+  void sum(const Sum& p);                                                    \
   }
 MMATTN_EACH_ISA(MMATTN_DECLARE)
 #undef MMATTN_DECLARE

@@ -97,4 +97,4 @@ def norm_arguments(parameters: Sequence[Tensor | None], stats: Tensor, groups: i
 
 
 def tokens(x: Tensor | None) -> tuple[int, int, int]:
-    return _NO_TOKENS if x is None else (x.data_ptr(), *x.stride()[:2])
+    return _NO_TOKENS if x is None else (x.data_ptr(), x.stride(0), x.stride(1))

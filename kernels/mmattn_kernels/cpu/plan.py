@@ -9,9 +9,11 @@ calls make the gradients follows from the same notes: see `plan_gradients.py`.
 
 from __future__ import annotations
 
+import bisect
 import itertools
+import operator
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,9 +34,9 @@ class Recorder:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
-        self.read: list[Tensor | None] = []
-        self.written: list[Tensor] = []
-        self.weights: list[tuple[Tensor, Tensor, Callable[[Tensor], Tensor], tuple[int, ...]]] = []
+        self.read: list[Sequence[Tensor | None]] = []  # by each call
+        self.written: list[Sequence[Tensor]] = []
+        self.weights: list[tuple[Tensor, Tensor, tuple[Any, ...], tuple[int, ...]]] = []
 
     def __enter__(self) -> Recorder:
         _state.recorder = self
@@ -53,18 +55,30 @@ def note(kernel: str, arguments: tuple[Any, ...], *, read: Sequence[Tensor | Non
     """Tell an open recorder of a call of the extension, and of all tensors whose pointers are in the arguments."""
     if is_recording():
         _state.recorder.calls.append((kernel, arguments))
-        _state.recorder.read += read
-        _state.recorder.written += written
+        _state.recorder.read.append(read)
+        _state.recorder.written.append(written)
 
 
-def note_weight(
-    weight: Tensor, packed: Tensor, packed_of: Callable[[Tensor], Tensor], arguments: tuple[int, ...]
-) -> None:
+def note_sum(out: Tensor, to: Tensor, terms: Sequence[Tensor], scale: float) -> None:
+    """Tell the open recorder of what torch has computed, to = scale * (terms[0] + terms[1] + ...).
+
+    `to`, which is a view of `out`, and the terms have the same dimensions, up to five of them, the last one
+    contiguous, and one dtype, or nothing is noted; there are at most four terms.
+    """
+    if any(t.dtype != out.dtype for t in terms):
+        return
+    shape = (1,) * (5 - to.dim()) + to.shape
+    rows = [(t.data_ptr(), (*(0,) * (5 - t.dim()), *t.stride()[:-1])) for t in (to, *terms)]
+    arguments = rows[0], rows[1:], shape, scale, to.dtype == torch.bfloat16, torch.get_num_threads()
+    note("sum", arguments, read=terms, written=[out])
+
+
+def note_weight(weight: Tensor, packed: Tensor, note: tuple[Any, ...], arguments: tuple[int, ...]) -> None:
     """Tell the open recorder of a packed copy.
 
-    `packed_of` is that of whatever has the weight's memory, and `arguments` are how the extension takes the weight.
+    `note` is for `conv.PackedAgain`, and `arguments` are how the extension takes the weight.
     """
-    _state.recorder.weights.append((weight, packed, packed_of, arguments))
+    _state.recorder.weights.append((weight, packed, note, arguments))
 
 
 class Region(NamedTuple):
@@ -83,33 +97,37 @@ class Plan:
         recorder: closed.
         tensors: all that the computation reads, in the dtype of the first or as parameters.
         results: of it, in the dtype of the first tensor.
+        keeps: all that is made on the way, of which gradients are made. Otherwise what is no longer read gives way.
 
     Raises:
         ValueError: if something else than the noted calls has computed, or memory is shared, or not contiguous.
     """
 
-    def __init__(self, recorder: Recorder, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+    def __init__(
+        self, recorder: Recorder, tensors: Sequence[Tensor], results: Sequence[Tensor], *, keeps: bool = True
+    ) -> None:
         blocks = [_range(t) for t in tensors]
-        self._weights = []
+        from mmattn_kernels.cpu.conv import PackedAgain
+
+        self._weights: list[int] = []  # which of the tensors they are
         self.weight_arguments: dict[int, tuple[int, ...]] = {}  # by the address of the packed copy
-        for weight, packed, packed_of, arguments in recorder.weights:
+        for weight, packed, _, arguments in recorder.weights:
             at = [begin for begin, _ in blocks].index(weight.data_ptr())
-            self._weights.append((at, packed_of))
+            self._weights.append(at)
             self.weight_arguments[packed.data_ptr()] = arguments
             blocks.append((packed.data_ptr(), packed.nbytes))
-        written = {_range(t) for t in recorder.written if t.numel()}
+        self._packed = PackedAgain([note for _, _, note, _ in recorder.weights])
+        written = _written(recorder)
         for result in results:
             if _range(result) not in written:
                 raise ValueError("a result is not what a kernel has written")
             if not result.is_contiguous() or result.dtype != tensors[0].dtype:
                 raise ValueError("a result is not contiguous, or of another dtype")
-            written.remove(_range(result))
+            del written[_range(result)]
             blocks.append(_range(result))
         regions = [Region(*block, at, 0) for at, block in enumerate(blocks)]
-        self.bytes_between = 0
-        for begin, size in sorted(written):
-            regions.append(Region(begin, size, len(blocks), self.bytes_between))
-            self.bytes_between += -(-size // LINE) * LINE
+        offsets, self.bytes_between = _offsets(written, recorder, keeps=keeps)
+        regions += [Region(*at, len(blocks), offset) for at, offset in offsets.items()]
         self.regions = sorted(regions)
         if any(one.begin + one.size > other.begin for one, other in itertools.pairwise(self.regions)):
             raise ValueError("tensors share memory")
@@ -122,15 +140,20 @@ class Plan:
             getattr(self._plan, kernel)(*arguments)
         self._gradients: dict[Any, Any] = {}
 
-    def run(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """The results of tensors like those given before, and what was made on the way, as bytes."""
+    def run(self, tensors: Sequence[Tensor], shifts: Sequence[int] = ()) -> tuple[list[Tensor], Tensor]:
+        """The results of tensors like those given before, and what was made on the way, as bytes.
+
+        Args:
+            tensors: like those given before.
+            shifts: of each random-shift attention, in their order; those of the recorded calls if none are given.
+        """
         pointers = [t.data_ptr() for t in tensors]
-        packed = [packed_of(tensors[at]) for at, packed_of in self._weights]
+        packed = self._packed([tensors[at] for at in self._weights])
         new = tensors[0].new_empty
         results = [new(shape) for shape, _, _ in self.result_forms]
         between = new(self.bytes_between, dtype=torch.uint8)
         pointers += [t.data_ptr() for t in (*packed, *results, between)]
-        self._plan.run(pointers)
+        self._plan.run(pointers, shifts)
         return results, between
 
     def gradients(self, wanted: tuple[bool, ...], given: tuple[bool, ...]) -> Any:
@@ -146,6 +169,44 @@ class Plan:
 
             found = self._gradients.setdefault(key, Gradients(self, wanted, given))
         return found
+
+
+def _written(recorder: Recorder) -> dict[tuple[int, int], int]:
+    """The ranges of memory that calls have written, with the number of the first one that has."""
+    first: dict[tuple[int, int], int] = {}
+    for at, tensors in enumerate(recorder.written):
+        for t in tensors:
+            if t.numel():
+                first.setdefault(_range(t), at)
+    return first
+
+
+def _offsets(
+    written: dict[tuple[int, int], int], recorder: Recorder, *, keeps: bool
+) -> tuple[dict[tuple[int, int], int], int]:
+    """Where ranges of memory lie in one block, and the size of that; apart where some call needs both, or `keeps`."""
+    total, ranges = 0, sorted(written)
+    begins = [begin for begin, _ in ranges]
+    last = dict.fromkeys(written, len(recorder.calls))
+    for at, tensors in enumerate([] if keeps else zip(recorder.read, recorder.written, strict=True)):
+        for t in itertools.chain(*tensors):
+            pointer = 0 if t is None else t.data_ptr()
+            found = bisect.bisect_right(begins, pointer) - 1
+            if found >= 0 and pointer < sum(ranges[found]):
+                last[ranges[found]] = at
+    offsets: dict[tuple[int, int], int] = {}
+    needed: list[tuple[int, int, int]] = []  # offset, end, last call
+    for one, first in sorted(written.items(), key=operator.itemgetter(1)):
+        needed = [other for other in needed if other[2] >= first]
+        offset, size = 0, -(-one[1] // LINE) * LINE
+        for begin, end, _ in needed:
+            if begin - offset >= size:
+                break
+            offset = end
+        bisect.insort(needed, (offset, offset + size, last[one]))
+        offsets[one] = offset
+        total = max(total, offset + size)
+    return offsets, total
 
 
 def _range(t: Tensor) -> tuple[int, int]:

@@ -354,7 +354,7 @@ class _Ways:
         else:
             self._copy(region)
         written = self._new_like(tokens) if other is None else place
-        later.append(_addition(place, written if other is None else other, tokens))
+        later.append(_sum(place, (place, written if other is None else other), tokens))
         return written
 
     def _pass_on(self, gradient: tuple[int, ...], tokens: _View) -> None:
@@ -364,10 +364,11 @@ class _Ways:
             self._lies_at[region] = gradient, tokens
         elif region.block < len(self._plan.forms):
             place = tokens.at(self._repeat(region, tokens))
-            self.calls.append(_addition(place, gradient, tokens, is_first=True))
+            self.calls.append(_sum(place, [gradient], tokens))
         else:
             self._copy(region)
-            self.calls.append(_addition(tokens.at(self._gradient(tokens.pointer)), gradient, tokens))
+            place = tokens.at(self._gradient(tokens.pointer))
+            self.calls.append(_sum(place, (place, gradient), tokens))
 
     def _repeat(self, region: Region, tokens: _View) -> int:
         """The address of a further share of a tensor's gradient."""
@@ -391,18 +392,19 @@ class _Ways:
         if region in self._lies_at:
             other, tokens = self._lies_at.pop(region)
             place = tokens.at(self._gradient(tokens.pointer))
-            self.calls.append(_addition(place, other, tokens, is_first=True))
+            self.calls.append(_sum(place, [other], tokens))
 
     def _zeros(self, view: _View) -> tuple[int, ...]:
         """Zeros in the place of a gradient that is not given, of an attention's output."""
         batch, length, heads, dim = view.shape
         place = self._new_like(view)
         tokens = view._replace(shape=(batch, length, heads * dim))
-        self.calls.append(_addition(place[:3], _NOWHERE, tokens, is_first=True))
+        self.calls.append(_sum(place[:3], (), tokens))
         return place
 
 
-def _addition(
-    to: Iterable[int], of: Iterable[int], tokens: _View, *, is_first: bool = False
-) -> tuple[str, tuple[Any, ...]]:
-    return "addition", (tuple(to), tuple(of), *tokens.shape, is_first, tokens.itemsize == 2)
+def _sum(to: tuple[int, ...], terms: Iterable[tuple[int, ...]], tokens: _View) -> tuple[str, tuple[Any, ...]]:
+    """The call that adds terms at tokens of one shape [B, L, C]; zeros without any."""
+    batch, length, channels = tokens.shape
+    rows = [(pointer, (0, 0, *strides)) for pointer, *strides in (to, *terms)]
+    return "sum", (rows[0], rows[1:], (1, 1, batch, length, channels), 1.0, tokens.itemsize == 2, 1)
