@@ -62,9 +62,9 @@ def replayed(
     if plan is None:
         return part(owner, *inputs, *options)
     if records and wants_gradients(*given):
-        gradients = _gradients_of(plan, given)
-        again = [given[at] for at in gradients.repeats]  # an edge for each share of a gradient
-        return apply(_Part, plan, gradients, (part, owner, layers, options, inputs), *given, *again)
+        return _with_gradients(
+            plan, _Call(lambda *x: part(owner, *x, *options), lambda: _own(layers), len(inputs)), given
+        )
     return _results(plan, given)
 
 
@@ -72,6 +72,7 @@ class Network(NamedTuple):
     """Modules as they are now."""
 
     settings: tuple[Any, ...]  # all that they compute by, besides tensors
+    modules: Any  # `Modules` of the extension
     tensors: list[Tensor]
 
 
@@ -87,9 +88,9 @@ class _Kept(NamedTuple):
 def network_of(owner: nn.Module, roots: tuple[nn.Module, ...], x: Tensor) -> Network | None:
     """The modules of a network in `roots` and below, for `replayed_network` on tokens like x.
 
-    None with gradients, or where only calling the modules tells what they compute.
+    None where only calling the modules tells what they compute.
     """
-    if torch.is_grad_enabled() or not is_worth_it(x) or is_recording() or _has_any_global_hook():
+    if not is_worth_it(x) or is_recording() or _has_any_global_hook():
         return None
     kept = _networks.get(owner)
     tensors = kept.modules.parameters() if kept is not None and kept.roots == roots else None
@@ -105,26 +106,37 @@ def network_of(owner: nn.Module, roots: tuple[nn.Module, ...], x: Tensor) -> Net
         kept = _Kept(roots, cpu.extension().Modules(modules), kinds, tuple(settings))
         _networks[owner] = kept
         tensors = kept.modules.parameters()
-    return Network(kept.settings, tensors) if all(map(_class_is_plain, kept.kinds)) else None
+    return Network(kept.settings, kept.modules, tensors) if all(map(_class_is_plain, kept.kinds)) else None
 
 
 def replayed_network(
-    part: Callable[..., Any], network: Network, inputs: tuple[Tensor, ...], shifts: Sequence[int]
+    part: Callable[..., Any],
+    network: Network,
+    inputs: tuple[Tensor, ...],
+    shifts: Sequence[int],
+    *options: Any,
+    num_sufficient: int = 1,
 ) -> Any:
-    """`part()`, a tensor or a tuple of tensors, without gradients.
+    """`part(*inputs)`, a tensor or a tuple of tensors.
 
     Args:
-        part: what it computes depends on the inputs, the network and the shifts alone.
+        part: what it computes depends on the inputs, the network, the shifts and the options alone.
         network: all modules that it uses, read since anything else has run.
         inputs: the first one the largest, and in the dtype of the results.
         shifts: of the random-shift attentions that it calls, in their order.
+        options: have a hash.
+        num_sufficient: so many results, the first ones, have gradients wherever any of the others has.
     """
-    given = [*inputs, *network.tensors]
-    key = part.__code__, network.settings, _machine(), len(given), inputs[0].shape
+    given, records = [*inputs, *network.tensors], torch.is_grad_enabled()
+    key = part.__code__, options, network.settings, _machine(), records, len(given), inputs[0].shape
     plan, new = _look_up(key, given)
     if new is not None:
-        return _record(new, given, part, keeps=False)
-    return part() if plan is None else _results(plan, given, shifts)
+        return _record(new, given, lambda: part(*inputs), keeps=records, num_sufficient=num_sufficient)
+    if plan is None:
+        return part(*inputs)
+    if records and wants_gradients(*given):
+        return _with_gradients(plan, _Call(part, network.modules.parameters, len(inputs)), given, shifts)
+    return _results(plan, given, shifts)
 
 
 def _machine() -> tuple[Any, ...]:
@@ -145,6 +157,25 @@ def _look_up(key: tuple[Any, ...], given: Sequence[Tensor]) -> tuple[Any, list[A
         if _checks.is_like(given, guard):
             return plan, None
     return None, calls if len(calls) < _CALLS_OF_A_KEY else None
+
+
+class _Call(NamedTuple):
+    """What a plan computes, by its function."""
+
+    function: Callable[..., Any]  # of the inputs
+    parameters: Callable[[], list[Tensor]]  # that it uses, as they are by then
+    num_inputs: int
+
+
+def _own(layers: Sequence[nn.Module | None]) -> list[Tensor]:
+    found = [layer._parameters.get(name) for layer in layers if layer is not None for name in ("weight", "bias")]
+    return [p for p in found if p is not None]
+
+
+def _with_gradients(plan: Any, call: _Call, given: Sequence[Tensor], shifts: Sequence[int] = ()) -> Any:
+    gradients = _gradients_of(plan, given)
+    edges = [given[at] for at in (*gradients.made, *gradients.repeats)]  # one for each share of a gradient
+    return apply(_Part, plan, gradients, call, shifts, given, *edges)
 
 
 def _results(plan: Any, given: Sequence[Tensor], shifts: Sequence[int] = ()) -> Any:
@@ -278,7 +309,14 @@ def _read_module(module: nn.Module, settings: list[Any], modules: list[nn.Module
     return True
 
 
-def _record(calls: list[Any], tensors: list[Tensor], call: Callable[[], Any], *, keeps: bool) -> Any:
+def _record(
+    calls: list[Any],
+    tensors: list[Tensor],
+    call: Callable[[], Any],
+    *,
+    keeps: bool,
+    num_sufficient: int = 1,
+) -> Any:
     """call(), noted."""
     from mmattn_kernels.cpu.plan import Plan, Recorder
 
@@ -290,7 +328,7 @@ def _record(calls: list[Any], tensors: list[Tensor], call: Callable[[], Any], *,
     try:
         plan = Plan(recorder, tensors, (results,) if isinstance(results, Tensor) else results, keeps=keeps)
         if wants_gradients(*tensors):
-            _check_gradients(plan, tensors)
+            _check_gradients(plan, tensors, num_sufficient)
     except (TypeError, ValueError):
         plan = None
     calls.append((guard, plan))
@@ -301,12 +339,16 @@ def _gradients_of(plan: Any, tensors: Sequence[Tensor]) -> Any:
     return plan.gradients(tuple([t.requires_grad for t in tensors]), (True,) * len(plan.result_forms))
 
 
-def _check_gradients(plan: Any, tensors: Sequence[Tensor]) -> None:
+def _check_gradients(plan: Any, tensors: Sequence[Tensor], num_sufficient: int) -> None:
     """Refuse a plan of which a single node would not have the edges that the graph of the function has."""
     gradients, count = _gradients_of(plan, tensors), len(plan.result_forms)
-    for at in range(count if count > 1 else 0):
-        given = tuple([at == one for one in range(count)])
-        if gradients.repeats or plan.gradients(gradients.wanted, given).made != gradients.made:
+    if num_sufficient == 1:
+        others = [tuple([at == one for one in range(count)]) for at in range(count if count > 1 else 0)]
+    else:
+        others = [tuple([at < num_sufficient for at in range(count)])]
+    for given in others:
+        other = plan.gradients(gradients.wanted, given)
+        if (other.made, sorted(other.repeats)) != (gradients.made, sorted(gradients.repeats)):
             raise ValueError("not all results depend on the same tensors, each by one call")
 
 
@@ -314,13 +356,15 @@ class _Part(torch.autograd.Function):
     """A plan, of the tensors that a part was given, as one node of a graph."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Any, gradients: Any, call: Any, *tensors: Tensor) -> Any:
-        *call, inputs = call
-        results, between = plan.run(tensors[: len(plan.forms)])
+    def forward(
+        ctx: Any, plan: Any, gradients: Any, call: _Call, shifts: Sequence[int], tensors: list[Tensor], *_: Tensor
+    ) -> Any:
+        inputs = tensors[: call.num_inputs]
+        results, between = plan.run(tensors, shifts)
         read = *[tensors[at] for at in gradients.reads], *[results[at] for at in gradients.reads_of_results]
         if gradients.guard is None:
             gradients.guard = _checks.guard_of((*read, between))
-        ctx.plan, ctx.gradients, ctx.call, ctx.count = plan, gradients, call, len(inputs)
+        ctx.plan, ctx.gradients, ctx.call, ctx.shifts = plan, gradients, call, shifts
         others = [x for at, x in enumerate(inputs) if at not in gradients.reads]
         ctx.save_for_backward(*read, between, *others)
         ctx.set_materialize_grads(False)
@@ -331,7 +375,7 @@ class _Part(torch.autograd.Function):
         saved, places = ctx.saved_tensors, _places(ctx.gradients)  # once: checkpointing refuses a second look
         read = saved[: len(places) + 1]
         given = [d for d in d_results if d is not None]
-        arguments = ctx.plan, ctx.gradients, len(d_results), *d_results, *read
+        arguments = ctx.plan, ctx.gradients, ctx.shifts, len(d_results), *d_results, *read
         if torch.compiler.is_compiling():
             found = _untraced(_part_gradients, *arguments)
         elif can_skip_dispatcher(*given):
@@ -340,11 +384,12 @@ class _Part(torch.autograd.Function):
         else:
             of = dict(zip(places, read, strict=False))
             others = iter(saved[len(read) :])
-            inputs = [of[at] if at in of else next(others) for at in range(ctx.count)]
-            arguments = ctx.call, ctx.gradients.wanted, ctx.count, *inputs, *d_results
+            inputs = [of[at] if at in of else next(others) for at in range(ctx.call.num_inputs)]
+            arguments = ctx.call, ctx.gradients.wanted, *inputs, *d_results
             found = apply(_Once, _function_gradients, *arguments)
             found += (None,) * len(ctx.gradients.repeats)
-        return None, None, None, *found
+        edges = ctx.gradients.made + list(range(len(ctx.plan.forms), len(found)))
+        return None, None, None, None, None, *[found[at] for at in edges]
 
 
 class _Once(torch.autograd.Function):
@@ -359,12 +404,17 @@ class _Once(torch.autograd.Function):
         raise RuntimeError("fused kernels are differentiable once; with MMATTN_IMPL=reference as often as wanted")
 
 
-def _part_gradients(plan: Any, usual: Any, count: int, *tensors: Any) -> tuple[Tensor | None, ...]:
+def _part_gradients(
+    plan: Any, usual: Any, shifts: Sequence[int], count: int, *tensors: Any
+) -> tuple[Tensor | None, ...]:
     """Those of the tensors of a plan's call, of `count` gradients of results and the saved tensors behind them.
 
     `usual` makes them where all results have a gradient.
     """
     d_results = [None if d is None else d.contiguous() for d in tensors[:count]]
+    if usual.repeats:  # further results of the node, which other gradients would not have
+        forms = zip(d_results, plan.result_forms, strict=True)
+        d_results = [torch.zeros(form[0], dtype=form[1]) if d is None else d for d, form in forms]
     given, saved = tuple([d is not None for d in d_results]), tensors[count:]
     if usual.guard is None or not _checks.is_like(saved, usual.guard):
         _refuse_others(plan, usual, saved)
@@ -372,7 +422,7 @@ def _part_gradients(plan: Any, usual: Any, count: int, *tensors: Any) -> tuple[T
     if not all(given):
         gradients, of = plan.gradients(usual.wanted, given), dict(zip(_places(usual), read, strict=True))
         read = tuple([of[place] for place in _places(gradients)])
-    return tuple(gradients.run(read, saved[-1], d_results))
+    return tuple(gradients.run(read, saved[-1], d_results, shifts))
 
 
 def _places(gradients: Any) -> list[Any]:
@@ -385,15 +435,13 @@ def _untraced(function: Callable[..., Any], *arguments: Any) -> Any:
     return torch.compiler.disable(function)(*arguments)
 
 
-def _function_gradients(call: Any, wanted: Sequence[bool], count: int, *tensors: Any) -> tuple[Tensor | None, ...]:
+def _function_gradients(call: _Call, wanted: Sequence[bool], *tensors: Any) -> tuple[Tensor | None, ...]:
     """The same by the function itself, computed again: for gradients that are no memory, and modes that look on."""
-    part, owner, layers, options = call
-    inputs, d_results = tensors[:count], tensors[count:]
+    inputs, d_results = tensors[: call.num_inputs], tensors[call.num_inputs :]
     with torch.enable_grad(), _disable_current_modes():
         given = [x.view_as(x) for x in inputs]  # what is in front of the part is not asked for gradients
-        results = part(owner, *given, *options)
-    own = [layer._parameters.get(name) for layer in layers if layer is not None for name in ("weight", "bias")]
-    given += [p for p in own if p is not None]
+        results = call.function(*given)
+    given += call.parameters()
     results = (results,) if isinstance(results, Tensor) else results
     pairs = [(x, d) for x, d in zip(results, d_results, strict=True) if d is not None]
     of = [t for t, is_wanted in zip(given, wanted, strict=True) if is_wanted]

@@ -72,10 +72,8 @@ def repeat_frames(video: Tensor) -> Tensor:
     return out
 
 
-def concatenate(x: Tensor | None, other: Tensor | None) -> Tensor | None:
-    """[..., C + C'] of tokens [..., C] and [..., C']; None of a stream that is not there."""
-    if x is None or other is None:
-        return None
+def concatenate(x: Tensor, other: Tensor) -> Tensor:
+    """[..., C + C'] of tokens [..., C] and [..., C']."""
     out = torch.cat([x, other], -1)
     if is_recording():
         note_sum(out, out[..., : x.shape[-1]], x)

@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import skip_code
 
 import mmattn
-from mmattn import _checks
 from mmattn._layers import dtype_of, innermost
 from mmattn._library import is_autocast
-from mmattn._replay import network_of, replayed_network
 from mmdiffusion.clips import FRAME_RATE, SAMPLE_RATE, STREAMS
 from mmdiffusion.model.blocks import (
     AudioHead,
@@ -28,7 +26,6 @@ from mmdiffusion.model.blocks import (
     Stage,
     Streams,
     VideoHead,
-    concatenate,
     embed_timesteps,
 )
 from mmdiffusion.model.config import (
@@ -42,6 +39,7 @@ from mmdiffusion.model.config import (
     refuse_unpublished,
 )
 from mmdiffusion.model.network import Network
+from mmdiffusion.model.stages import run_stages
 
 _DILATIONS = 10  # the audio dilation goes through 2^0..2^9
 
@@ -272,7 +270,7 @@ class CoupledUNet(Network):
         frames = 0 if video is None else video.shape[1]
         shifts = self._shifts(frames, shifts, device)
         video, audio = self.first(video, audio)
-        video, audio = self._stages(video, audio, embedding, shifts)
+        video, audio = run_stages(self, video, audio, embedding, shifts, self._run)
         if video is not None and self.video_head is not None:
             video = self.video_head(video).permute(0, 1, 4, 2, 3).contiguous()
         if audio is not None and self.audio_head is not None:
@@ -410,62 +408,6 @@ class CoupledUNet(Network):
             return video_out, audio_out
 
         return replay
-
-    def _stages(
-        self, video: Tensor | None, audio: Tensor | None, embedding: Tensor, shifts: Sequence[int | Tensor]
-    ) -> Streams:
-        """What is between the first layer and the heads; as one call of the CPU extension where that is worth it."""
-        network = None
-        if video is not None and audio is not None:
-            network = network_of(self, (self.encoder, self.middle, self.decoder), video)
-        if video is None or audio is None or network is None:
-            return self._each_stage(video, audio, embedding, shifts, self._run)
-        stages: list[Any] = [*self.encoder, *self.middle, *self.decoder]
-        crosses = [stage.cross for stage in stages if stage.cross is not None]
-        given, all_shifts = iter(shifts), []
-        for cross in crosses:
-            largest = video.shape[1] - (cross.window or video.shape[1])
-            shift = _checks.shift_in_range(next(given) if cross.random_shift else 0, largest, video)
-            if not isinstance(shift, int):
-                return self._each_stage(video, audio, embedding, shifts, self._run)
-            all_shifts.append(shift)
-        blocks = [block for stage in stages for block in (stage.block, stage.up) if block is not None]
-        embeddings = [block.embedding(embedding) for block in blocks]
-
-        def part() -> Streams:
-            remaining = iter(embeddings)
-
-            def run(function: Callable[..., Streams], *args: Any) -> Streams:
-                if isinstance(function, ResidualBlock):
-                    video, audio, _ = args
-                    return function.transform(video, audio, next(remaining))
-                return function(*args)
-
-            drawn = [shift for shift, cross in zip(all_shifts, crosses, strict=True) if cross.random_shift]
-            return self._each_stage(video, audio, embedding, drawn, run)
-
-        return replayed_network(part, network, (video, audio, *embeddings), all_shifts)
-
-    def _each_stage(
-        self,
-        video: Tensor | None,
-        audio: Tensor | None,
-        embedding: Tensor,
-        shifts: Sequence[int | Tensor],
-        run: Callable[..., Streams],
-    ) -> Streams:
-        remaining = iter(shifts)
-        skips = [(video, audio)]
-        for stage in self.encoder:
-            video, audio = stage(video, audio, embedding, remaining, run)
-            skips.append((video, audio))
-        for stage in self.middle:
-            video, audio = stage(video, audio, embedding, remaining, run)
-        for stage in self.decoder:
-            streams = zip((video, audio), skips.pop(), strict=True)
-            video, audio = (concatenate(x, skip) for x, skip in streams)
-            video, audio = stage(video, audio, embedding, remaining, run)
-        return video, audio
 
     def _run(self, function: Callable[..., Streams], *args: Any) -> Streams:
         if self.gradient_checkpointing and torch.is_grad_enabled():

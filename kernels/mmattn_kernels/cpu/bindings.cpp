@@ -685,8 +685,7 @@ class Plan {
               const auto [block, offset] = *place++;
               pointer = block < 0 ? nullptr : reinterpret_cast<std::decay_t<decltype(pointer)>>(blocks[block] + offset);
             });
-            if constexpr (std::is_same_v<decltype(p), Attention>)
-              if (is_shifted(p) && shift != shifts.end()) p.shift = *shift++;
+            if (Attention* attention = shifted(p); attention && shift != shifts.end()) attention->shift = *shift++;
             run_call(p);
           },
           call);
@@ -697,25 +696,29 @@ class Plan {
                             ParameterGradients, Sum>;
   using Place = std::pair<int, int64_t>;  // block, offset; a block below 0 is no memory
 
-  static bool is_shifted(const Attention& p) { return p.directions.size() == 2; }
+  // The random-shift attention of a call, or of the gradient of one; null of another call.
+  template <typename T>
+  static Attention* shifted(T& call) {
+    Attention* p = nullptr;
+    if constexpr (std::is_same_v<T, Attention>) p = &call;
+    if constexpr (std::is_same_v<T, Backward<Attention>>) p = &call.call;
+    return p && p->directions.size() == 2 ? p : nullptr;
+  }
 
   void check(const std::vector<int64_t>& shifts) const {
     if (shifts.empty()) return;
-    size_t count = 0;
-    for (const auto& [call, places] : calls_) {
-      const auto* p = std::get_if<Attention>(&call);
-      if (!p || !is_shifted(*p)) continue;
-      if (count < shifts.size() && !(0 <= shifts[count] && shifts[count] <= p->frames - p->window))
-        throw py::value_error("shift is " + std::to_string(shifts[count]) + "; expected 0.." +
-                              std::to_string(p->frames - p->window));
-      ++count;
-    }
-    if (count != shifts.size())
-      throw py::value_error(std::to_string(shifts.size()) + " shifts for " + std::to_string(count) + " attentions");
+    if (shifts.size() != largest_shifts_.size())
+      throw py::value_error(std::to_string(shifts.size()) + " shifts; expected " +
+                            std::to_string(largest_shifts_.size()));
+    for (size_t i = 0; i < shifts.size(); ++i)
+      if (shifts[i] < 0 || shifts[i] > largest_shifts_[i])
+        throw py::value_error("shift is " + std::to_string(shifts[i]) + "; expected 0.." +
+                              std::to_string(largest_shifts_[i]));
   }
 
   template <typename T>
   void add(T p) {
+    if (const Attention* attention = shifted(p)) largest_shifts_.push_back(attention->frames - attention->window);
     std::vector<Place> places;
     each_pointer(p, [&](auto* pointer) { places.push_back(find(reinterpret_cast<uintptr_t>(pointer))); });
     calls_.emplace_back(std::move(p), std::move(places));
@@ -729,6 +732,7 @@ class Plan {
   }
 
   std::vector<Range> ranges_;
+  std::vector<int64_t> largest_shifts_;  // of the random-shift attentions, in their order
   std::vector<std::pair<Call, std::vector<Place>>> calls_;
 };
 

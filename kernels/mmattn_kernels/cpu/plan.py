@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import operator
 import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -185,7 +184,7 @@ def _offsets(
     written: dict[tuple[int, int], int], recorder: Recorder, *, keeps: bool
 ) -> tuple[dict[tuple[int, int], int], int]:
     """Where ranges of memory lie in one block, and the size of that; apart where some call needs both, or `keeps`."""
-    total, ranges = 0, sorted(written)
+    ranges = sorted(written)
     begins = [begin for begin, _ in ranges]
     last = dict.fromkeys(written, len(recorder.calls))
     for at, tensors in enumerate([] if keeps else zip(recorder.read, recorder.written, strict=True)):
@@ -194,18 +193,28 @@ def _offsets(
             found = bisect.bisect_right(begins, pointer) - 1
             if found >= 0 and pointer < sum(ranges[found]):
                 last[ranges[found]] = at
-    offsets: dict[tuple[int, int], int] = {}
+    offsets, total = offsets_of([(size, first, last[begin, size]) for (begin, size), first in written.items()])
+    return dict(zip(written, offsets, strict=True)), total
+
+
+def offsets_of(pieces: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
+    """Where pieces of memory lie in one block, and the size of that: apart where both are needed at once.
+
+    Args:
+        pieces: of each its size, and the first and the last call that needs it.
+    """
+    offsets, total = [0] * len(pieces), 0
     needed: list[tuple[int, int, int]] = []  # offset, end, last call
-    for one, first in sorted(written.items(), key=operator.itemgetter(1)):
+    for at in sorted(range(len(pieces)), key=lambda at: pieces[at][1]):
+        size, first, last = pieces[at]
+        size = -(-size // LINE) * LINE
         needed = [other for other in needed if other[2] >= first]
-        offset, size = 0, -(-one[1] // LINE) * LINE
         for begin, end, _ in needed:
-            if begin - offset >= size:
+            if begin - offsets[at] >= size:
                 break
-            offset = end
-        bisect.insort(needed, (offset, offset + size, last[one]))
-        offsets[one] = offset
-        total = max(total, offset + size)
+            offsets[at] = end
+        bisect.insort(needed, (offsets[at], offsets[at] + size, last))
+        total = max(total, offsets[at] + size)
     return offsets, total
 
 

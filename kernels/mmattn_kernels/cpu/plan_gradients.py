@@ -10,15 +10,17 @@ a tensor that the plan was given stay apart, so that the engine adds them, and o
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmattn_kernels.cpu import extension
-from mmattn_kernels.cpu.plan import LINE, Plan, Region
+from mmattn_kernels.cpu.plan import LINE, Plan, Region, offsets_of
 
 # Of the gradients of a plan's blocks, one behind the other, where no memory is: kernels are told of them by addresses.
 _FIRST, _OF_A_BLOCK = 1 << 62, 1 << 44
@@ -60,7 +62,7 @@ class Gradients:
         ways = _Ways(plan, wanted, given)
         self._between, self._first_result = plan.between, plan.first_result
         self._blocks = blocks = plan.between + 1  # their gradients have the numbers behind theirs
-        self._bytes, self._count = ways.bytes_between, len(plan.forms)
+        self._count = len(plan.forms)
         # Index, shape, strides, and the dtypes in which it is made, and wanted: that of a bias is summed in float32.
         self._made = [
             (at, shape, strides, torch.float32 if at in ways.biases else dtype, dtype)
@@ -68,7 +70,7 @@ class Gradients:
             if at in ways.made and at not in ways.passed_on
         ]
         self._passed_on = [(at, result, plan.forms[at][0]) for at, result in ways.passed_on.items()]
-        self.repeats = ways.repeats
+        self.repeats, self._shifts = ways.repeats, ways.shifts
         self._repeats = [plan.forms[at] for at in ways.repeats]
         ranges: list[tuple[int, ...]] = [*plan.regions]
         for at, shape, _, dtype, _ in self._made:
@@ -76,7 +78,8 @@ class Gradients:
         for region in plan.regions:
             if plan.first_result <= region.block < plan.between:
                 ranges.append((_address(region.block), region.size, blocks + region.block, 0))
-        ranges.append((_address(plan.between), self._bytes, blocks + plan.between, 0))
+        pieces, self._bytes = _memory_between(plan, ways)
+        ranges += [(begin, size, blocks + plan.between, offset) for begin, size, offset in pieces]
         for at, (shape, dtype, _) in enumerate(self._repeats):
             ranges.append((_address(blocks + at), math.prod(shape) * dtype.itemsize, 2 * blocks + at, 0))
         self._plan = extension().Plan([tuple(one) for one in ranges])
@@ -85,12 +88,18 @@ class Gradients:
         used = self._plan.blocks()
         if any(self._count <= at < plan.first_result for at in used):
             raise ValueError("a gradient depends on a packed weight")
-        self.wanted, self.made = wanted, frozenset(ways.made)
+        self.wanted, self.made = wanted, sorted(ways.made)
         self.reads = [at for at in range(self._count) if at in used]
         self.reads_of_results = [at for at in range(len(given)) if plan.first_result + at in used]
         self.guard: Any = None  # of these tensors and what lies between, for whoever keeps them for backward
 
-    def run(self, read: Sequence[Tensor], between: Tensor, d_results: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def run(
+        self,
+        read: Sequence[Tensor],
+        between: Tensor,
+        d_results: Sequence[Tensor | None],
+        shifts: Sequence[int] = (),
+    ) -> list[Tensor | None]:
         """The gradient of each of the plan's tensors, None where it is not wanted or depends on none that is given; and
         further shares of the gradients of the tensors at the indices `repeats`.
 
@@ -98,6 +107,7 @@ class Gradients:
             read: of tensors like the plan's those at the indices `reads`, of the results those at `reads_of_results`.
             between: what the plan's run has made on the way.
             d_results: contiguous, None where none is given.
+            shifts: what the plan's run was given.
         """
         pointers = [0] * (2 * self._blocks + len(self._repeats))
         places = *self.reads, *[self._first_result + at for at in self.reads_of_results]
@@ -118,7 +128,7 @@ class Gradients:
             pointers[2 * self._blocks + at] = made.data_ptr()
         of_between = between.new_empty(self._bytes)
         pointers[2 * self._blocks - 1] = of_between.data_ptr()
-        self._plan.run(pointers)
+        self._plan.run(pointers, [shifts[at] for at in self._shifts] if shifts else ())
         for at, result, shape in self._passed_on:
             found[at] = d_results[result].view(shape)  # type: ignore[union-attr]
         for at, made, wanted in narrow:
@@ -130,6 +140,33 @@ def _address(block: int) -> int:
     return _FIRST + block * _OF_A_BLOCK
 
 
+def _memory_between(plan: Plan, ways: _Ways) -> tuple[list[tuple[int, int, int]], int]:
+    """Begin, size and offset of each piece of what lies between that the calls use, and the size of all memory."""
+    begin_of_all = _address(plan.between)
+    sizes = {begin_of_all + region.offset: region.size for region in plan.regions if region.block == plan.between}
+    sizes |= ways.new
+    begins = sorted(sizes)
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for at, (_, arguments) in enumerate(ways.calls):
+        for pointer in _addresses(arguments):
+            begin = begins[bisect.bisect_right(begins, pointer) - 1] if pointer >= begin_of_all else 0
+            if begin and pointer < begin + sizes[begin]:
+                first.setdefault(begin, at)
+                last[begin] = at
+    offsets, total = offsets_of([(sizes[begin], first[begin], last[begin]) for begin in first])
+    return [(begin, sizes[begin], offset) for begin, offset in zip(first, offsets, strict=True)], total
+
+
+def _addresses(arguments: Any) -> Iterator[int]:
+    """All those of gradients in the arguments of a call."""
+    if isinstance(arguments, (tuple, list)):
+        for one in arguments:
+            yield from _addresses(one)
+    elif isinstance(arguments, int) and arguments >= _FIRST:
+        yield arguments
+
+
 class _Ways:
     """The calls that lead from the gradients of a plan's results to those of its tensors.
 
@@ -139,7 +176,8 @@ class _Ways:
         biases: those of them whose gradient is made in float32.
         passed_on: those of them whose gradient is that of a result, with the number of that.
         repeats: a tensor for each share of its gradient behind the first one.
-        bytes_between: of the gradients of all that lies between, and of what the calls need besides.
+        shifts: which of those of a run the calls need, in their order.
+        new: begin and size of what the calls need besides the gradients of what lies between.
     """
 
     def __init__(self, plan: Plan, wanted: Sequence[bool], given: Sequence[bool]) -> None:
@@ -147,7 +185,11 @@ class _Ways:
         self.biases: set[int] = set()
         self.passed_on: dict[int, int] = {}
         self.repeats: list[int] = []
-        self.bytes_between = plan.bytes_between
+        self._sums: dict[Region, int] = {}  # where the gradient of a result lies that is not the given one alone
+        self.shifts: list[int] = []
+        self.new: dict[int, int] = {}
+        self._shifts_left = sum(kernel == "attention_forward" and len(of[0]) == 2 for kernel, of in plan.calls)
+        self._end = plan.bytes_between
         self._plan = plan
         self._begins = [region.begin for region in plan.regions]
         self._wanted: set[Region] = set()
@@ -160,8 +202,12 @@ class _Ways:
             if any(map(self._wants, read)):
                 self._wanted.update(map(self._region, written))
         for region in plan.regions:
-            if plan.first_result <= region.block < plan.between and given[region.block - plan.first_result]:
+            if not plan.first_result <= region.block < plan.between:
+                continue
+            if given[region.block - plan.first_result]:
                 self._has[region] = torch.ones(region.size // plan.forms[0][1].itemsize, dtype=torch.bool)
+            else:
+                self._sums[region] = self._new(region.size)
         for kernel, arguments in reversed(plan.calls):
             getattr(self, f"_reverse_{kernel}")(*arguments)
         for region in of_tensors:
@@ -231,6 +277,8 @@ class _Ways:
         def view(matrix: Sequence[int], length: int) -> _View:
             return _view(matrix, (batch, length, heads, dim), is_bf16)
 
+        has_shift = len(directions) == 2
+        self._shifts_left -= has_shift
         outs = [view(of[3], queries) for of, _, _, queries, _ in directions]
         d_outs = [self._to_read(out) for out in outs]
         if all(d_out is None for d_out in d_outs):
@@ -248,7 +296,31 @@ class _Ways:
                 else:
                     d_matrices.append(self._new_like(one))
             calls.append(([*of, d_out, *d_matrices], lse, 0, queries, keys))
+        self.shifts += [self._shifts_left] * has_shift
         self.calls.append(("attention_backward", (calls, windows, batch, heads, dim, scale, is_bf16, threads)))
+
+    def _places_of_sum(self, to: Any, terms: Any, *_: Any) -> Any:
+        return [pointer for pointer, _ in terms], [to[0]]
+
+    def _reverse_sum(self, to: Any, terms: Any, shape: tuple[int, ...], scale: float, is_bf16: bool, _: Any) -> None:
+        d_to = self._to_read(_rows(to, shape, is_bf16))
+        if d_to is None:
+            return
+        for term in terms:
+            if not self._wants(term[0]):
+                continue
+            # Where a term is the same for several elements, their gradients are summed.
+            of = tuple([size if stride else 1 for size, stride in zip(shape, (*term[1], 1), strict=True)])
+            each = itertools.product(*[range(size if one == 1 else 1) for size, one in zip(shape, of, strict=True)])
+            offsets = [sum(map(operator.mul, at, (*d_to[1:], 1))) * (2 if is_bf16 else 4) for at in each]
+            shares = [(d_to[0] + offset, *d_to[1:]) for offset in offsets]
+            view = _rows(term, of, is_bf16)
+            if len(shares) == 1 and scale == 1.0:
+                self._pass_on(shares[0], view)
+                continue
+            later: Calls = []
+            self.calls.append(_sum(self._to_write(view, later), shares, view, scale))
+            self.calls += later
 
     def _through_norm(self, x: _View, parameters: Any) -> tuple[tuple[int, ...], int, Calls]:
         """Where the gradient of x goes that a norm stands in front of, where its sums do, and what has to follow."""
@@ -265,13 +337,17 @@ class _Ways:
         if not any(self._wants(p[0]) for p in parameters):
             return
         places, strides = [], set()
+        shares: dict[Region, list[int]] = {}  # of what has a gradient already: its address, and how much of it is made
         for at, (pointer, stride, is_bf16) in enumerate(parameters):
             place = 0
             if self._wants(pointer):
                 of_film = _View(pointer, (stride, 1), (batch, channels), 2 if is_bf16 else 4)
-                place = self._of_parameter(of_film if at > 1 else _View(pointer, (1,), (channels,), of_film.itemsize))
+                view = of_film if at > 1 else _View(pointer, (1,), (channels,), of_film.itemsize)
+                place = self._gradient(pointer) if self._is_first(view) else self._share(view, shares)
                 strides |= {stride} if at > 1 else set()
             places.append(place)
+        if any(made != region.size for region, (_, made) in shares.items()):
+            raise ValueError("a share of a gradient is of a part of a tensor")
         if len(strides) > 1:
             raise ValueError("scale and shift have different strides")
         film_batch = strides.pop() if strides else channels
@@ -289,13 +365,15 @@ class _Ways:
     def _gradient(self, pointer: int) -> int:
         """The address of the gradient of what lies at an address."""
         region = self._region(pointer)
-        return _address(region.block) + region.offset + pointer - region.begin
+        begin = self._sums.get(region, _address(region.block) + region.offset)
+        return begin + pointer - region.begin
 
     def _new(self, size: int) -> int:
         """The address of new memory."""
-        at = self.bytes_between
-        self.bytes_between += -(-size // LINE) * LINE
-        return _address(self._plan.between) + at
+        at = _address(self._plan.between) + self._end
+        self._end += -(-size // LINE) * LINE
+        self.new[at] = size
+        return at
 
     def _new_like(self, view: _View) -> tuple[int, ...]:
         """New memory for the elements of a view, contiguous."""
@@ -315,13 +393,21 @@ class _Ways:
             has = self._has[region] = torch.zeros(region.size // view.itemsize, dtype=torch.bool)
         part = has.as_strided(view.shape, view.strides, (view.pointer - region.begin) // view.itemsize)
         if part.all():
-            if region.block >= self._plan.first_result and region.block < self._plan.between:
-                raise ValueError("a result is read by another call")  # its gradient is given, and not ours to add to
+            if self._plan.first_result <= region.block < self._plan.between and region not in self._sums:
+                self._begin_sum(region)
             return False
         if part.any():
             raise ValueError("views whose gradients are summed overlap")
         part.fill_(True)
         return True
+
+    def _begin_sum(self, region: Region) -> None:
+        """Have the gradient of a result where it can be added to: what is given is not ours."""
+        given = _address(region.block)
+        self._sums[region] = self._new(region.size)
+        itemsize = self._plan.forms[0][1].itemsize
+        tokens = _View(region.begin, (0, 0, 1), (1, 1, region.size // itemsize), itemsize)
+        self.calls.append(_sum(tokens.at(self._sums[region]), [(given, 0, 0)], tokens))
 
     def _of_parameter(self, view: _View) -> int:
         """The address of its gradient, which one call makes; 0 where it is not wanted."""
@@ -335,16 +421,19 @@ class _Ways:
         region = self._region(view.pointer)
         if region not in self._has or region not in self._wanted:
             return None
-        lies_at, of = self._lies_at.get(region, (None, None))
-        if lies_at is not None and of == view:
-            return lies_at
+        if region in self._lies_at:
+            lies_at, of = self._lies_at[region]
+            found = _viewed(lies_at, of, view)
+            if found is not None:
+                return found
         self._copy(region)
         return view.at(self._gradient(view.pointer))
 
     def _to_write(self, tokens: _View, later: Calls) -> tuple[int, ...]:
         """Where a call shall write a share of a gradient; the calls that add it to other shares join `later`."""
-        region, place = self._region(tokens.pointer), tokens.at(self._gradient(tokens.pointer))
-        if self._is_first(tokens):
+        region, is_first = self._region(tokens.pointer), self._is_first(tokens)
+        place = tokens.at(self._gradient(tokens.pointer))
+        if is_first:
             return place
         if region.block < len(self._plan.forms):
             return tokens.at(self._repeat(region, tokens))
@@ -361,6 +450,7 @@ class _Ways:
         """A share of the gradient of `tokens` is another tensor's."""
         region = self._region(tokens.pointer)
         if self._is_first(tokens):
+            self._copy(region)  # of other elements
             self._lies_at[region] = gradient, tokens
         elif region.block < len(self._plan.forms):
             place = tokens.at(self._repeat(region, tokens))
@@ -369,6 +459,17 @@ class _Ways:
             self._copy(region)
             place = tokens.at(self._gradient(tokens.pointer))
             self.calls.append(_sum(place, (place, gradient), tokens))
+
+    def _share(self, view: _View, shares: dict[Region, list[int]]) -> int:
+        """Where a further share of the gradient of a part of one of the plan's tensors goes; `shares` are a call's."""
+        region = self._region(view.pointer)
+        if region.block >= len(self._plan.forms):
+            raise ValueError("a gradient of a parameter that was computed is a sum")
+        if region not in shares:
+            self.repeats.append(region.block)
+            shares[region] = [_address(self._plan.between + len(self.repeats)), 0]
+        shares[region][1] += math.prod(view.shape) * view.itemsize
+        return shares[region][0] + view.pointer - region.begin
 
     def _repeat(self, region: Region, tokens: _View) -> int:
         """The address of a further share of a tensor's gradient."""
@@ -403,8 +504,30 @@ class _Ways:
         return place
 
 
-def _sum(to: tuple[int, ...], terms: Iterable[tuple[int, ...]], tokens: _View) -> tuple[str, tuple[Any, ...]]:
-    """The call that adds terms at tokens of one shape [B, L, C]; zeros without any."""
-    batch, length, channels = tokens.shape
-    rows = [(pointer, (0, 0, *strides)) for pointer, *strides in (to, *terms)]
-    return "sum", (rows[0], rows[1:], (1, 1, batch, length, channels), 1.0, tokens.itemsize == 2, 1)
+def _viewed(lies_at: tuple[int, ...], of: _View, view: _View) -> tuple[int, ...] | None:
+    """What lies at a place in the shape of `of`, in the shape of a view of the same elements; None if it is not one."""
+    if of == view:
+        return lies_at
+    shapes = [torch.empty_strided(of.shape, strides, device="meta") for strides in (of.strides, (*lies_at[1:], 1))]
+    if of.pointer != view.pointer or math.prod(of.shape) != math.prod(view.shape):
+        return None
+    try:
+        own, other = (t.view(view.shape).stride() for t in shapes)
+    except RuntimeError:
+        return None
+    is_same = all(a == b for a, b, size in zip(own, view.strides, view.shape, strict=True) if size > 1)
+    return (lies_at[0], *other[:-1]) if is_same and other[-1] == 1 else None
+
+
+def _rows(told: tuple[int, tuple[int, ...]], shape: tuple[int, ...], is_bf16: bool) -> _View:
+    return _view((told[0], *told[1]), shape, is_bf16)
+
+
+def _sum(
+    to: tuple[int, ...], terms: Iterable[tuple[int, ...]], tokens: _View, scale: float = 1.0
+) -> tuple[str, tuple[Any, ...]]:
+    """The call that adds terms, of the shape of tokens; zeros without any."""
+    more = (5 - len(tokens.shape)) * (0,)
+    rows = [(pointer, (*more, *strides)) for pointer, *strides in (to, *terms)]
+    sizes = (*(1 for _ in more), *tokens.shape)
+    return "sum", (rows[0], rows[1:], sizes, scale, tokens.itemsize == 2, torch.get_num_threads())
