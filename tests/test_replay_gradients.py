@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mmattn
 from mmattn import RandomShiftAttention, _replay
 from mmdiffusion import CoupledUNet
+from mmdiffusion.model import blocks
 from mmdiffusion.model.blocks import AudioBlock, SelfAttention, SpatialAttention, TemporalAttention, VideoBlock
 
 pytestmark = needs_extension
@@ -541,24 +542,213 @@ def test_gradients_follow_from_any_chain_of_calls(seed):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 
 
-def test_a_result_that_is_read_by_another_call_has_no_plan_of_gradients():
+def gradients_of_plan(function, tensors):
+    """(those of the plan of a function, those of its graph)."""
     from mmattn_kernels.cpu.plan import Plan, Recorder
 
-    x, weight, other = (torch.randn(shape).requires_grad_() for shape in ((1, 8, 16), (16, 16, 1), (16, 16, 3)))
     with Recorder() as recorder:
-        h = mmattn.dilated_conv1d(x, weight)
-        y = mmattn.dilated_conv1d(h, other)
-    plan = Plan(recorder, (x, weight, other), (h, y))
-    with pytest.raises(ValueError, match="read by another call"):
-        plan.gradients((True,) * 3, (True, True))
+        results = function()
+    d_results = [torch.randn(x.shape, generator=torch.Generator().manual_seed(3)).to(x.dtype) for x in results]
+    expected = torch.autograd.grad(results, tensors, d_results)
+    plan = Plan(recorder, tensors, results)
+    made, between = plan.run(tensors)
+    gradients = plan.gradients((True,) * len(tensors), (True,) * len(results))
+    read = [tensors[at] for at in gradients.reads] + [made[at] for at in gradients.reads_of_results]
+    found = gradients.run(read, between, d_results)
+    for at, share in zip(gradients.repeats, found[len(tensors) :], strict=True):
+        found[at] = found[at] + share
+    return found[: len(tensors)], expected
 
 
-def test_a_parameter_that_is_used_twice_has_no_plan_of_gradients():
-    from mmattn_kernels.cpu.plan import Plan, Recorder
+def test_a_result_that_is_read_by_other_calls():
+    x, *weights = (torch.randn(shape).requires_grad_() for shape in ((1, 8, 16), (16, 16, 1), (16, 16, 3), (16, 16, 1)))
 
-    x, weight, bias = (torch.randn(shape).requires_grad_() for shape in ((1, 8, 16), 16, 16))
-    with Recorder() as recorder:
-        out = mmattn.group_norm(mmattn.group_norm(x, weight, bias, 4), weight, bias, 4)
-    plan = Plan(recorder, (x, weight, bias), (out,))
-    with pytest.raises(ValueError, match="sum"):
-        plan.gradients((True,) * 3, (True,))
+    def function():
+        h = mmattn.dilated_conv1d(x, weights[0])
+        y = mmattn.dilated_conv1d(h, weights[1], activation="silu")
+        return h, y, mmattn.dilated_conv1d(y, weights[2], residual=h)
+
+    found, expected = gradients_of_plan(function, (x, *weights))
+    torch.testing.assert_close(found, list(expected))
+
+
+@pytest.mark.parametrize("film", (False, True))
+def test_a_parameter_of_norms_that_is_used_twice(film):
+    x, weight, bias, scale_shift = (torch.randn(shape).requires_grad_() for shape in ((2, 8, 16), 16, 16, (2, 32)))
+    options = dict(zip(("scale", "shift"), scale_shift.chunk(2, -1), strict=True)) if film else {}
+
+    def function():
+        return (
+            mmattn.group_norm(
+                mmattn.group_norm(x, weight, bias, 4, **options), weight, bias, 4, activation="silu", **options
+            ),
+        )
+
+    found, expected = gradients_of_plan(function, (x, weight, bias, *((scale_shift,) if film else ())))
+    torch.testing.assert_close(found, list(expected))
+
+
+def test_a_weight_that_is_used_twice_has_no_plan_of_gradients():
+    x, weight = (torch.randn(shape).requires_grad_() for shape in ((1, 8, 16), (16, 16, 1)))
+    with pytest.raises(ValueError, match="share memory"):
+        gradients_of_plan(lambda: (mmattn.dilated_conv1d(mmattn.dilated_conv1d(x, weight), weight),), (x, weight))
+
+
+RESAMPLINGS = {
+    "pooled": lambda x: blocks.pool_frames(x.view(2, 4, 4, 6, 32)).flatten(1, 3),
+    "repeated": lambda x: blocks.repeat_frames(x.view(2, 4, 4, 6, 32)).flatten(1, 3),
+    "audio pooled": lambda x: AudioBlock._pool(None, x),
+    "audio repeated": lambda x: AudioBlock._repeat(None, x),
+}
+
+
+@pytest.mark.parametrize("name", RESAMPLINGS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+def test_of_what_torch_computes_between_the_ops(name, dtype):
+    generator = torch.Generator().manual_seed(4)
+    shapes = (2, 96, 32), (32, 32, 1), (32, 32, 3), (32, 64, 1), (32, 32, 1)
+    x, *weights = (torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes)
+
+    def function():
+        h = mmattn.dilated_conv1d(x, weights[0])
+        one, other = (RESAMPLINGS[name](y) for y in (h, mmattn.dilated_conv1d(h, weights[1])))
+        joined = mmattn.dilated_conv1d(blocks.concatenate(one, other), weights[2])
+        return mmattn.dilated_conv1d(joined, weights[3], residual=one), h
+
+    found, expected = gradients_of_plan(function, (x, *weights))
+    assert all(map(torch.equal, found, expected))
+
+
+class NetworkCase:
+    """A network in training, the clip that it is given, and gradients of what it makes of it."""
+
+    def __init__(self, dtype=torch.float32, batch=1, **options):
+        generator = torch.Generator().manual_seed(1)
+        small = SMALL_UNET | {"audio_attention_resolutions": (2,), "middle_cross_attention": True} | options
+        self.network = fill(CoupledUNet(**small)).to(dtype).train()
+        shapes = (batch, 4, 3, 8, 8), (batch, 1, 64)
+        self.clip = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+    def gradients(self, which=(0, 1), shift=1):
+        shifts = [shift] * len(self.network.shift_ranges())
+        streams = self.network(*self.clip, 500, shifts=shifts)
+        results = [streams[at] for at in which]
+        generator = torch.Generator().manual_seed(2)
+        d_results = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in results]
+        leaves = [x for x in (*self.clip, *self.network.parameters()) if x.requires_grad]
+        found = torch.autograd.grad(results, leaves, d_results, allow_unused=True)
+        return [x.detach() for x in results], found
+
+    def expected(self, **options):
+        with by_the_functions():
+            return self.gradients(**options)
+
+
+CROSSES = {
+    "at the end": {"cross_attention_resolutions": (1, 2), "cross_attention_windows": (1, 2)},
+    "before the end": {},
+}
+
+
+@pytest.mark.parametrize("crosses", CROSSES)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+@pytest.mark.parametrize("batch", (1, 3))
+def test_gradients_of_a_network_are_those_of_its_functions(crosses, dtype, batch, replays):
+    case = NetworkCase(dtype, batch, **CROSSES[crosses])
+    expected = case.expected()
+    assert not replays and equal(case.gradients(), expected)
+    replays.clear()
+    assert equal(case.gradients(), expected)
+    # All before the last attention across the streams, that attention, and what is behind it of each stream.
+    assert len(replays) == (2 if crosses == "at the end" else 4)
+    assert equal(case.gradients(shift=0), case.expected(shift=0)) and not equal(case.expected(shift=0), expected)
+
+
+@pytest.mark.parametrize("crosses", CROSSES)
+@pytest.mark.parametrize("which", ((0,), (1,)), ids=("video", "audio"))
+def test_of_a_network_where_one_result_has_no_gradient(crosses, which):
+    """No hook of a parameter runs that would not have."""
+    case = NetworkCase(**CROSSES[crosses])
+    expected = case.expected(which=which)
+    case.gradients()
+    assert equal(case.gradients(which=which), expected) and equal(case.gradients(which=which), expected)
+    called = []
+    for name, parameter in case.network.named_parameters():
+        parameter.register_hook(lambda gradient, name=name: called.append((name, gradient.shape)))
+    results = case.network(*case.clip, 500, shifts=[1] * len(case.network.shift_ranges()))
+    results[which[0]].sum().backward()
+    assert len(called) == sum(gradient is not None for gradient in expected[1][2:])
+
+
+def frozen_encoder(network):
+    network.encoder.requires_grad_(False)
+
+
+def trained_end(network):
+    network.requires_grad_(False)
+    network.decoder[-1].requires_grad_(True)
+
+
+def trained_biases(network):
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))
+
+
+def trained_cross_attention(network):
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(".cross." in name)
+
+
+@pytest.mark.parametrize("of_clip", (False, True), ids=("", "of the clip"))
+@pytest.mark.parametrize(
+    "choose", (frozen_encoder, trained_end, trained_biases, trained_cross_attention), ids=lambda f: f.__name__
+)
+def test_of_a_part_of_the_parameters(choose, of_clip):
+    case = NetworkCase()
+    for x in case.clip:
+        x.requires_grad_(of_clip)
+    choose(case.network)
+    expected = case.expected()
+    assert equal(case.gradients(), expected) and equal(case.gradients(), expected)
+
+
+def test_a_network_that_drops_values_draws_them_as_its_functions_do():
+    case = NetworkCase(dropout=0.3)
+    torch.manual_seed(3)
+    expected = case.expected()
+    for _ in range(2):
+        torch.manual_seed(3)
+        assert equal(case.gradients(), expected)
+
+
+def test_a_network_whose_weights_are_trained():
+    """Each step packs other weights than the one before."""
+    case, other = NetworkCase(), NetworkCase()
+    for one, manager in ((case, contextlib.nullcontext), (other, by_the_functions)):
+        optimizer = torch.optim.Adam(one.network.parameters(), lr=1e-3)
+        with manager():
+            for step in range(4):
+                results = one.network(*one.clip, 100 * step, shifts=[1] * len(one.network.shift_ranges()))
+                optimizer.zero_grad()
+                sum(x.square().mean() for x in results).backward()
+                optimizer.step()
+    assert all(map(torch.equal, case.network.parameters(), other.network.parameters()))
+
+
+def test_a_network_is_differentiated_twice_by_its_functions_alone():
+    case = NetworkCase()
+    case.gradients()
+    results = case.network(*case.clip, 500, shifts=[1] * len(case.network.shift_ranges()))
+    gradients = torch.autograd.grad(results[0].sum(), case.clip[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(gradients[0].sum(), case.clip[0])
+
+
+def test_memory_between_the_gradients_of_a_network_is_used_again(replays):
+    case = NetworkCase()
+    case.gradients(), case.gradients()
+    largest = max(replays, key=lambda gradients: len(gradients.made))
+    plan = next(
+        plan for calls in _replay._plans.values() for _, plan in calls if plan and largest in plan._gradients.values()
+    )
+    assert 0 < largest._bytes < plan.bytes_between / 2

@@ -30,7 +30,8 @@ def run_stages(
         shifts: of the random-shift attentions that shift, in their order.
         run: calls the parts of a stage, under a checkpoint or not.
     """
-    if video is not None and audio is not None and not (unet.gradient_checkpointing and torch.is_grad_enabled()):
+    is_checkpointed = unet.gradient_checkpointing and torch.is_grad_enabled()
+    if video is not None and audio is not None and not is_checkpointed and not _drops(unet):
         network = network_of(unet, (unet.encoder, unet.middle, unet.decoder), video)
         numbers = None if network is None else _numbers(unet, shifts, video)
         if network is not None and numbers is not None:
@@ -40,6 +41,17 @@ def run_stages(
     remaining = iter(shifts)
     video, audio, skips = _encode(unet, video, audio, embedding, remaining, run)
     return _decode(unet.decoder, video, audio, skips, embedding, remaining, run)
+
+
+def _drops(unet: Any) -> bool:
+    """Whether random numbers are drawn, whose order is that of the blocks."""
+    for stage in (*unet.encoder, *unet.middle, *unet.decoder):
+        for block in (stage.block, stage.up):
+            if block is not None and any(
+                x is not None and x.training and x.dropout for x in (block.video, block.audio)
+            ):
+                return True
+    return False
 
 
 def _encode(
