@@ -30,6 +30,13 @@ class FmaWeights {
   static void pack(const ConvWeights& w, void* packed) {
     w.weight_is_bf16 ? pack<bf16>(w, static_cast<float*>(packed)) : pack<float>(w, static_cast<float*>(packed));
   }
+  // Whether the weights of few rows may be read where they are: of one tap, as float, whole vectors of out channels.
+  static bool are_rows(const Conv& p) {
+    constexpr int64_t kMostPositions = 128;
+    const ConvWeights& w = p.weights;
+    return !p.packed && p.taps == 1 && w.out_stride == 1 && !w.weight_is_bf16 && !w.is_bf16 &&
+           p.out_channels % kLanes == 0 && p.batch * p.length <= kMostPositions;
+  }
   // Of kLanes out channels from a multiple of that on.
   static Vec load_packed(const Conv& p, const void* packed, int64_t out, int64_t tap, int64_t in) {
     return load(static_cast<const float*>(packed) + ((out / kPanel * p.taps + tap) * p.in_channels + in) * kPanel +
@@ -78,13 +85,16 @@ template <class T>
 class FmaConv : public FmaWeights {
  public:
   static constexpr int64_t kMostRows = 192, kDepth = 256, kColumns = kPanel;
-  static bool pack_first(const Conv& p, const Tasks&) { return !p.packed; }
+  static bool pack_first(const Conv& p, const Tasks&) { return !p.packed && !FmaWeights::are_rows(p); }
 
   static void forward(const Conv& p) {
     const Coefficients coefficients(p.batch, p.in_channels);
     prepare<T>(p.norm, p.x, p.batch, p.length, p.in_channels, p.threads, coefficients);
-    const Packed<FmaWeights> packed(p);
-    const float* weights = static_cast<const float*>(packed.data());
+    const bool are_rows = FmaWeights::are_rows(p);
+    const Packed<FmaWeights> packed(p, are_rows);
+    const float* data = static_cast<const float*>(are_rows ? p.weights.weight : packed.data());
+    const int64_t row = are_rows ? p.weights.in_stride : kPanel, panel = are_rows ? 1 : p.taps * p.in_channels;
+    const Panels weights{data, kPanel * panel, p.in_channels * kPanel, row};
     const Tasks tasks = tasks_of<FmaConv>(p);
     const int64_t panels = FmaWeights::panels(p.out_channels), splits = tasks.splits;
     const Extent extent(tasks.blocks);
@@ -108,7 +118,13 @@ class FmaConv : public FmaWeights {
   }
 
  private:
-  static void run(const Conv& p, const float* packed, const float* bias, const Coefficients& coefficients,
+  // Of weights, kPanel out channels each: where they lie, and how far from a panel, tap and in channel to the next.
+  struct Panels {
+    const float* data;
+    int64_t panel, tap, in;
+  };
+
+  static void run(const Conv& p, const Panels& panels, const float* bias, const Coefficients& coefficients,
                   const Block& block, int64_t panel_begin, int64_t panel_end, int64_t depth, float* buffer,
                   float* sums) {
     const int64_t stride = depth + kLanes, columns = (panel_end - panel_begin) * kPanel, middle = block.taps / 2;
@@ -119,16 +135,21 @@ class FmaConv : public FmaWeights {
         const int64_t vecs = vecs_of_panel(p.out_channels, panel);
         for (int64_t j = 0; j < block.taps; ++j) {
           const int64_t k = j == 0 ? middle : j <= middle ? j - 1 : j;  // the middle one first: it has every row
-          const auto [lo, hi] = k == middle ? std::pair<int64_t, int64_t>{0, block.rows} : block.readers(k);
-          if (lo == hi) continue;
-          const float* weights = packed + ((panel * block.taps + k) * p.in_channels + c) * kPanel;
-          const Gemm g{hi - lo,
-                       vecs,
-                       end - c,
-                       {buffer + (lo + block.offset(k)) * stride, stride, 1},
-                       {weights, kLanes, kPanel},
-                       {sums + lo * columns + (panel - panel_begin) * kPanel, columns}};
-          c == 0 && j == 0 ? gemm<Init::zero>(g) : gemm<Init::add>(g);
+          const float* weights = panels.data + panel * panels.panel + k * panels.tap + c * panels.in;
+          const bool is_first = c == 0 && j == 0;
+          const auto multiply = [&](int64_t lo, int64_t hi, int64_t from) {
+            const Gemm g{hi - lo,
+                         vecs,
+                         end - c,
+                         {buffer + from * stride, stride, 1},
+                         {weights, kLanes, panels.in},
+                         {sums + lo * columns + (panel - panel_begin) * kPanel, columns}};
+            is_first ? gemm<Init::zero>(g) : gemm<Init::add>(g);
+          };
+          if (k == middle)
+            multiply(0, block.rows, block.order == Order::positions ? block.offset(k) : 0);
+          else
+            block.each_range(k, multiply);
         }
       }
     }
@@ -137,8 +158,9 @@ class FmaConv : public FmaWeights {
       for (int64_t r = i; r < i + block.live(i); ++r) {
         const int64_t position = block.position(r);
         if (position < 0) continue;
-        T* out = row<T>(p.out, block.batch, position);
-        const T* residual = p.residual.data ? row<T>(p.residual, block.batch, position) : nullptr;
+        const int64_t batch = block.batch_of(r);
+        T* out = row<T>(p.out, batch, position);
+        const T* residual = p.residual.data ? row<T>(p.residual, batch, position) : nullptr;
         for (int64_t o = first; o < last; o += kLanes) {
           Vec value = load(sums + r * columns + o - first) + load(bias + o);
           if (residual) value += load_lanes(residual + o, last - o);
@@ -160,8 +182,7 @@ class FmaGradientProduct {
 
   FmaGradientProduct(const Conv& p, const Block& block, const Row* rows, int64_t row_stride, int64_t first,
                      int64_t count, float* memory)
-      : block_(block),
-        rows_(rows),
+      : rows_(rows),
         row_stride_(row_stride),
         count_(count),
         stride_(round_up(count, kLanes) + kLanes),
@@ -176,19 +197,19 @@ class FmaGradientProduct {
     }
   }
 
-  // [out channel][in channel] of tap k over the rows lo .. hi - 1, added to `to` or, with `is_first`, instead of it.
-  void multiply(int64_t k, int64_t lo, int64_t hi, float* to, int64_t to_row, bool is_first) const {
+  // [out channel][in channel] of a tap over the rows lo .. hi - 1, which read those of the buffer `from` on, added to
+  // `to` or, with `is_first`, instead of it.
+  void multiply(int64_t, int64_t lo, int64_t hi, int64_t from, float* to, int64_t to_row, bool is_first) const {
     const Gemm g{count_,
                  vecs_,
                  hi - lo,
                  {gradients_ + lo * stride_, 1, stride_},
-                 {rows_ + (lo + block_.offset(k)) * row_stride_, kLanes, row_stride_},
+                 {rows_ + from * row_stride_, kLanes, row_stride_},
                  {to, to_row}};
     is_first ? gemm<Init::zero>(g) : gemm<Init::add>(g);
   }
 
  private:
-  const Block& block_;
   const Row* rows_;
   const int64_t row_stride_, count_, stride_, vecs_;
   float* gradients_;
@@ -313,11 +334,12 @@ class WeightGradient {
     const Product product(p_, block, rows, row_stride_, first, count, own + rows_);
     for (int64_t k = 0; k < block.taps; ++k) {
       float* to = sums + (k * out_rows + first) * in_padded_;
-      const auto [lo, hi] = block.readers(k);
-      if (lo < hi)
-        product.multiply(k, lo, hi, to, in_padded_, is_first);
-      else if (is_first)
-        std::memset(to, 0, (end - first) * in_padded_ * sizeof(float));
+      bool is_empty = is_first;
+      block.each_range(k, [&](int64_t lo, int64_t hi, int64_t from) {
+        product.multiply(k, lo, hi, from, to, in_padded_, is_empty);
+        is_empty = false;
+      });
+      if (is_empty) std::memset(to, 0, (end - first) * in_padded_ * sizeof(float));
     }
   }
 

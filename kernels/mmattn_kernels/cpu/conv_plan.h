@@ -8,7 +8,9 @@
 // nothing is read twice however far the taps reach.
 // In frames the buffer holds whole lines with a zero after each, and a line of zeros after each frame, so that all nine
 // taps of a position lie at fixed distances. Output rows are the positions where a line is a whole number of tiles, and
-// else the places of the buffer, those of zeros computed in vain.
+// else the places of the buffer, those of zeros computed in vain. Where that would be most of them, as the frames are
+// small, rows are the frames of a pixel, then those of the next one: what a tap reads of a line is then consecutive,
+// and nothing is computed in vain. Of one tap, a block may hold several short sequences.
 #pragma once
 
 #include <numeric>
@@ -47,16 +49,19 @@ struct Frames {
   int64_t rows() const { return dense() ? length : place(length - 1) + 1; }
 };
 
+enum class Order { positions, pixels, sequences };  // of the rows of a block: see above
+
 struct Block {
-  int64_t batch, origin, rows;  // position or place of the first row; rows are a multiple of kRowUnit
+  int64_t batch, origin, rows;  // position or place of the first row; rows by positions are a multiple of kRowUnit
   int64_t run, width;           // rows of a run, how many of them are in use
   int64_t step;                 // rows from a tap to the next, 0 if all but the middle one lie outside the sequence
   int64_t length, taps, dilation;
   Frames frames;
+  Order order;
 
   bool spatial() const { return frames.width > 0; }
   int64_t offset(int64_t k) const { return spatial() ? k / 3 * frames.pitch() + k % 3 : k * step; }
-  int64_t buffer_rows() const { return at(rows - 16) + 16 + offset(taps - 1); }
+  int64_t buffer_rows() const { return order != Order::positions ? rows : at(rows - 16) + 16 + offset(taps - 1); }
   // Where the buffer has the first tap of a row, whose tile begins with it; it is `row` outside of dense frames.
   int64_t at(int64_t row) const {
     if (!spatial() || !frames.dense()) return row;
@@ -64,12 +69,17 @@ struct Block {
   }
   // -1 where there is none.
   int64_t position(int64_t row) const {
+    if (order == Order::pixels) return origin + row % run * frames.height * frames.width + row / run;
+    if (order == Order::sequences) return row % length;
     if (spatial()) return frames.dense() ? origin + row : frames.position(origin + row);
     return origin + row / run * dilation + row % run;
   }
+  int64_t batch_of(int64_t row) const { return order == Order::sequences ? batch + row / length : batch; }
   // Of the kRowUnit rows from `row` on, those after which none exists.
   int64_t live(int64_t row) const {
-    const int64_t left = spatial() ? frames.rows() - origin - row : std::min(width - row % run, length - position(row));
+    const int64_t left = order != Order::positions ? rows - row
+                         : spatial()               ? frames.rows() - origin - row
+                                                   : std::min(width - row % run, length - position(row));
     return std::clamp<int64_t>(left, 0, kRowUnit);
   }
   // Whether the rows of a unit are not consecutive positions, which are cheaper to count than to look up.
@@ -87,10 +97,30 @@ struct Block {
     while (lo < hi && !is_reader(hi - kRowUnit)) hi -= kRowUnit;
     return {lo, hi};
   }
+  // visit(first row, end, row of the buffer that the first one reads) for all that tap k reads.
+  template <class Visit>
+  void each_range(int64_t k, Visit visit) const {
+    if (order == Order::sequences) return visit(0, rows, 0);
+    if (order == Order::positions) {
+      const auto [lo, hi] = readers(k);
+      if (lo < hi) visit(lo, hi, lo + offset(k));
+      return;
+    }
+    const int64_t down = k / 3 - 1, right = k % 3 - 1, first = std::max<int64_t>(-right, 0);
+    const int64_t count = frames.width - std::abs(right), to_read = (down * frames.width + right) * run;
+    for (int64_t y = std::max<int64_t>(-down, 0); y < frames.height - std::max<int64_t>(down, 0); ++y) {
+      const int64_t row = (y * frames.width + first) * run;
+      if (count > 0) visit(row, row + count * run, row + to_read);
+    }
+  }
   // visit(buffer row, position or -1 for zeros) for all rows of the buffer.
   template <class Visit>
   void each_buffer_row(Visit visit) const {
     const int64_t total = buffer_rows();
+    if (order != Order::positions) {
+      for (int64_t r = 0; r < rows; ++r) visit(r, position(r));
+      return;
+    }
     if (spatial()) {
       const int64_t first = (frames.dense() ? frames.place(origin) : origin) - frames.pitch() - 1;
       for (int64_t r = 0; r < total;) {  // a line at a time
@@ -113,6 +143,38 @@ struct Block {
   }
 };
 
+// Blocks of whole frames by pixels, of at most `most` rows; none where that does not spare products.
+inline std::vector<Block> cut_by_pixels(const Conv& p, int64_t most) {
+  constexpr double kMostProducts = 0.8;  // of those of lines with zeros
+  const Frames frames(p);
+  const int64_t of_frame = p.height * p.width;
+  std::vector<Block> blocks;
+  if (!p.width || frames.tiles || of_frame > most || p.length % of_frame) return blocks;
+  const int64_t read = (3 * p.height - 2) * (3 * p.width - 2);  // positions of a frame by all taps
+  const int64_t all = p.length / of_frame, count = (all + most / of_frame - 1) / (most / of_frame);
+  if (read * all > kMostProducts * p.taps * round_up(frames.rows(), kRowUnit)) return blocks;
+  for (int64_t b = 0; b < p.batch; ++b)
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t first = all * i / count, run = all * (i + 1) / count - first;
+      blocks.push_back(
+          {b, first * of_frame, run * of_frame, run, run, 0, p.length, p.taps, p.dilation, frames, Order::pixels});
+    }
+  return blocks;
+}
+
+// Blocks of whole sequences of one tap, of at most `most` rows; none where they are long.
+inline std::vector<Block> cut_by_sequences(const Conv& p, int64_t most) {
+  const Frames frames(p);
+  std::vector<Block> blocks;
+  if (p.batch == 1 || frames.tiles || p.length > kRowUnit) return blocks;
+  const int64_t of_block = most / p.length, count = (p.batch + of_block - 1) / of_block;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t first = p.batch * i / count, rows = (p.batch * (i + 1) / count - first) * p.length;
+    blocks.push_back({first, 0, rows, rows, rows, 0, p.length, p.taps, p.dilation, frames, Order::sequences});
+  }
+  return blocks;
+}
+
 // Blocks of at most `most` rows, at least as many as threads where the sequence is long enough to share.
 inline std::vector<Block> cut(const Conv& p, int64_t most) {
   constexpr int64_t kWholeRun = int64_t{1} << 40;
@@ -126,7 +188,8 @@ inline std::vector<Block> cut(const Conv& p, int64_t most) {
   const double vain = static_cast<double>(padded_span) / span - 1;
   const double with_runs = vain + (runs_of_block < runs ? 0.25 * (taps - 1) / runs_of_block : 0);
   const double without = 0.25 * (taps - 1) * std::min(dilation, length) / std::min(most, length);
-  std::vector<Block> blocks;
+  std::vector<Block> blocks = p.taps == 1 ? cut_by_sequences(p, most) : cut_by_pixels(p, most);
+  if (!blocks.empty()) return blocks;
   Block block{};
   block.length = length, block.taps = taps, block.dilation = dilation, block.frames = frames;
   if (!spatial && taps > 1 && with_runs < without) {
@@ -164,7 +227,7 @@ template <class T>
 const T* gradient_row(const Conv& p, const Block& block, int64_t i) {
   if (!block.spatial() && i % block.run >= block.width) return nullptr;
   const int64_t position = block.position(i);
-  return position < 0 || position >= block.length ? nullptr : row<T>(p.out, block.batch, position);
+  return position < 0 || position >= block.length ? nullptr : row<T>(p.out, block.batch_of(i), position);
 }
 
 // Of an out channel: sums [tap][in channel], the taps `tap` floats apart, to [in][tap]. `own` has memory for a row.
@@ -204,10 +267,10 @@ inline void fill_bias(const Conv& p, const PerChannel& to) {
 template <class Weights>
 class Packed {
  public:
-  explicit Packed(const Conv& p)
-      : own_(p.packed ? 0 : Weights::packed_bytes(p.out_channels, p.in_channels, p.taps) / 4),
+  explicit Packed(const Conv& p, bool is_needless = false)
+      : own_(p.packed || is_needless ? 0 : Weights::packed_bytes(p.out_channels, p.in_channels, p.taps) / 4),
         data_(p.packed ? p.packed : own_.data()) {
-    if (!p.packed) Weights::pack(p.weights, own_.data());
+    if (!p.packed && !is_needless) Weights::pack(p.weights, own_.data());
   }
   const void* data() const { return data_; }
 
@@ -237,10 +300,8 @@ constexpr double kOfNumber = 16;      // multiply-adds that take as long as a nu
 // Multiply-adds of a block with `columns` output channels: a range of rows for each tap.
 inline double products_of(const Conv& p, const Block& block, int64_t columns) {
   int64_t rows = 0;
-  for (int64_t k = 0; k < block.taps; ++k) {
-    const auto [lo, hi] = block.readers(k);
-    rows += hi - lo;
-  }
+  for (int64_t k = 0; k < block.taps; ++k)
+    block.each_range(k, [&](int64_t lo, int64_t hi, int64_t) { rows += hi - lo; });
   return static_cast<double>(rows) * p.in_channels * columns;
 }
 
@@ -309,14 +370,15 @@ void tell_forward(const Conv& p, const Work& work) {
 template <Prologue kPrologue, class T, class Out>
 void fill_rows(const Conv& p, const Block& block, const Coefficients& coefficients, int64_t begin, int64_t end, Out* to,
                int64_t stride) {
-  const Maps maps(coefficients, block.batch);
   block.each_buffer_row([&](int64_t r, int64_t position) {
+    const int64_t batch = block.batch_of(r);
+    const Maps maps(coefficients, batch);
     Out* out = to + r * stride;
     if (position < 0) {
       std::memset(static_cast<void*>(out), 0, round_up(end - begin, kLanes) * sizeof(Out));
       return;
     }
-    const T* x = row<T>(p.x, block.batch, position);
+    const T* x = row<T>(p.x, batch, position);
     for (int64_t c = begin; c < end; c += kLanes, out += kLanes)
       store(out, apply<kPrologue, kDegree<T>>(load_lanes(x + c, end - c), Map(maps, c)));
   });

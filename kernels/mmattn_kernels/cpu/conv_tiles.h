@@ -371,7 +371,7 @@ class TileGradientProduct {
   }
 
   // [out channel][in channel] of tap k over the rows lo .. hi - 1, added to `to` or, with `is_first`, instead of it.
-  void multiply(int64_t k, int64_t lo, int64_t hi, float* to, int64_t to_row, bool is_first) const {
+  void multiply(int64_t k, int64_t lo, int64_t hi, int64_t, float* to, int64_t to_row, bool is_first) const {
     const int64_t stride = row_stride_;
     const Tiles a{left_.at(0, 0, lo / 32), left_.block, left_.part, left_.chunk};
     const Tiles b{right_.at(0, 0, lo / 32), right_.block, right_.part, right_.chunk};

@@ -34,63 +34,79 @@ inline int thread_count() {
 #endif
 }
 
-// Uninitialised floats that begin on a cache line. The memory of a few that are gone is kept for those of the next
-// calls: fresh from the system, every page would cost a fault again, together as much as the work done in them. Places
-// are swapped, never locked: a process that forks while its threads are here leaves the child nothing to wait for.
+// The memory of what a thread's calls need on the way: the last piece taken is the first one given back, so that each
+// call finds its pieces where the one before had them, in the caches. Fresh from the system, every page would cost a
+// fault, together as much as the work done in them. Of a thread of its own: nothing is locked, so a process that forks
+// leaves the child nothing to wait for.
+class Stack {
+ public:
+  static constexpr int64_t kLine = 64, kMostKept = 64 << 20;
+
+  static Stack& own() {
+    static thread_local Stack stack;
+    return stack;
+  }
+  Stack() = default;
+  ~Stack() { release(data_); }
+  Stack(const Stack&) = delete;
+  Stack& operator=(const Stack&) = delete;
+
+  // Null where there is no room: then `wanted_` says how much there will be once all is given back.
+  char* take(int64_t bytes) {
+    const int64_t taken = taken_ + bytes;
+    if (taken <= kMostKept) wanted_ = std::max(wanted_, taken);
+    if (!taken_ && size_ < wanted_) {
+      release(std::exchange(data_, nullptr));
+      size_ = 0;
+      data_ = allocate(wanted_);
+      size_ = wanted_;
+    }
+    taken_ = taken;
+#if !defined(__SANITIZE_ADDRESS__)  // which knows the bounds of each piece by itself
+    if (used_ + bytes <= size_) return data_ + std::exchange(used_, used_ + bytes);
+#endif
+    return nullptr;
+  }
+  void give_back(int64_t bytes, bool is_inside) {
+    taken_ -= bytes;
+    if (is_inside) used_ -= bytes;
+  }
+
+  static char* allocate(int64_t bytes) { return static_cast<char*>(::operator new(bytes, std::align_val_t{kLine})); }
+  static void release(char* data) { ::operator delete(data, std::align_val_t{kLine}); }
+
+ private:
+  char* data_ = nullptr;
+  int64_t size_ = 0, used_ = 0, taken_ = 0, wanted_ = 0;
+};
+
+// Uninitialised floats that begin on a cache line.
 class Buffer {
  public:
-  explicit Buffer(int64_t n) {
-    const int64_t bytes = round_up(n * static_cast<int64_t>(sizeof(float)), kLine) + kLine;
-    block_ = take(bytes);
-    if (block_) return;
-    block_ = static_cast<Block*>(::operator new(bytes, std::align_val_t{kLine}));
-    block_->bytes = bytes;
-  }
+  explicit Buffer(int64_t n)
+      : bytes_(round_up(n * static_cast<int64_t>(sizeof(float)), Stack::kLine)),
+        piece_(Stack::own().take(bytes_)),
+        data_(piece_ ? piece_ : outside(bytes_)) {}
   ~Buffer() {
-    if (block_->bytes <= kMostKept)
-      keep(block_);
-    else
-      release(block_);
+    if (!piece_) Stack::release(data_);
+    Stack::own().give_back(bytes_, piece_);
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  float* data() const { return reinterpret_cast<float*>(reinterpret_cast<char*>(block_) + kLine); }
+  float* data() const { return reinterpret_cast<float*>(data_); }
 
  private:
-  struct Block {
-    int64_t bytes;
-  };
-  static constexpr int64_t kLine = 64, kMostKept = 32 << 20;
-  static inline Block* kept_[4];
-
-  static Block* exchange(Block** place, Block* with) { return __atomic_exchange_n(place, with, __ATOMIC_ACQ_REL); }
-  static void release(Block* block) {
-    if (block) ::operator delete(block, std::align_val_t{kLine});
-  }
-
-  // A kept block of this many bytes, up to four times as many; null where there is none.
-  static Block* take(int64_t bytes) {
-    for (Block*& place : kept_) {
-      Block* block = exchange(&place, nullptr);
-      if (block && block->bytes >= bytes && block->bytes <= 4 * bytes) return block;
-      if (block) release(exchange(&place, block));  // of another thread, which has filled the place meanwhile
+  static char* outside(int64_t bytes) {
+    try {
+      return Stack::allocate(bytes);
+    } catch (...) {
+      Stack::own().give_back(bytes, false);
+      throw;
     }
-    return nullptr;
   }
 
-  // In the first place that is empty or holds a smaller one.
-  static void keep(Block* block) {
-    for (Block*& place : kept_) {
-      const int64_t bytes = block->bytes;  // read first: in its place it is any thread's, to use and to release
-      Block* other = exchange(&place, block);
-      if (!other || other->bytes < bytes) return release(other);
-      block = exchange(&place, other);  // the smaller one, unless another thread was quicker
-      if (!block) return;
-    }
-    release(block);
-  }
-
-  Block* block_;
+  const int64_t bytes_;
+  char *const piece_, *const data_;  // of the stack, or null; and where the floats are
 };
 
 // Hands out pieces of a thread's memory; with no memory it only counts.
