@@ -9,6 +9,9 @@ it is called, on what the op's prologue would have given it.
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +27,8 @@ from mmattn.conv import dilated_conv1d, spatial_conv2d
 from mmattn.norm import group_norm
 
 Parameters = tuple[Tensor, Tensor | None]
+
+_state = threading.local()
 
 _CONVOLUTIONS = {nn.Conv1d, nn.Conv2d, nn.Conv3d}
 PLAIN_LAYERS = {nn.Linear, nn.GroupNorm, *_CONVOLUTIONS}
@@ -46,7 +51,22 @@ def is_plain(layer: nn.Module) -> bool:
 
 def has_hooks(layer: nn.Module) -> bool:
     """Whether calling the layer does more, or something else, than the forward of its class."""
-    return has_own_hooks(layer) or bool(_has_any_global_hook())
+    return has_own_hooks(layer) or has_hooks_of_all()
+
+
+def has_hooks_of_all() -> bool:
+    """Whether there are hooks of all modules."""
+    return bool(_has_any_global_hook()) and not getattr(_state, "ignores_hooks_of_all", False)
+
+
+@contextlib.contextmanager
+def ignoring_hooks_of_all() -> Iterator[None]:
+    """For what is computed again of a call in which there were none, as under a mode that brings them."""
+    _state.ignores_hooks_of_all = True
+    try:
+        yield
+    finally:
+        _state.ignores_hooks_of_all = False
 
 
 def has_own_hooks(layer: nn.Module) -> bool:
@@ -249,7 +269,7 @@ def _computed_parameters(layer: nn.Module) -> Parameters | None:
     pre_hooks = list(layer._forward_pre_hooks.values())
     if not all(isinstance(hook, _WEIGHT_HOOKS) for hook in pre_hooks):
         return None
-    if _changes_its_result(layer) or _has_any_global_hook():
+    if _changes_its_result(layer) or has_hooks_of_all():
         return None
     for hook in pre_hooks:
         hook(layer, ())

@@ -10,26 +10,27 @@ that are packed, a layer of another class, a method that is not ours, large tens
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mmattn import _checks, dispatch
-from mmattn._layers import PLAIN_LAYERS, has_own_hooks, is_plain
+from mmattn._layers import PLAIN_LAYERS, has_hooks_of_all, has_own_hooks, ignoring_hooks_of_all, is_plain
 from mmattn._library import apply, can_skip_dispatcher, is_autocast, wants_gradients
 
 LARGEST = 1 << 20  # bytes of a part's first tensor: of larger ones, the kernels take ten times as long as all else
-_KEYS, _CALLS_OF_A_KEY = 1024, 8
+_KEYS, _CALLS_OF_A_KEY, _NOTED = 1024, 8, 30_000  # a noted call takes some 4 KB, with its gradients 10
 _OF_A_MODULE = frozenset(nn.Module().__dict__)
+_SEQUENCES = "kernel_size", "stride", "padding", "dilation"
 _SETTINGS = {bool, int, float, str, type(None)}
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _OPS = operator.itemgetter("dilated_conv1d", "group_norm", "random_shift_attention", "self_attention", "spatial_conv2d")
@@ -62,9 +63,7 @@ def replayed(
     if plan is None:
         return part(owner, *inputs, *options)
     if records and wants_gradients(*given):
-        return _with_gradients(
-            plan, _Call(lambda *x: part(owner, *x, *options), lambda: _own(layers), len(inputs)), given
-        )
+        return _with_gradients(plan, _Call(lambda *x: part(owner, *x, *options), layers, len(inputs)), given)
     return _results(plan, given)
 
 
@@ -72,41 +71,39 @@ class Network(NamedTuple):
     """Modules as they are now."""
 
     settings: tuple[Any, ...]  # all that they compute by, besides tensors
-    modules: Any  # `Modules` of the extension
     tensors: list[Tensor]
+    layers: list[nn.Module]  # that have them
 
 
 class _Kept(NamedTuple):
-    """Modules as they were read, to see in a twentieth of the time whether they are as they were."""
+    """How modules were found, to see in a twentieth of the time whether they are as they were."""
 
-    roots: tuple[nn.Module, ...]
     modules: Any  # `Modules` of the extension
     kinds: set[type]
     settings: tuple[Any, ...]
 
 
-def network_of(owner: nn.Module, roots: tuple[nn.Module, ...], x: Tensor) -> Network | None:
+def network_of(owner: nn.Module, roots: Sequence[nn.Module], x: Tensor) -> Network | None:
     """The modules of a network in `roots` and below, for `replayed_network` on tokens like x.
 
     None where only calling the modules tells what they compute.
     """
-    if not is_worth_it(x) or is_recording() or _has_any_global_hook():
+    if not is_worth_it(x) or is_recording() or has_hooks_of_all():
         return None
     kept = _networks.get(owner)
-    tensors = kept.modules.parameters() if kept is not None and kept.roots == roots else None
-    if kept is None or tensors is None:
+    found = None if kept is None else kept.modules.parameters(roots)
+    if kept is None or found is None:
         settings: list[Any] = []
-        modules: list[nn.Module] = []
-        if not all(_read_module(root, settings, modules) for root in roots):
+        kinds: set[type] = set()
+        if not all(_read_module(root, settings, kinds) for root in roots):
             _networks.pop(owner, None)
             return None
         from mmattn_kernels import cpu
 
-        kinds = {type(module) for module in modules} - PLAIN_LAYERS
-        kept = _Kept(roots, cpu.extension().Modules(modules), kinds, tuple(settings))
+        kept = _Kept(cpu.extension().Modules(roots), kinds - PLAIN_LAYERS, tuple(settings))
         _networks[owner] = kept
-        tensors = kept.modules.parameters()
-    return Network(kept.settings, kept.modules, tensors) if all(map(_class_is_plain, kept.kinds)) else None
+        found = kept.modules.parameters(roots)
+    return Network(kept.settings, *found) if all(map(_class_is_plain, kept.kinds)) else None
 
 
 def replayed_network(
@@ -135,7 +132,7 @@ def replayed_network(
     if plan is None:
         return part(*inputs)
     if records and wants_gradients(*given):
-        return _with_gradients(plan, _Call(part, network.modules.parameters, len(inputs)), given, shifts)
+        return _with_gradients(plan, _Call(part, network.layers, len(inputs)), given, shifts)
     return _results(plan, given, shifts)
 
 
@@ -150,7 +147,8 @@ def _look_up(key: tuple[Any, ...], given: Sequence[Tensor]) -> tuple[Any, list[A
     """The plan of a call, or None where it has none; and where it is new, what its plan is to be added to."""
     calls = _plans.get(key)
     if calls is None:
-        if len(_plans) >= _KEYS:
+        noted = sum(0 if plan is None else len(plan.calls) for of in list(_plans.values()) for _, plan in list(of))
+        if len(_plans) >= _KEYS or noted >= _NOTED:
             _plans.clear()
         calls = _plans.setdefault(key, [])
     for guard, plan in calls:
@@ -163,13 +161,8 @@ class _Call(NamedTuple):
     """What a plan computes, by its function."""
 
     function: Callable[..., Any]  # of the inputs
-    parameters: Callable[[], list[Tensor]]  # that it uses, as they are by then
+    layers: Sequence[nn.Module | None]  # whose parameters it uses, in the order in which the plan was given them
     num_inputs: int
-
-
-def _own(layers: Sequence[nn.Module | None]) -> list[Tensor]:
-    found = [layer._parameters.get(name) for layer in layers if layer is not None for name in ("weight", "bias")]
-    return [p for p in found if p is not None]
 
 
 def _with_gradients(plan: Any, call: _Call, given: Sequence[Tensor], shifts: Sequence[int] = ()) -> Any:
@@ -282,15 +275,15 @@ def _read_layer(layer: nn.Module, settings: list[Any], tensors: list[Tensor]) ->
     return True
 
 
-def _read_module(module: nn.Module, settings: list[Any], modules: list[nn.Module]) -> bool:
-    """The same of a module and all that lie in it, which join `modules`."""
+def _read_module(module: nn.Module, settings: list[Any], kinds: set[type]) -> bool:
+    """The same of a module and all that lie in it, whose classes join `kinds`."""
     own = module.__dict__
     kind: Any = type(module)
-    modules.append(module)
+    kinds.add(kind)
     settings.append(kind)
     if kind in PLAIN_LAYERS:
-        is_fixed = not any(isinstance(value, list) for name, value in own.items() if not name.startswith("_"))
-        return is_fixed and _read_layer(module, settings, [])
+        is_fixed = all(type(own.get(name, ())) in (tuple, str) for name in _SEQUENCES)
+        return is_fixed and list(own["_parameters"]) == ["weight", "bias"] and _read_layer(module, settings, [])
     code = _code_of(kind)
     if code is None or not code.names.isdisjoint(own) or has_own_hooks(module) or own["_parameters"] or own["_buffers"]:
         return False
@@ -304,7 +297,7 @@ def _read_module(module: nn.Module, settings: list[Any], modules: list[nn.Module
         settings.append(name)
         if child is None:
             settings.append(None)
-        elif not _read_module(child, settings, modules):
+        elif not _read_module(child, settings, kinds):
             return False
     return True
 
@@ -365,6 +358,8 @@ class _Part(torch.autograd.Function):
         if gradients.guard is None:
             gradients.guard = _checks.guard_of((*read, between))
         ctx.plan, ctx.gradients, ctx.call, ctx.shifts = plan, gradients, call, shifts
+        ctx.parameters = tensors[call.num_inputs :]
+        ctx.versions = [p._version for p in ctx.parameters]
         others = [x for at, x in enumerate(inputs) if at not in gradients.reads]
         ctx.save_for_backward(*read, between, *others)
         ctx.set_materialize_grads(False)
@@ -385,7 +380,8 @@ class _Part(torch.autograd.Function):
             of = dict(zip(places, read, strict=False))
             others = iter(saved[len(read) :])
             inputs = [of[at] if at in of else next(others) for at in range(ctx.call.num_inputs)]
-            arguments = ctx.call, ctx.gradients.wanted, *inputs, *d_results
+            parameters = _unchanged(ctx.parameters, ctx.versions)
+            arguments = ctx.call, parameters, ctx.gradients.wanted, *inputs, *d_results
             found = apply(_Once, _function_gradients, *arguments)
             found += (None,) * len(ctx.gradients.repeats)
         edges = ctx.gradients.made + list(range(len(ctx.plan.forms), len(found)))
@@ -412,6 +408,8 @@ def _part_gradients(
     `usual` makes them where all results have a gradient.
     """
     d_results = [None if d is None else d.contiguous() for d in tensors[:count]]
+    if all(d is None for d in d_results):
+        return (None,) * (len(plan.forms) + len(usual.repeats))
     if usual.repeats:  # further results of the node, which other gradients would not have
         forms = zip(d_results, plan.result_forms, strict=True)
         d_results = [torch.zeros(form[0], dtype=form[1]) if d is None else d for d, form in forms]
@@ -435,13 +433,44 @@ def _untraced(function: Callable[..., Any], *arguments: Any) -> Any:
     return torch.compiler.disable(function)(*arguments)
 
 
-def _function_gradients(call: _Call, wanted: Sequence[bool], *tensors: Any) -> tuple[Tensor | None, ...]:
+def _unchanged(parameters: list[Tensor], versions: list[int]) -> list[Tensor]:
+    """Refuse to compute again by what was written to since the forward pass."""
+    for p, version in zip(parameters, versions, strict=True):
+        if p._version != version:
+            raise RuntimeError(
+                f"a parameter {list(p.shape)} was modified in place between forward and backward; expected it as it "
+                "was, where a mode or transform of torch looks at backward, for which forward is computed again"
+            )
+    return parameters
+
+
+@contextlib.contextmanager
+def _in_the_place_of_parameters(layers: Sequence[nn.Module | None], tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Have layers compute by other tensors."""
+    places: list[tuple[dict[str, Any], str]]
+    places = [(layer._parameters, name) for layer in layers if layer is not None for name in ("weight", "bias")]
+    places = [(of, name) for of, name in places if of.get(name) is not None]
+    own = [of[name] for of, name in places]
+    if len(own) != len(tensors):
+        raise RuntimeError(f"layers have {len(own)} parameters by now; expected {len(tensors)}, as in forward")
+    try:
+        for (of, name), t in zip(places, tensors, strict=True):
+            of[name] = t
+        yield
+    finally:
+        for (of, name), t in zip(places, own, strict=True):
+            of[name] = t
+
+
+def _function_gradients(
+    call: _Call, parameters: Sequence[Tensor], wanted: Sequence[bool], *tensors: Any
+) -> tuple[Tensor | None, ...]:
     """The same by the function itself, computed again: for gradients that are no memory, and modes that look on."""
     inputs, d_results = tensors[: call.num_inputs], tensors[call.num_inputs :]
-    with torch.enable_grad(), _disable_current_modes():
-        given = [x.view_as(x) for x in inputs]  # what is in front of the part is not asked for gradients
-        results = call.function(*given)
-    given += call.parameters()
+    with torch.enable_grad(), _disable_current_modes(), ignoring_hooks_of_all():
+        given = [x.view_as(x) for x in (*inputs, *parameters)]  # what is in front of them is not asked for gradients
+        with _in_the_place_of_parameters(call.layers, given[call.num_inputs :]):
+            results = call.function(*given[: call.num_inputs])
     results = (results,) if isinstance(results, Tensor) else results
     pairs = [(x, d) for x, d in zip(results, d_results, strict=True) if d is not None]
     of = [t for t, is_wanted in zip(given, wanted, strict=True) if is_wanted]

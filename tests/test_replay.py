@@ -5,6 +5,7 @@ import gc
 import threading
 import warnings
 import weakref
+from collections import UserList
 
 import pytest
 import torch
@@ -137,6 +138,36 @@ def test_a_network_that_has_replayed_is_freed():
     assert network() is None and weight() is None
 
 
+def test_a_network_that_one_of_its_parameters_leads_back_to_is_freed():
+    class Trainer:
+        def __init__(self):
+            self.case = Case()
+            for parameter in self.case.module.parameters():
+                parameter.register_hook(self.clip)
+
+        def clip(self, gradient):
+            return gradient.clamp(-1, 1)
+
+    trainer = Trainer()
+    trainer.case(), trainer.case()
+    trainer.case.module.encoder[0].register_state_dict_post_hook(lambda *_, owner=trainer: None)
+    network = weakref.ref(trainer.case.module)
+    trainer.case()
+    del trainer
+    gc.collect()
+    assert network() is None
+
+
+def test_plans_are_bounded(monkeypatch):
+    monkeypatch.setattr(_replay, "_plans", {})
+    monkeypatch.setattr(_replay, "_NOTED", 300)
+    case = Case()
+    for frames in range(3, 9):
+        case.inputs = torch.randn(1, frames, 3, 8, 8), torch.randn(1, 1, 64)
+        assert equal(case(), case.expected())
+    assert sum(len(plan.calls) for calls in _replay._plans.values() for _, plan in calls if plan) < 600
+
+
 def hook_a_block(network):
     network.decoder[0].block.register_forward_hook(lambda _module, _args, out: tuple(2 * x for x in out))
 
@@ -209,10 +240,11 @@ def test_whatever_is_done_to_a_network_takes_effect(change):
     assert not equal(after, before) and equal(case(), after) and equal(case(), after)
 
 
-def test_a_list_of_a_layer_that_is_written_to_takes_effect():
+@pytest.mark.parametrize("kind", (list, UserList))
+def test_a_list_of_a_layer_that_is_written_to_takes_effect(kind):
     case = Case()
     layer = case.module.encoder[0].block.audio.conv1
-    layer.dilation, layer.padding = [1], [1]
+    layer.dilation, layer.padding = kind([1]), kind([1])
     before = [case() for _ in range(2)][-1]
     layer.dilation[0] = layer.padding[0] = 2
     assert not equal(case(), before) and equal(case(), case.expected())

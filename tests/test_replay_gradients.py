@@ -752,3 +752,112 @@ def test_memory_between_the_gradients_of_a_network_is_used_again(replays):
         plan for calls in _replay._plans.values() for _, plan in calls if plan and largest in plan._gradients.values()
     )
     assert 0 < largest._bytes < plan.bytes_between / 2
+
+
+@pytest.mark.parametrize("batch", (1, 2))
+def test_of_one_frame_and_one_position_of_sound(batch):
+    """Its repetition is a view, whose elements share memory."""
+    case = NetworkCase(batch=batch, cross_attention_windows=(1,), middle_cross_attention=False)
+    generator = torch.Generator().manual_seed(5)
+    levels = len(case.network.config["channel_mult"])
+    shapes = (batch, 1, 3, 4, 4), (batch, 1, 4 ** (levels - 1))
+    case.clip = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    expected = case.expected(shift=0)
+    for _ in range(2):
+        for x, y in zip(case.gradients(shift=0)[1], expected[1], strict=True):
+            torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("of_network", (False, True), ids=("block", "network"))
+def test_a_mode_around_backward_of_parameters_that_are_others_by_now(of_network):
+    """As of torch.func.functional_call; without a mode, forward is not computed again."""
+    if of_network:
+        case = NetworkCase()
+        module, inputs, options = case.network, (*case.clip, 500), {"shifts": [1] * len(case.network.shift_ranges())}
+    else:
+        module, inputs, options = fill(SelfAttention(64, 2)), (torch.randn(1, 16, 64),), {}
+    parameters = {name: (2 * p.detach()).requires_grad_() for name, p in module.named_parameters()}
+
+    def gradients():
+        out = torch.func.functional_call(module, parameters, inputs, options)
+        loss = sum(x.square().sum() for x in (out if isinstance(out, tuple) else (out,)))
+        with FlopCounterMode(display=False):
+            return torch.autograd.grad(loss, list(parameters.values()))
+
+    with by_the_functions():
+        expected = gradients()
+    for _ in range(3):
+        for x, y in zip(gradients(), expected, strict=True):
+            assert (x - y).abs().max() <= (1e-5 if of_network else 0) * y.abs().max()
+
+
+def test_a_mode_around_backward_of_parameters_that_were_written_to():
+    module, x = fill(SelfAttention(64, 2)), torch.randn(1, 16, 64)
+    module(x).sum().backward()
+    out = module(x)
+    with torch.no_grad():
+        module.qkv.bias.add_(1)
+    with FlopCounterMode(display=False), pytest.raises(RuntimeError, match="modified in place"):
+        out.sum().backward()
+
+
+def test_where_no_gradient_is_given():
+    """As DDP gives none to what has no part in a loss."""
+
+    class Sink(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *x):
+            ctx.set_materialize_grads(False)
+            return x
+
+        @staticmethod
+        def backward(ctx, *d):
+            return d
+
+    case = NetworkCase()
+
+    def without():
+        case.network.zero_grad()
+        video, _ = Sink.apply(*case.network(*case.clip, 500, shifts=[1] * len(case.network.shift_ranges())))
+        video.sum().backward()
+        return [name for name, p in case.network.named_parameters() if p.grad is None]
+
+    with by_the_functions():
+        expected = without()
+    assert expected and without() == expected and without() == expected
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.inner = module
+
+    def forward(self, *args, **options):
+        return self.inner(*args, **options)
+
+
+def wrap_a_block(network):
+    network.encoder[0].block = Wrapper(network.encoder[0].block)
+
+
+def wrap_a_stage(network):
+    network.middle[0] = Wrapper(network.middle[0])
+
+
+def wrap_a_stream(network):
+    network.decoder[0].block.video = Wrapper(network.decoder[0].block.video)
+
+
+def shorten_the_decoder(network):
+    network.decoder = network.decoder[:-1]
+
+
+@pytest.mark.parametrize(
+    "change", (wrap_a_block, wrap_a_stage, wrap_a_stream, shorten_the_decoder), ids=lambda f: f.__name__
+)
+def test_whatever_is_done_to_a_network_in_training_takes_effect(change):
+    case = NetworkCase(channel_mult=(1, 1)) if change is shorten_the_decoder else NetworkCase()
+    case.gradients(), case.gradients()
+    change(case.network)
+    expected = case.expected()
+    assert equal(case.gradients(), expected) and equal(case.gradients(), expected)

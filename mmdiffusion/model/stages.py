@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmattn import _checks
 from mmattn._replay import Network, network_of, replayed_network
-from mmdiffusion.model.blocks import ResidualBlock, Stage, Streams, concatenate, cross_attend
+from mmdiffusion.model.blocks import AudioBlock, ResidualBlock, Stage, Streams, VideoBlock, concatenate, cross_attend
 
 Run = Callable[..., Streams]  # of a function or module and its arguments
 
@@ -31,9 +31,9 @@ def run_stages(
         run: calls the parts of a stage, under a checkpoint or not.
     """
     is_checkpointed = unet.gradient_checkpointing and torch.is_grad_enabled()
-    if video is not None and audio is not None and not is_checkpointed and not _drops(unet):
+    if video is not None and audio is not None and not is_checkpointed:
         network = network_of(unet, (unet.encoder, unet.middle, unet.decoder), video)
-        numbers = None if network is None else _numbers(unet, shifts, video)
+        numbers = None if network is None or not _is_usual(unet) else _numbers(unet, shifts, video)
         if network is not None and numbers is not None:
             found = _AtOnce(unet, network, numbers, embedding).run(video, audio)
             if found is not None:
@@ -43,15 +43,23 @@ def run_stages(
     return _decode(unet.decoder, video, audio, skips, embedding, remaining, run)
 
 
-def _drops(unet: Any) -> bool:
-    """Whether random numbers are drawn, whose order is that of the blocks."""
+def _is_usual(unet: Any) -> bool:
+    """Whether it has the stages of a U-Net, none of which draws random numbers, whose order is that of the blocks."""
     for stage in (*unet.encoder, *unet.middle, *unet.decoder):
+        if type(stage) is not Stage:
+            return False
         for block in (stage.block, stage.up):
-            if block is not None and any(
-                x is not None and x.training and x.dropout for x in (block.video, block.audio)
+            if block is stage.up is None:
+                continue
+            if (
+                type(block) is not ResidualBlock
+                or type(block.video) is not VideoBlock
+                or type(block.audio) is not AudioBlock
             ):
-                return True
-    return False
+                return False
+            if any(x.training and x.dropout for x in (block.video, block.audio)):
+                return False
+    return len(unet.encoder) + 1 == len(unet.decoder)
 
 
 def _encode(

@@ -736,81 +736,119 @@ class Plan {
   std::vector<std::pair<Call, std::vector<Place>>> calls_;
 };
 
-// Modules of torch as they were found, all that lie in others among them.
+// How modules of torch, and all that lie in them, were found: their classes, the attributes that are plain values, the
+// names of their parameters and modules, and how much there is in each other dictionary. Nothing of it keeps a module
+// or a parameter alive.
 class Modules {
  public:
-  explicit Modules(const std::vector<py::object>& modules) {
-    for (const py::object& module : modules)
-      modules_.push_back({module, kind(module), entries(attributes(module), true)});
+  explicit Modules(const std::vector<py::object>& roots) {
+    for (const py::object& root : roots) roots_.push_back(node(root));
   }
 
-  // Their parameters in their order; None if a class, an attribute, or an entry of a dictionary that is an attribute,
-  // is another object than it was. Parameters may be others, but not more or fewer.
-  py::object parameters() const {
-    py::list found;
-    for (const Module& module : modules_)
-      if (!kind(module.self).is(module.kind) || !are_same(module.attributes, attributes(module.self), found))
-        return py::none();
-    return found;
+  // The parameters of modules in their order, and the modules that have them, if all are as those were found.
+  py::object parameters(const std::vector<py::object>& roots) const {
+    py::list parameters, owners;
+    if (roots.size() != roots_.size()) return py::none();
+    for (size_t i = 0; i < roots.size(); ++i)
+      if (!is_same(roots_[i], roots[i], parameters, owners)) return py::none();
+    return py::make_tuple(parameters, owners);
   }
 
  private:
-  struct Entry {
-    py::object name, value;  // of a parameter none
-    bool is_parameter;
-    std::vector<Entry> entries;  // of an attribute that is a dictionary
+  enum class Kind { value, other, parameters, modules, dictionary };
+  struct Node;
+  struct Attribute {
+    Kind kind;
+    py::object name, value;
+    std::vector<std::pair<py::object, bool>> parameters;  // name, and whether there is one
+    std::vector<std::pair<py::object, Node>> modules;     // without a class where there is none
+    Py_ssize_t size;                                      // of a dictionary
+  };
+  struct Node {
+    py::object kind;
+    std::vector<Attribute> attributes;
   };
 
-  struct Module {
-    py::object self, kind;
-    std::vector<Entry> attributes;
-  };
-
-  static py::object kind(const py::object& module) {
+  static py::object kind_of(py::handle module) {
     return py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(Py_TYPE(module.ptr())));
   }
-
-  static py::dict attributes(const py::object& module) {
+  static py::dict attributes_of(py::handle module) {
     return py::reinterpret_steal<py::dict>(PyObject_GenericGetDict(module.ptr(), nullptr));
   }
+  static bool is_called(py::handle name, const char* text) {
+    return PyUnicode_Check(name.ptr()) && PyUnicode_CompareWithASCIIString(name.ptr(), text) == 0;
+  }
+  static bool is_value(py::handle x) {
+    if (PyTuple_CheckExact(x.ptr())) {
+      for (py::handle item : py::reinterpret_borrow<py::tuple>(x))
+        if (!is_value(item)) return false;
+      return true;
+    }
+    return x.is_none() || PyBool_Check(x.ptr()) || PyLong_CheckExact(x.ptr()) || PyFloat_CheckExact(x.ptr()) ||
+           PyUnicode_CheckExact(x.ptr());
+  }
 
-  static std::vector<Entry> entries(const py::dict& of, bool is_module, bool are_parameters = false) {
-    std::vector<Entry> found;
-    for (const auto& [name, value] : of) {
-      const bool is_parameter = are_parameters && !value.is_none();
-      Entry entry{py::reinterpret_borrow<py::object>(name), {}, is_parameter, {}};
-      if (!is_parameter) entry.value = py::reinterpret_borrow<py::object>(value);
-      if (is_module && PyDict_Check(value.ptr()))
-        entry.entries = entries(py::reinterpret_borrow<py::dict>(value), false, is_parameters(name));
-      found.push_back(std::move(entry));
+  static Node node(py::handle module) {
+    Node found{kind_of(module), {}};
+    for (const auto& [name, value] : attributes_of(module)) {
+      Attribute attribute{Kind::other, py::reinterpret_borrow<py::object>(name), {}, {}, {}, 0};
+      if (is_value(value)) {
+        attribute.kind = Kind::value;
+        attribute.value = py::reinterpret_borrow<py::object>(value);
+      } else if (PyDict_Check(value.ptr())) {
+        const auto entries = py::reinterpret_borrow<py::dict>(value);
+        attribute.kind = is_called(name, "_parameters") ? Kind::parameters
+                         : is_called(name, "_modules")  ? Kind::modules
+                                                        : Kind::dictionary;
+        attribute.size = PyDict_Size(value.ptr());
+        for (const auto& [key, entry] : entries) {
+          auto own_key = py::reinterpret_borrow<py::object>(key);
+          if (attribute.kind == Kind::parameters) attribute.parameters.emplace_back(own_key, !entry.is_none());
+          if (attribute.kind == Kind::modules)
+            attribute.modules.emplace_back(own_key, entry.is_none() ? Node{} : node(entry));
+        }
+      }
+      found.attributes.push_back(std::move(attribute));
     }
     return found;
   }
 
-  static bool is_parameters(py::handle name) {
-    return PyUnicode_Check(name.ptr()) && PyUnicode_CompareWithASCIIString(name.ptr(), "_parameters") == 0;
-  }
-
-  static bool are_same(const std::vector<Entry>& then, const py::dict& now, py::list& parameters) {
-    if (static_cast<size_t>(PyDict_Size(now.ptr())) != then.size()) return false;
-    auto entry = then.begin();
+  static bool is_same(const Node& then, py::handle module, py::list& parameters, py::list& owners) {
+    if (!then.kind || module.is_none()) return !then.kind && module.is_none();
+    if (reinterpret_cast<PyObject*>(Py_TYPE(module.ptr())) != then.kind.ptr()) return false;
+    const py::dict now = attributes_of(module);
+    if (static_cast<size_t>(PyDict_Size(now.ptr())) != then.attributes.size()) return false;
+    auto attribute = then.attributes.begin();
     for (const auto& [name, value] : now) {
-      if (name.ptr() != entry->name.ptr()) return false;
-      if (entry->is_parameter) {
-        if (value.is_none()) return false;
-        parameters.append(value);
-      } else if (value.ptr() != entry->value.ptr()) {
-        return false;
-      } else if (PyDict_Check(value.ptr()) &&
-                 !are_same(entry->entries, py::reinterpret_borrow<py::dict>(value), parameters)) {
-        return false;
-      }
-      ++entry;
+      if (name.ptr() != attribute->name.ptr() || !is_same(*attribute, value, module, parameters, owners)) return false;
+      ++attribute;
     }
     return true;
   }
 
-  std::vector<Module> modules_;
+  static bool is_same(const Attribute& then, py::handle value, py::handle module, py::list& parameters,
+                      py::list& owners) {
+    if (then.kind == Kind::value) return value.ptr() == then.value.ptr();
+    if (then.kind == Kind::other) return !is_value(value) && !PyDict_Check(value.ptr());
+    if (!PyDict_Check(value.ptr()) || PyDict_Size(value.ptr()) != then.size) return false;
+    size_t at = 0;
+    if (then.kind == Kind::parameters) {
+      for (const auto& [name, parameter] : py::reinterpret_borrow<py::dict>(value)) {
+        const auto& [then_name, is_there] = then.parameters[at++];
+        if (name.ptr() != then_name.ptr() || parameter.is_none() == is_there) return false;
+        if (is_there) parameters.append(parameter);
+      }
+      if (at) owners.append(module);
+    } else if (then.kind == Kind::modules) {
+      for (const auto& [name, inner] : py::reinterpret_borrow<py::dict>(value)) {
+        const auto& [then_name, then_inner] = then.modules[at++];
+        if (name.ptr() != then_name.ptr() || !is_same(then_inner, inner, parameters, owners)) return false;
+      }
+    }
+    return true;
+  }
+
+  std::vector<Node> roots_;
 };
 
 }  // namespace

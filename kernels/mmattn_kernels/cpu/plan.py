@@ -62,9 +62,10 @@ def note_sum(out: Tensor, to: Tensor, terms: Sequence[Tensor], scale: float) -> 
     """Tell the open recorder of what torch has computed, to = scale * (terms[0] + terms[1] + ...).
 
     `to`, which is a view of `out`, and the terms have the same dimensions, up to five of them, the last one
-    contiguous, and one dtype, or nothing is noted; there are at most four terms.
+    contiguous, and one dtype, or nothing is noted, nor where `out` is a view of a term; at most four terms.
     """
-    if any(t.dtype != out.dtype for t in terms):
+    memory = out.untyped_storage().data_ptr()
+    if any(t.dtype != out.dtype or t.untyped_storage().data_ptr() == memory for t in terms):
         return
     shape = (1,) * (5 - to.dim()) + to.shape
     rows = [(t.data_ptr(), (*(0,) * (5 - t.dim()), *t.stride()[:-1])) for t in (to, *terms)]

@@ -398,7 +398,10 @@ class _Ways:
             return False
         if part.any():
             raise ValueError("views whose gradients are summed overlap")
+        before = int(has.sum())
         part.fill_(True)
+        if int(has.sum()) - before != part.numel():
+            raise ValueError("elements of a view share memory")
         return True
 
     def _begin_sum(self, region: Region) -> None:
