@@ -788,7 +788,7 @@ def test_a_mode_around_backward_of_parameters_that_are_others_by_now(of_network)
         expected = gradients()
     for _ in range(3):
         for x, y in zip(gradients(), expected, strict=True):
-            assert (x - y).abs().max() <= (1e-5 if of_network else 0) * y.abs().max()
+            assert (x - y).abs().max() <= (1e-4 if of_network else 0) * y.abs().max()
 
 
 def test_a_mode_around_backward_of_parameters_that_were_written_to():
