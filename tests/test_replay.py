@@ -158,6 +158,15 @@ def test_a_network_that_one_of_its_parameters_leads_back_to_is_freed():
     assert network() is None
 
 
+def test_a_network_of_long_sound_is_called_by_its_parts(replays):
+    """All that lies between its calls would be kept for backward."""
+    case = Case()
+    frames, length = 4, 64 * 256
+    case.inputs = torch.randn(1, frames, 3, 8, 8), torch.randn(1, 1, length)
+    case(), case()
+    assert 32 * length * 4 > _replay.LARGEST and replays and max(len(plan.calls) for plan in replays) < 20
+
+
 def test_plans_are_bounded(monkeypatch):
     monkeypatch.setattr(_replay, "_plans", {})
     monkeypatch.setattr(_replay, "_NOTED", 300)

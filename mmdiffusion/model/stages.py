@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmattn import _checks
-from mmattn._replay import Network, network_of, replayed_network
+from mmattn._replay import Network, is_worth_it, network_of, replayed_network
 from mmdiffusion.model.blocks import AudioBlock, ResidualBlock, Stage, Streams, VideoBlock, concatenate, cross_attend
 
 Run = Callable[..., Streams]  # of a function or module and its arguments
@@ -32,7 +32,8 @@ def run_stages(
     """
     is_checkpointed = unet.gradient_checkpointing and torch.is_grad_enabled()
     if video is not None and audio is not None and not is_checkpointed:
-        network = network_of(unet, (unet.encoder, unet.middle, unet.decoder), video)
+        roots = unet.encoder, unet.middle, unet.decoder
+        network = network_of(unet, roots, video) if is_worth_it(audio) else None
         numbers = None if network is None or not _is_usual(unet) else _numbers(unet, shifts, video)
         if network is not None and numbers is not None:
             found = _AtOnce(unet, network, numbers, embedding).run(video, audio)
