@@ -786,9 +786,11 @@ def test_a_mode_around_backward_of_parameters_that_are_others_by_now(of_network)
 
     with by_the_functions():
         expected = gradients()
+    # Of a network that is computed again within rounding: gradients of biases in front of norms are nothing else.
+    limit = 1e-5 * max(y.abs().max() for y in expected) if of_network else 0
     for _ in range(3):
         for x, y in zip(gradients(), expected, strict=True):
-            assert (x - y).abs().max() <= (1e-4 if of_network else 0) * y.abs().max()
+            assert (x - y).abs().max() <= limit
 
 
 def test_a_mode_around_backward_of_parameters_that_were_written_to():
