@@ -40,7 +40,7 @@ inline int thread_count() {
 // leaves the child nothing to wait for.
 class Stack {
  public:
-  static constexpr int64_t kLine = 64, kMostKept = 64 << 20;
+  static constexpr int64_t kLine = 64, kMostKept = 128 << 20;
 
   static Stack& own() {
     static thread_local Stack stack;
