@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Parts of a network as one call of the CPU extension each, where the kernels take less time than Python around them.
+"""Networks, or their parts, as one call of the CPU extension, where the kernels take less time than Python around them.
 
-A part is a function of tensors and layers that consists of ops of mmattn and of views. The first call of its kind runs
-it and notes its kernels; another one, of like tensors by like layers, runs those alone (`mmattn_kernels.cpu.plan`), and
-its backward another call (`plan_gradients`). Everything that could make the function compute something else is asked in
-each call. Where one answer is not the plain one (autocast, a trace, a mode or transform of torch, a hook, saved tensors
-that are packed, a layer of another class, a method that is not ours, large tensors), the function itself is called.
+A part is a function of tensors and layers that consists of ops of mmattn, of views, and of what `note_sum` tells of.
+The first call of its kind runs it and notes its kernels; another one, of like tensors by like layers, runs those alone
+(`mmattn_kernels.cpu.plan`), and its backward another call (`plan_gradients`). Everything that could make the function
+compute something else is asked in each call. Where one answer is not the plain one (autocast, a trace, a mode or
+transform of torch, a hook, saved tensors that are packed, a layer of another class, a method that is not ours, large
+tensors), the function itself is called.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from mmattn._library import apply, can_skip_dispatcher, is_autocast, wants_gradi
 LARGEST = 1 << 20  # bytes of a part's first tensor: of larger ones, the kernels take ten times as long as all else
 _KEYS, _CALLS_OF_A_KEY, _NOTED = 1024, 8, 30_000  # a noted call takes some 4 KB, with its gradients 10
 _OF_A_MODULE = frozenset(nn.Module().__dict__)
+_DEEPEST = 32
 _SEQUENCES = "kernel_size", "stride", "padding", "dilation"
 _SETTINGS = {bool, int, float, str, type(None)}
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
@@ -275,8 +277,10 @@ def _read_layer(layer: nn.Module, settings: list[Any], tensors: list[Tensor]) ->
     return True
 
 
-def _read_module(module: nn.Module, settings: list[Any], kinds: set[type]) -> bool:
-    """The same of a module and all that lie in it, whose classes join `kinds`."""
+def _read_module(module: nn.Module, settings: list[Any], kinds: set[type], depth: int = 0) -> bool:
+    """The same of a module and all that lie in it, whose classes join `kinds`; False of one that lies in itself."""
+    if depth > _DEEPEST:
+        return False
     own = module.__dict__
     kind: Any = type(module)
     kinds.add(kind)
@@ -297,7 +301,7 @@ def _read_module(module: nn.Module, settings: list[Any], kinds: set[type]) -> bo
         settings.append(name)
         if child is None:
             settings.append(None)
-        elif not _read_module(child, settings, kinds):
+        elif not _read_module(child, settings, kinds, depth + 1):
             return False
     return True
 

@@ -185,6 +185,11 @@ def hook_a_stage_first(network):
     network.encoder[1].register_forward_pre_hook(lambda _module, args: (args[0] + 1, *args[1:]))
 
 
+def put_it_into_itself(network):
+    network.encoder[0].block.audio.add_module("owner", network.encoder)
+    network.encoder[0].block.audio.conv1.weight.data.mul_(2)
+
+
 def narrow_a_window(network):
     cross = next(stage.cross for stage in network.encoder if stage.cross is not None and stage.cross.window > 1)
     cross.window = 1
@@ -228,6 +233,7 @@ def of_a_subclass(network):
     (
         hook_a_block,
         hook_a_stage_first,
+        put_it_into_itself,
         narrow_a_window,
         double_heads,
         swap_stages,
