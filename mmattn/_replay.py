@@ -2,11 +2,11 @@
 """Networks, or their parts, as one call of the CPU extension, where the kernels take less time than Python around them.
 
 A part is a function of tensors and layers that consists of ops of mmattn, of views, and of what `note_sum` tells of.
-The first call of its kind runs it and notes its kernels; another one, of like tensors by like layers, runs those alone
-(`mmattn_kernels.cpu.plan`), and its backward another call (`plan_gradients`). Everything that could make the function
-compute something else is asked in each call. Where one answer is not the plain one (autocast, a trace, a mode or
-transform of torch, a hook, saved tensors that are packed, a layer of another class, a method that is not ours, large
-tensors), the function itself is called.
+The first call of its kind (of a network the second) runs it and notes its kernels; another one, of like tensors by
+like layers, runs those alone (`mmattn_kernels.cpu.plan`), and its backward another call (`plan_gradients`). Everything
+that could make the function compute something else is asked in each call. Where one answer is not the plain one
+(autocast, a trace, a mode or transform of torch, a hook, saved tensors that are packed, a layer of another class, a
+method that is not ours, large tensors), the function itself is called.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import contextlib
 import functools
 import operator
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
@@ -36,6 +37,9 @@ _SEQUENCES = "kernel_size", "stride", "padding", "dilation"
 _SETTINGS = {bool, int, float, str, type(None)}
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _OPS = operator.itemgetter("dilated_conv1d", "group_norm", "random_shift_attention", "self_attention", "spatial_conv2d")
+_state = threading.local()
+# A network's plan takes as long as one to five calls of it: worth it where a shape comes again.
+records_at_second_sight = True
 _networks: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
 # Guards and plans by key; no plan where the part does not consist of forward kernels alone.
 _plans: dict[Any, list[tuple[_checks.Guard, Any]]] = {}
@@ -53,7 +57,8 @@ def replayed(
         inputs: the first one the largest, and in the dtype of the results.
         options: that are equal where they are the same, and have a hash.
     """
-    found = _read(layers, inputs) if is_worth_it(inputs[0]) and not is_recording() else None
+    is_asked = not is_recording() and not getattr(_state, "is_without_parts", False)
+    found = _read(layers, inputs) if is_asked and is_worth_it(inputs[0]) else None
     if found is None or not _owner_is_plain(owner):
         return part(owner, *inputs, *options)
     settings, given = found
@@ -119,7 +124,8 @@ def replayed_network(
     """`part(*inputs)`, a tensor or a tuple of tensors.
 
     Args:
-        part: what it computes depends on the inputs, the network, the shifts and the options alone.
+        part: what it computes depends on the inputs, the network, the shifts and the options alone. Its first call of
+            a kind runs it, the second is noted, and later ones are replayed.
         network: all modules that it uses, read since anything else has run.
         inputs: the first one the largest, and in the dtype of the results.
         shifts: of the random-shift attentions that it calls, in their order.
@@ -127,7 +133,11 @@ def replayed_network(
         num_sufficient: so many results, the first ones, have gradients wherever any of the others has.
     """
     given, records = [*inputs, *network.tensors], torch.is_grad_enabled()
-    key = part.__code__, options, network.settings, _machine(), records, len(given), inputs[0].shape
+    key = part.__code__, options, network.settings, _machine(), records, len(given), *[x.shape for x in inputs[:2]]
+    if records_at_second_sight and key not in _plans:
+        _begin(key)
+        with _without_parts():
+            return part(*inputs)
     plan, new = _look_up(key, given)
     if new is not None:
         return _record(new, given, lambda: part(*inputs), keeps=records, num_sufficient=num_sufficient)
@@ -136,6 +146,16 @@ def replayed_network(
     if records and wants_gradients(*given):
         return _with_gradients(plan, _Call(part, network.layers, len(inputs)), given, shifts)
     return _results(plan, given, shifts)
+
+
+@contextlib.contextmanager
+def _without_parts() -> Iterator[None]:
+    """No plans of parts are made or used while it is open: what is called may be of a shape that never comes again."""
+    _state.is_without_parts = True
+    try:
+        yield
+    finally:
+        _state.is_without_parts = False
 
 
 def _machine() -> tuple[Any, ...]:
@@ -149,14 +169,19 @@ def _look_up(key: tuple[Any, ...], given: Sequence[Tensor]) -> tuple[Any, list[A
     """The plan of a call, or None where it has none; and where it is new, what its plan is to be added to."""
     calls = _plans.get(key)
     if calls is None:
-        noted = sum(0 if plan is None else len(plan.calls) for of in list(_plans.values()) for _, plan in list(of))
-        if len(_plans) >= _KEYS or noted >= _NOTED:
-            _plans.clear()
-        calls = _plans.setdefault(key, [])
+        calls = _begin(key)
     for guard, plan in calls:
         if _checks.is_like(given, guard):
             return plan, None
     return None, calls if len(calls) < _CALLS_OF_A_KEY else None
+
+
+def _begin(key: tuple[Any, ...]) -> list[Any]:
+    """What the plans of a new key are added to; all others are dropped where there are too many."""
+    noted = sum(0 if plan is None else len(plan.calls) for of in list(_plans.values()) for _, plan in list(of))
+    if len(_plans) >= _KEYS or noted >= _NOTED:
+        _plans.clear()
+    return _plans.setdefault(key, [])
 
 
 class _Call(NamedTuple):

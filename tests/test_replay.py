@@ -22,6 +22,11 @@ from mmdiffusion.model.blocks import AudioBlock, SelfAttention, VideoBlock
 pytestmark = needs_extension
 
 
+@pytest.fixture(autouse=True)
+def _at_first_sight(monkeypatch):
+    monkeypatch.setattr(_replay, "records_at_second_sight", False)
+
+
 class Case:
     """A network without gradients, whose parts have been replayed, and its inputs."""
 
@@ -109,6 +114,18 @@ def test_a_network_of_added_embeddings_is_one_call(replays):
     assert equal(case(), expected)
     replays.clear()
     assert equal(case(), expected) and len(replays) == 1
+
+
+def test_a_network_is_noted_at_the_second_sight_of_a_shape(monkeypatch, replays):
+    """A plan would cost more than it saves where no shape comes again; the first call replays no parts either."""
+    monkeypatch.setattr(_replay, "records_at_second_sight", True)
+    monkeypatch.setattr(_replay, "_plans", {})
+    case = Case()
+    expected = case.expected()
+    for calls in range(4):
+        assert equal(case(), expected)
+        assert len(replays) == max(0, calls - 1)
+    assert len(_replay._plans) == 1
 
 
 def test_shifts_of_a_network_share_its_plan(replays):

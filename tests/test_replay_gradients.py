@@ -22,6 +22,11 @@ from mmdiffusion.model.blocks import AudioBlock, SelfAttention, SpatialAttention
 pytestmark = needs_extension
 
 
+@pytest.fixture(autouse=True)
+def _at_first_sight(monkeypatch):
+    monkeypatch.setattr(_replay, "records_at_second_sight", False)
+
+
 @pytest.fixture
 def replays(monkeypatch):
     """The gradients that were replayed since the list was cleared, in their order."""
