@@ -90,10 +90,15 @@ def is_plain(t: Tensor) -> bool:
     if keys.raw_repr() in _plain_keys:
         return _is_within_storage(t)
     indirect = any(keys.has(getattr(torch._C.DispatchKey, name)) for name in _INDIRECT)
-    if indirect or t.layout is not torch.strided or t.is_nested or t.is_quantized or t.is_meta:
+    if indirect or t.layout is not torch.strided or t.is_nested or t.is_quantized or t.is_meta or _is_batched(t):
         return False
     _plain_keys.add(keys.raw_repr())
     return is_plain(t)
+
+
+def _is_batched(t: Tensor) -> bool:
+    """Whether the vmap of before torch.func holds it, as is_grads_batched does; its dispatch key has no name here."""
+    return "Batched" in str(_dispatch_keys(t))
 
 
 def plain(op: Any, args: Sequence[Any]) -> None:

@@ -33,7 +33,6 @@ LARGEST = 1 << 20  # bytes of a part's first tensor: of larger ones, the kernels
 _KEYS, _CALLS_OF_A_KEY, _NOTED = 1024, 8, 30_000  # a noted call takes some 4 KB, with its gradients 10
 _OF_A_MODULE = frozenset(nn.Module().__dict__)
 _DEEPEST = 32
-_SEQUENCES = "kernel_size", "stride", "padding", "dilation"
 _SETTINGS = {bool, int, float, str, type(None)}
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _OPS = operator.itemgetter("dilated_conv1d", "group_norm", "random_shift_attention", "self_attention", "spatial_conv2d")
@@ -70,13 +69,22 @@ def replayed(
     if plan is None:
         return part(owner, *inputs, *options)
     if records and wants_gradients(*given):
-        return _with_gradients(plan, _Call(lambda *x: part(owner, *x, *options), layers, len(inputs)), given)
+        call = _Call(
+            lambda owner, *x: part(owner, *x, *options),
+            owner,
+            layers,
+            lambda: (_read(layers, inputs) or (None,))[0] == settings,
+            len(inputs),
+        )
+        return _with_gradients(plan, call, given)
     return _results(plan, given)
 
 
 class Network(NamedTuple):
     """Modules as they are now."""
 
+    roots: Sequence[nn.Module]
+    modules: Any  # `Modules` of the extension
     settings: tuple[Any, ...]  # all that they compute by, besides tensors
     tensors: list[Tensor]
     layers: list[nn.Module]  # that have them
@@ -110,7 +118,7 @@ def network_of(owner: nn.Module, roots: Sequence[nn.Module], x: Tensor) -> Netwo
         kept = _Kept(cpu.extension().Modules(roots), kinds - PLAIN_LAYERS, tuple(settings))
         _networks[owner] = kept
         found = kept.modules.parameters(roots)
-    return Network(kept.settings, *found) if all(map(_class_is_plain, kept.kinds)) else None
+    return Network(roots, kept.modules, kept.settings, *found) if all(map(_class_is_plain, kept.kinds)) else None
 
 
 def replayed_network(
@@ -121,7 +129,7 @@ def replayed_network(
     *options: Any,
     num_sufficient: int = 1,
 ) -> Any:
-    """`part(*inputs)`, a tensor or a tuple of tensors.
+    """`part(network.roots, *inputs)`, a tensor or a tuple of tensors.
 
     Args:
         part: what it computes depends on the inputs, the network, the shifts and the options alone. Its first call of
@@ -137,14 +145,16 @@ def replayed_network(
     if records_at_second_sight and key not in _plans:
         _begin(key)
         with _without_parts():
-            return part(*inputs)
+            return part(network.roots, *inputs)
     plan, new = _look_up(key, given)
     if new is not None:
-        return _record(new, given, lambda: part(*inputs), keeps=records, num_sufficient=num_sufficient)
+        return _record(new, given, lambda: part(network.roots, *inputs), keeps=records, num_sufficient=num_sufficient)
     if plan is None:
-        return part(*inputs)
+        return part(network.roots, *inputs)
     if records and wants_gradients(*given):
-        return _with_gradients(plan, _Call(part, network.layers, len(inputs)), given, shifts)
+        roots, modules = network.roots, network.modules
+        call = _Call(part, roots, network.layers, lambda: modules.parameters(roots) is not None, len(inputs))
+        return _with_gradients(plan, call, given, shifts)
     return _results(plan, given, shifts)
 
 
@@ -187,8 +197,10 @@ def _begin(key: tuple[Any, ...]) -> list[Any]:
 class _Call(NamedTuple):
     """What a plan computes, by its function."""
 
-    function: Callable[..., Any]  # of the inputs
+    function: Callable[..., Any]  # of the owner and the inputs
+    owner: Any  # a module, or modules
     layers: Sequence[nn.Module | None]  # whose parameters it uses, in the order in which the plan was given them
+    is_as_it_was: Callable[[], bool]  # by its settings
     num_inputs: int
 
 
@@ -311,7 +323,9 @@ def _read_module(module: nn.Module, settings: list[Any], kinds: set[type], depth
     kinds.add(kind)
     settings.append(kind)
     if kind in PLAIN_LAYERS:
-        is_fixed = all(type(own.get(name, ())) in (tuple, str) for name in _SEQUENCES)
+        values = [value for name, value in own.items() if name not in _OF_A_MODULE and not name.startswith("_")]
+        values += [item for value in values if type(value) is tuple for item in value]
+        is_fixed = all(type(value) in _SETTINGS or type(value) is tuple for value in values)
         return is_fixed and list(own["_parameters"]) == ["weight", "bias"] and _read_layer(module, settings, [])
     code = _code_of(kind)
     if code is None or not code.names.isdisjoint(own) or has_own_hooks(module) or own["_parameters"] or own["_buffers"]:
@@ -473,22 +487,19 @@ def _unchanged(parameters: list[Tensor], versions: list[int]) -> list[Tensor]:
     return parameters
 
 
-@contextlib.contextmanager
-def _in_the_place_of_parameters(layers: Sequence[nn.Module | None], tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Have layers compute by other tensors."""
-    places: list[tuple[dict[str, Any], str]]
-    places = [(layer._parameters, name) for layer in layers if layer is not None for name in ("weight", "bias")]
-    places = [(of, name) for of, name in places if of.get(name) is not None]
-    own = [of[name] for of, name in places]
-    if len(own) != len(tensors):
-        raise RuntimeError(f"layers have {len(own)} parameters by now; expected {len(tensors)}, as in forward")
-    try:
-        for (of, name), t in zip(places, tensors, strict=True):
-            of[name] = t
-        yield
-    finally:
-        for (of, name), t in zip(places, own, strict=True):
-            of[name] = t
+def _copied(owner: Any, parameters: dict[tuple[int, str], Tensor]) -> Any:
+    """Modules that compute as the owner does, by other parameters: by identity of the layer, and name."""
+    if isinstance(owner, tuple):
+        copies = [_copied(one, parameters) for one in owner]
+        return type(owner)(*copies) if hasattr(owner, "_fields") else tuple(copies)
+    copy = object.__new__(type(owner))
+    own = owner.__dict__
+    copy.__dict__ = own | {
+        "training": False,  # a replayed part draws no random numbers
+        "_parameters": {name: parameters.get((id(owner), name), p) for name, p in own["_parameters"].items()},
+        "_modules": {name: x if x is None else _copied(x, parameters) for name, x in own["_modules"].items()},
+    }
+    return copy
 
 
 def _function_gradients(
@@ -496,14 +507,22 @@ def _function_gradients(
 ) -> tuple[Tensor | None, ...]:
     """The same by the function itself, computed again: for gradients that are no memory, and modes that look on."""
     inputs, d_results = tensors[: call.num_inputs], tensors[call.num_inputs :]
-    with torch.enable_grad(), _disable_current_modes(), ignoring_hooks_of_all():
-        given = [x.view_as(x) for x in (*inputs, *parameters)]  # what is in front of them is not asked for gradients
-        with _in_the_place_of_parameters(call.layers, given[call.num_inputs :]):
-            results = call.function(*given[: call.num_inputs])
-    results = (results,) if isinstance(results, Tensor) else results
-    pairs = [(x, d) for x, d in zip(results, d_results, strict=True) if d is not None]
-    of = [t for t, is_wanted in zip(given, wanted, strict=True) if is_wanted]
-    made = iter(torch.autograd.grad([x for x, _ in pairs], of, [d for _, d in pairs], allow_unused=True))
+    names = [(layer, name) for layer in call.layers if layer is not None for name in ("weight", "bias")]
+    places = [(id(layer), name) for layer, name in names if layer._parameters.get(name) is not None]
+    with torch.autocast("cpu", enabled=False), ignoring_hooks_of_all():  # in forward there was neither
+        if len(places) != len(parameters) or not call.is_as_it_was():
+            raise RuntimeError(
+                "a module was changed between forward and backward; expected its settings as they were, where a mode "
+                "or transform of torch looks at backward, for which forward is computed again"
+            )
+        with torch.enable_grad(), _disable_current_modes():
+            given = [x.view_as(x) for x in (*inputs, *parameters)]  # what is in front is not asked for gradients
+            owner = _copied(call.owner, dict(zip(places, given[call.num_inputs :], strict=True)))
+            results = call.function(owner, *given[: call.num_inputs])
+        results = (results,) if isinstance(results, Tensor) else results
+        pairs = [(x, d) for x, d in zip(results, d_results, strict=True) if d is not None]
+        of = [t for t, is_wanted in zip(given, wanted, strict=True) if is_wanted]
+        made = iter(torch.autograd.grad([x for x, _ in pairs], of, [d for _, d in pairs], allow_unused=True))
     return tuple([next(made) if is_wanted else None for is_wanted in wanted])
 
 

@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections import UserList
 
+import numpy as np
 import pytest
 import torch
 from helpers import SMALL_UNET, fill, needs_extension
@@ -270,6 +271,29 @@ def test_whatever_is_done_to_a_network_takes_effect(change):
     case.options = lambda _shift: options
     after = case.expected()
     assert not equal(after, before) and equal(case(), after) and equal(case(), after)
+
+
+def test_settings_of_other_types_take_effect():
+    case = Case()
+    norms = [module for module in case.module.modules() if isinstance(module, nn.GroupNorm)]
+    for eps in (1e-5, 0.5):
+        for norm in norms:
+            norm.eps = np.float64(eps)
+        assert equal(case(), case.expected()) and equal(case(), case.expected())
+
+
+def test_what_is_no_network_is_refused():
+    from mmattn_kernels import cpu
+
+    extension, within = cpu.extension(), nn.Module()
+    within._modules["itself"] = within
+    for roots, error in (([5], (AttributeError, TypeError)), ([within], ValueError)):
+        with pytest.raises(error):
+            extension.Modules(roots)
+    plan = extension.Plan([(1 << 20, 64, 0, 0)])
+    plan.sum((1 << 20, (0, 0, 0, 0)), [], (1, 1, 1, 1, 16), 1.0, False, 1)
+    with pytest.raises(ValueError, match="0 blocks; expected 1"):
+        plan.run([])
 
 
 @pytest.mark.parametrize("kind", (list, UserList))

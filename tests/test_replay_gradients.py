@@ -3,6 +3,7 @@
 
 import contextlib
 import random
+import sys
 import threading
 from typing import ClassVar
 
@@ -868,3 +869,107 @@ def test_whatever_is_done_to_a_network_in_training_takes_effect(change):
     change(case.network)
     expected = case.expected()
     assert equal(case.gradients(), expected) and equal(case.gradients(), expected)
+
+
+def gradients_under_a_mode(module, inputs, options, change=None, mode=lambda: FlopCounterMode(display=False)):
+    out = module(*inputs, **options)
+    results = out if isinstance(out, tuple) else (out,)
+    if change is not None:
+        change(module)
+    with mode():
+        return torch.autograd.grad(sum(x.square().sum() for x in results), list(module.parameters()), allow_unused=True)
+
+
+def test_modes_around_backward_in_threads_leave_parameters_alone():
+    case = NetworkCase()
+    options = {"shifts": [1] * len(case.network.shift_ranges())}
+    inputs = *case.clip, 500
+    expected = [gradients_under_a_mode(case.network, inputs, options) for _ in range(2)][-1]
+    wrong, switching = [], sys.getswitchinterval()
+
+    def run():
+        for _ in range(3):
+            found = gradients_under_a_mode(case.network, inputs, options)
+            wrong.extend(1 for x, y in zip(found, expected, strict=True) if (x is None) != (y is None))
+
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=run) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            assert all(type(p) is nn.Parameter for p in case.network.parameters())
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(switching)
+    assert not wrong
+
+
+def set_eps(module):
+    next(x for x in getattr(module, "encoder", module).modules() if isinstance(x, nn.GroupNorm)).eps = 0.5
+
+
+def drop_a_bias(module):
+    next(x for x in getattr(module, "encoder", module).modules() if isinstance(x, nn.Conv1d)).bias = None
+
+
+@pytest.mark.parametrize("of_network", (False, True), ids=("block", "network"))
+@pytest.mark.parametrize("change", (set_eps, drop_a_bias), ids=lambda f: f.__name__)
+def test_a_mode_around_backward_of_modules_that_were_changed(of_network, change):
+    if of_network:
+        case = NetworkCase()
+        module, inputs, options = case.network, (*case.clip, 500), {"shifts": [1] * len(case.network.shift_ranges())}
+    else:
+        module, inputs, options = fill(SelfAttention(64, 2)), (torch.randn(1, 16, 64),), {}
+    for _ in range(2):
+        gradients_under_a_mode(module, inputs, options)
+    with pytest.raises(RuntimeError, match="changed between forward and backward"):
+        gradients_under_a_mode(module, inputs, options, change)
+
+
+def test_a_mode_around_backward_of_a_network_that_is_trained_by_then():
+    case = NetworkCase(dropout=0.5)
+    inputs, options = (*case.clip, 500), {"shifts": [1] * len(case.network.shift_ranges())}
+    for _ in range(2):
+        gradients_under_a_mode(case.network.eval(), inputs, options)
+    with pytest.raises(RuntimeError, match="changed between forward and backward"):
+        gradients_under_a_mode(case.network, inputs, options, lambda network: network.train())
+
+
+def test_a_mode_and_autocast_around_backward():
+    case = NetworkCase()
+    options = {"shifts": [1] * len(case.network.shift_ranges())}
+
+    @contextlib.contextmanager
+    def mode():
+        with torch.autocast("cpu", torch.bfloat16), torch.autograd.profiler.profile():
+            yield
+
+    def gradients():
+        return gradients_under_a_mode(case.network, (*case.clip, 500), options, mode=mode)
+
+    with by_the_functions():
+        expected = gradients()
+    limit = 1e-5 * max(y.abs().max() for y in expected)
+    for _ in range(3):
+        assert all((x - y).abs().max() <= limit for x, y in zip(gradients(), expected, strict=True))
+
+
+@pytest.mark.parametrize("of_network", (False, True), ids=("block", "network"))
+def test_batches_of_gradients_by_the_vmap_of_autograd(of_network):
+    if of_network:
+        case = NetworkCase()
+        module, inputs, options = case.network, (*case.clip, 500), {"shifts": [1] * len(case.network.shift_ranges())}
+    else:
+        module, inputs, options = fill(SelfAttention(64, 2)), (torch.randn(1, 16, 64),), {}
+    leaves = list(module.parameters())
+    for _ in range(3):
+        out = module(*inputs, **options)
+        out = out if isinstance(out, tuple) else (out,)
+        d_out = [torch.randn(2, *x.shape, generator=torch.Generator().manual_seed(6)) for x in out]
+        found = torch.autograd.grad(out, leaves, d_out, is_grads_batched=True, retain_graph=True)
+        for at in range(2):
+            expected = torch.autograd.grad(out, leaves, [d[at] for d in d_out], retain_graph=True)
+            limit = 1e-5 * max(y.abs().max() for y in expected)
+            assert all((x[at] - y).abs().max() <= limit for x, y in zip(found, expected, strict=True))

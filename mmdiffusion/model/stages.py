@@ -6,7 +6,7 @@ kernels take less time than Python around them: see `mmattn._replay`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,14 @@ from mmattn._replay import Network, is_worth_it, network_of, replayed_network
 from mmdiffusion.model.blocks import AudioBlock, ResidualBlock, Stage, Streams, VideoBlock, concatenate, cross_attend
 
 Run = Callable[..., Streams]  # of a function or module and its arguments
+
+
+class Lists(NamedTuple):
+    """The stages of a network."""
+
+    encoder: nn.ModuleList
+    middle: nn.ModuleList
+    decoder: nn.ModuleList
 
 
 def run_stages(
@@ -30,23 +38,24 @@ def run_stages(
         shifts: of the random-shift attentions that shift, in their order.
         run: calls the parts of a stage, under a checkpoint or not.
     """
+    lists = Lists(unet.encoder, unet.middle, unet.decoder)
     is_checkpointed = unet.gradient_checkpointing and torch.is_grad_enabled()
     if video is not None and audio is not None and not is_checkpointed:
-        roots = unet.encoder, unet.middle, unet.decoder
-        network = network_of(unet, roots, video) if is_worth_it(audio) else None
-        numbers = None if network is None or not _is_usual(unet) else _numbers(unet, shifts, video)
+        network = network_of(unet, lists, video) if is_worth_it(audio) else None
+        numbers = None if network is None or not _is_usual(lists) else _numbers(lists, shifts, video)
         if network is not None and numbers is not None:
-            found = _AtOnce(unet, network, numbers, embedding).run(video, audio)
+            found = _AtOnce(lists, network, numbers, embedding).run(video, audio)
             if found is not None:
                 return found
     remaining = iter(shifts)
-    video, audio, skips = _encode(unet, video, audio, embedding, remaining, run)
-    return _decode(unet.decoder, video, audio, skips, embedding, remaining, run)
+    video, audio, skips = _encode(lists, video, audio, embedding, remaining, run)
+    return _decode(lists.decoder, video, audio, skips, embedding, remaining, run)
 
 
-def _is_usual(unet: Any) -> bool:
+def _is_usual(lists: Lists) -> bool:
     """Whether it has the stages of a U-Net, none of which draws random numbers, whose order is that of the blocks."""
-    for stage in (*unet.encoder, *unet.middle, *unet.decoder):
+    stages: list[Any] = [*lists.encoder, *lists.middle, *lists.decoder]
+    for stage in stages:
         if type(stage) is not Stage:
             return False
         for block in (stage.block, stage.up):
@@ -60,18 +69,23 @@ def _is_usual(unet: Any) -> bool:
                 return False
             if any(x.training and x.dropout for x in (block.video, block.audio)):
                 return False
-    return len(unet.encoder) + 1 == len(unet.decoder)
+    return len(lists.encoder) + 1 == len(lists.decoder)
 
 
 def _encode(
-    unet: Any, video: Tensor | None, audio: Tensor | None, embedding: Tensor, shifts: Iterator[int | Tensor], run: Run
+    lists: Lists,
+    video: Tensor | None,
+    audio: Tensor | None,
+    embedding: Tensor,
+    shifts: Iterator[int | Tensor],
+    run: Run,
 ) -> tuple[Tensor | None, Tensor | None, list[Streams]]:
     """The streams behind the middle, and those that the decoder takes besides, the last ones first."""
     skips = [(video, audio)]
-    for stage in unet.encoder:
+    for stage in lists.encoder:
         video, audio = stage(video, audio, embedding, shifts, run)
         skips.append((video, audio))
-    for stage in unet.middle:
+    for stage in lists.middle:
         video, audio = stage(video, audio, embedding, shifts, run)
     return video, audio, skips
 
@@ -99,10 +113,11 @@ def _joined(streams: Streams, skips: Streams) -> Streams:
     )
 
 
-def _numbers(unet: Any, shifts: Sequence[int | Tensor], video: Tensor) -> list[int] | None:
+def _numbers(lists: Lists, shifts: Sequence[int | Tensor], video: Tensor) -> list[int] | None:
     """The shift of each random-shift attention, 0 where it does not shift; None if one is not known on the CPU."""
     given, numbers = iter(shifts), []
-    for stage in (*unet.encoder, *unet.middle, *unet.decoder):
+    stages: list[Any] = [*lists.encoder, *lists.middle, *lists.decoder]
+    for stage in stages:
         if stage.cross is None:
             continue
         frames = video.shape[1]
@@ -122,8 +137,8 @@ class _AtOnce:
         shifts: of all random-shift attentions.
     """
 
-    def __init__(self, unet: Any, network: Network, shifts: list[int], embedding: Tensor) -> None:
-        self._unet, self._network, self._shifts, self._embedding = unet, network, shifts, embedding
+    def __init__(self, lists: Lists, network: Network, shifts: list[int], embedding: Tensor) -> None:
+        self._lists, self._network, self._shifts, self._embedding = lists, network, shifts, embedding
 
     def run(self, video: Tensor, audio: Tensor) -> Streams | None:
         """One call without gradients.
@@ -132,7 +147,7 @@ class _AtOnce:
         there is one until the last attention across the streams, in front of which all parameters have gradients where
         one stream alone has a loss; that attention; and what follows of each stream.
         """
-        decoder = list(self._unet.decoder)
+        decoder: list[Any] = list(self._lists.decoder)
         if not torch.is_grad_enabled():
             return self._all_until(len(decoder), video, audio)
         last = max((at for at, stage in enumerate(decoder) if stage.cross is not None), default=None)
@@ -155,13 +170,15 @@ class _AtOnce:
     def _all_until(self, end: int, video: Tensor, audio: Tensor) -> Any:
         """Both streams in front of the attention across them of a stage of the decoder, or behind the decoder; and the
         streams that the rest of the decoder takes besides, but for those of the first layer."""
-        unet, embedding = self._unet, self._embedding
-        decoder = list(unet.decoder)
+        embedding = self._embedding
+        before: list[Any] = [*self._lists.encoder, *self._lists.middle]
+        decoder: list[Any] = list(self._lists.decoder)
         is_all = end == len(decoder)
-        crosses = [x.cross for x in (*unet.encoder, *unet.middle, *decoder) if x.cross is not None]
+        crosses = [stage.cross for stage in (*before, *decoder) if stage.cross is not None]
         drawn = [shift for shift, cross in zip(self._shifts, crosses, strict=True) if cross.random_shift]
 
-        def part(video: Tensor, audio: Tensor, *films: Tensor) -> tuple[Tensor | None, ...]:
+        def part(lists: Lists, video: Tensor, audio: Tensor, *films: Tensor) -> tuple[Tensor | None, ...]:
+            stages: list[Any] = list(lists.decoder)
             remaining, shifts = iter(films), iter(drawn)
 
             def run(function: Any, *args: Any) -> Streams:
@@ -169,26 +186,25 @@ class _AtOnce:
                     return function.transform(args[0], args[1], next(remaining))
                 return function(*args)
 
-            of_video, of_audio, skips = _encode(unet, video, audio, embedding, shifts, run)
-            ends = _decode(decoder[:end], of_video, of_audio, skips, embedding, shifts, run)
+            of_video, of_audio, skips = _encode(lists, video, audio, embedding, shifts, run)
+            ends = _decode(stages[:end], of_video, of_audio, skips, embedding, shifts, run)
             if is_all:
                 return ends
-            ends = decoder[end].block.transform(*_joined(ends, skips.pop()), next(remaining))
+            ends = stages[end].block.transform(*_joined(ends, skips.pop()), next(remaining))
             return *ends, *[x for skip in skips[1:] for x in skip]
 
-        stages = [*unet.encoder, *unet.middle, *decoder[:end]]
-        films = self._films(stages) + ([] if is_all else [decoder[end].block.embedding(embedding)])
+        films = self._films([*before, *decoder[:end]]) + ([] if is_all else [decoder[end].block.embedding(embedding)])
         shifts = self._shifts if is_all else self._shifts[:-1]
         return replayed_network(part, self._network, (video, audio, *films), shifts, num_sufficient=2)
 
     def _tail(self, name: str, at: int, x: Tensor, skips: list[Tensor], films: list[Tensor]) -> Tensor:
         """A stream behind the last attention across the streams, in the stage `at`."""
-        first, *rest = self._unet.decoder[at:]
 
-        def part(x: Tensor, *others: Tensor) -> Tensor:
+        def part(lists: Lists, x: Tensor, *others: Tensor) -> Tensor:
+            first, *rest = list(lists.decoder)[at:]
             skips, films = list(others[: len(rest)]), iter(others[len(rest) :])
 
-            def transformed(block: Any, x: Tensor) -> Tensor:
+            def transformed(block: Any, x: Tensor) -> Any:
                 return getattr(block, name)(x, next(films), is_film=block.is_film)
 
             x = x if first.up is None else transformed(first.up, x)

@@ -676,6 +676,8 @@ class Plan {
   // `shifts`: of the random-shift attentions in their order, in the place of those they were added with; or none.
   void run(const std::vector<uintptr_t>& blocks, const std::vector<int64_t>& shifts) const {
     check(shifts);
+    if (blocks.size() < num_blocks_)
+      throw py::value_error(std::to_string(blocks.size()) + " blocks; expected " + std::to_string(num_blocks_));
     py::gil_scoped_release release;
     auto shift = shifts.begin();
     for (const auto& [call, places] : calls_)
@@ -724,14 +726,18 @@ class Plan {
     calls_.emplace_back(std::move(p), std::move(places));
   }
 
-  Place find(uintptr_t pointer) const {
+  Place find(uintptr_t pointer) {
     if (!pointer) return {-1, 0};
     for (const auto& [begin, bytes, block, offset] : ranges_)
-      if (begin <= pointer && pointer < begin + bytes) return {block, offset + static_cast<int64_t>(pointer - begin)};
+      if (begin <= pointer && pointer < begin + bytes) {
+        num_blocks_ = std::max(num_blocks_, static_cast<size_t>(block) + 1);
+        return {block, offset + static_cast<int64_t>(pointer - begin)};
+      }
     throw py::value_error("a call reads or writes memory that is in none of the ranges");
   }
 
   std::vector<Range> ranges_;
+  size_t num_blocks_ = 0;                // that the calls read or write: those below
   std::vector<int64_t> largest_shifts_;  // of the random-shift attentions, in their order
   std::vector<std::pair<Call, std::vector<Place>>> calls_;
 };
@@ -742,7 +748,7 @@ class Plan {
 class Modules {
  public:
   explicit Modules(const std::vector<py::object>& roots) {
-    for (const py::object& root : roots) roots_.push_back(node(root));
+    for (const py::object& root : roots) roots_.push_back(node(root, 0));
   }
 
   // The parameters of modules in their order, and the modules that have them, if all are as those were found.
@@ -773,7 +779,9 @@ class Modules {
     return py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(Py_TYPE(module.ptr())));
   }
   static py::dict attributes_of(py::handle module) {
-    return py::reinterpret_steal<py::dict>(PyObject_GenericGetDict(module.ptr(), nullptr));
+    PyObject* found = PyObject_GenericGetDict(module.ptr(), nullptr);
+    if (!found) throw py::error_already_set();
+    return py::reinterpret_steal<py::dict>(found);
   }
   static bool is_called(py::handle name, const char* text) {
     return PyUnicode_Check(name.ptr()) && PyUnicode_CompareWithASCIIString(name.ptr(), text) == 0;
@@ -788,7 +796,9 @@ class Modules {
            PyUnicode_CheckExact(x.ptr());
   }
 
-  static Node node(py::handle module) {
+  static Node node(py::handle module, int depth) {
+    constexpr int kDeepest = 100;
+    if (depth > kDeepest) throw py::value_error("modules lie more than 100 deep in one another");
     Node found{kind_of(module), {}};
     for (const auto& [name, value] : attributes_of(module)) {
       Attribute attribute{Kind::other, py::reinterpret_borrow<py::object>(name), {}, {}, {}, 0};
@@ -805,7 +815,7 @@ class Modules {
           auto own_key = py::reinterpret_borrow<py::object>(key);
           if (attribute.kind == Kind::parameters) attribute.parameters.emplace_back(own_key, !entry.is_none());
           if (attribute.kind == Kind::modules)
-            attribute.modules.emplace_back(own_key, entry.is_none() ? Node{} : node(entry));
+            attribute.modules.emplace_back(own_key, entry.is_none() ? Node{} : node(entry, depth + 1));
         }
       }
       found.attributes.push_back(std::move(attribute));
