@@ -635,9 +635,16 @@ class NetworkCase:
         shapes = (batch, 4, 3, 8, 8), (batch, 1, 64)
         self.clip = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
+    def call(self, shift=1):
+        """A module, and the arguments and options of a call."""
+        return self.network, (*self.clip, 500), {"shifts": [shift] * len(self.network.shift_ranges())}
+
+    def __call__(self, **options):
+        module, inputs, options = self.call(**options)
+        return module(*inputs, **options)
+
     def gradients(self, which=(0, 1), shift=1):
-        shifts = [shift] * len(self.network.shift_ranges())
-        streams = self.network(*self.clip, 500, shifts=shifts)
+        streams = self(shift=shift)
         results = [streams[at] for at in which]
         generator = torch.Generator().manual_seed(2)
         d_results = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in results]
@@ -648,6 +655,11 @@ class NetworkCase:
     def expected(self, **options):
         with by_the_functions():
             return self.gradients(**options)
+
+
+def block_call():
+    """The same of a block."""
+    return fill(SelfAttention(64, 2)), (torch.randn(1, 16, 64),), {}
 
 
 CROSSES = {
@@ -681,7 +693,7 @@ def test_of_a_network_where_one_result_has_no_gradient(crosses, which):
     called = []
     for name, parameter in case.network.named_parameters():
         parameter.register_hook(lambda gradient, name=name: called.append((name, gradient.shape)))
-    results = case.network(*case.clip, 500, shifts=[1] * len(case.network.shift_ranges()))
+    results = case()
     results[which[0]].sum().backward()
     assert len(called) == sum(gradient is not None for gradient in expected[1][2:])
 
@@ -744,7 +756,7 @@ def test_a_network_whose_weights_are_trained():
 def test_a_network_is_differentiated_twice_by_its_functions_alone():
     case = NetworkCase()
     case.gradients()
-    results = case.network(*case.clip, 500, shifts=[1] * len(case.network.shift_ranges()))
+    results = case()
     gradients = torch.autograd.grad(results[0].sum(), case.clip[0], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(gradients[0].sum(), case.clip[0])
@@ -777,11 +789,7 @@ def test_of_one_frame_and_one_position_of_sound(batch):
 @pytest.mark.parametrize("of_network", (False, True), ids=("block", "network"))
 def test_a_mode_around_backward_of_parameters_that_are_others_by_now(of_network):
     """As of torch.func.functional_call; without a mode, forward is not computed again."""
-    if of_network:
-        case = NetworkCase()
-        module, inputs, options = case.network, (*case.clip, 500), {"shifts": [1] * len(case.network.shift_ranges())}
-    else:
-        module, inputs, options = fill(SelfAttention(64, 2)), (torch.randn(1, 16, 64),), {}
+    module, inputs, options = NetworkCase().call() if of_network else block_call()
     parameters = {name: (2 * p.detach()).requires_grad_() for name, p in module.named_parameters()}
 
     def gradients():
@@ -826,7 +834,7 @@ def test_where_no_gradient_is_given():
 
     def without():
         case.network.zero_grad()
-        video, _ = Sink.apply(*case.network(*case.clip, 500, shifts=[1] * len(case.network.shift_ranges())))
+        video, _ = Sink.apply(*case())
         video.sum().backward()
         return [name for name, p in case.network.named_parameters() if p.grad is None]
 
@@ -882,8 +890,7 @@ def gradients_under_a_mode(module, inputs, options, change=None, mode=lambda: Fl
 
 def test_modes_around_backward_in_threads_leave_parameters_alone():
     case = NetworkCase()
-    options = {"shifts": [1] * len(case.network.shift_ranges())}
-    inputs = *case.clip, 500
+    _, inputs, options = case.call()
     expected = [gradients_under_a_mode(case.network, inputs, options) for _ in range(2)][-1]
     wrong, switching = [], sys.getswitchinterval()
 
@@ -917,11 +924,7 @@ def drop_a_bias(module):
 @pytest.mark.parametrize("of_network", (False, True), ids=("block", "network"))
 @pytest.mark.parametrize("change", (set_eps, drop_a_bias), ids=lambda f: f.__name__)
 def test_a_mode_around_backward_of_modules_that_were_changed(of_network, change):
-    if of_network:
-        case = NetworkCase()
-        module, inputs, options = case.network, (*case.clip, 500), {"shifts": [1] * len(case.network.shift_ranges())}
-    else:
-        module, inputs, options = fill(SelfAttention(64, 2)), (torch.randn(1, 16, 64),), {}
+    module, inputs, options = NetworkCase().call() if of_network else block_call()
     for _ in range(2):
         gradients_under_a_mode(module, inputs, options)
     with pytest.raises(RuntimeError, match="changed between forward and backward"):
@@ -930,7 +933,7 @@ def test_a_mode_around_backward_of_modules_that_were_changed(of_network, change)
 
 def test_a_mode_around_backward_of_a_network_that_is_trained_by_then():
     case = NetworkCase(dropout=0.5)
-    inputs, options = (*case.clip, 500), {"shifts": [1] * len(case.network.shift_ranges())}
+    _, inputs, options = case.call()
     for _ in range(2):
         gradients_under_a_mode(case.network.eval(), inputs, options)
     with pytest.raises(RuntimeError, match="changed between forward and backward"):
@@ -938,8 +941,7 @@ def test_a_mode_around_backward_of_a_network_that_is_trained_by_then():
 
 
 def test_a_mode_and_autocast_around_backward():
-    case = NetworkCase()
-    options = {"shifts": [1] * len(case.network.shift_ranges())}
+    call = NetworkCase().call()
 
     @contextlib.contextmanager
     def mode():
@@ -947,7 +949,7 @@ def test_a_mode_and_autocast_around_backward():
             yield
 
     def gradients():
-        return gradients_under_a_mode(case.network, (*case.clip, 500), options, mode=mode)
+        return gradients_under_a_mode(*call, mode=mode)
 
     with by_the_functions():
         expected = gradients()
@@ -958,11 +960,7 @@ def test_a_mode_and_autocast_around_backward():
 
 @pytest.mark.parametrize("of_network", (False, True), ids=("block", "network"))
 def test_batches_of_gradients_by_the_vmap_of_autograd(of_network):
-    if of_network:
-        case = NetworkCase()
-        module, inputs, options = case.network, (*case.clip, 500), {"shifts": [1] * len(case.network.shift_ranges())}
-    else:
-        module, inputs, options = fill(SelfAttention(64, 2)), (torch.randn(1, 16, 64),), {}
+    module, inputs, options = NetworkCase().call() if of_network else block_call()
     leaves = list(module.parameters())
     for _ in range(3):
         out = module(*inputs, **options)

@@ -25,6 +25,9 @@ class Lists(NamedTuple):
     middle: nn.ModuleList
     decoder: nn.ModuleList
 
+    def stages(self) -> list[Any]:
+        return [*self.encoder, *self.middle, *self.decoder]
+
 
 def run_stages(
     unet: Any, video: Tensor | None, audio: Tensor | None, embedding: Tensor, shifts: Sequence[int | Tensor], run: Run
@@ -54,22 +57,22 @@ def run_stages(
 
 def _is_usual(lists: Lists) -> bool:
     """Whether it has the stages of a U-Net, none of which draws random numbers, whose order is that of the blocks."""
-    stages: list[Any] = [*lists.encoder, *lists.middle, *lists.decoder]
-    for stage in stages:
-        if type(stage) is not Stage:
+    stages = lists.stages()
+    if any(type(stage) is not Stage for stage in stages):
+        return False
+    for block in _blocks(stages):
+        if type(block) is not ResidualBlock:
             return False
-        for block in (stage.block, stage.up):
-            if block is stage.up is None:
-                continue
-            if (
-                type(block) is not ResidualBlock
-                or type(block.video) is not VideoBlock
-                or type(block.audio) is not AudioBlock
-            ):
-                return False
-            if any(x.training and x.dropout for x in (block.video, block.audio)):
-                return False
+        if type(block.video) is not VideoBlock or type(block.audio) is not AudioBlock:
+            return False
+        if any(x.training and x.dropout for x in (block.video, block.audio)):
+            return False
     return len(lists.encoder) + 1 == len(lists.decoder)
+
+
+def _blocks(stages: Sequence[Any]) -> list[Any]:
+    """The residual blocks in the order in which they run."""
+    return [block for stage in stages for block in (stage.block, stage.up) if block is not None]
 
 
 def _encode(
@@ -116,8 +119,7 @@ def _joined(streams: Streams, skips: Streams) -> Streams:
 def _numbers(lists: Lists, shifts: Sequence[int | Tensor], video: Tensor) -> list[int] | None:
     """The shift of each random-shift attention, 0 where it does not shift; None if one is not known on the CPU."""
     given, numbers = iter(shifts), []
-    stages: list[Any] = [*lists.encoder, *lists.middle, *lists.decoder]
-    for stage in stages:
+    for stage in lists.stages():
         if stage.cross is None:
             continue
         frames = video.shape[1]
@@ -158,28 +160,25 @@ class _AtOnce:
         video, audio = cross_attend(decoder[last].cross, video, audio, self._shifts[-1])
         if last == len(decoder) - 1 and decoder[last].up is None:
             return video, audio
-        films = self._films(decoder[last:], but_first=True)
+        films = self._films(_blocks(decoder[last:])[1:])
         skips = [*first_skips, *skips]
         return self._tail("video", last, video, skips[::2], films), self._tail("audio", last, audio, skips[1::2], films)
 
-    def _films(self, stages: Sequence[Any], *, but_first: bool = False) -> list[Tensor]:
+    def _films(self, blocks: Sequence[Any]) -> list[Tensor]:
         """What residual blocks make of the time's embedding."""
-        blocks = [block for stage in stages for block in (stage.block, stage.up) if block is not None]
-        return [block.embedding(self._embedding) for block in blocks[but_first:]]
+        return [block.embedding(self._embedding) for block in blocks]
 
     def _all_until(self, end: int, video: Tensor, audio: Tensor) -> Any:
         """Both streams in front of the attention across them of a stage of the decoder, or behind the decoder; and the
         streams that the rest of the decoder takes besides, but for those of the first layer."""
-        embedding = self._embedding
-        before: list[Any] = [*self._lists.encoder, *self._lists.middle]
-        decoder: list[Any] = list(self._lists.decoder)
-        is_all = end == len(decoder)
-        crosses = [stage.cross for stage in (*before, *decoder) if stage.cross is not None]
-        drawn = [shift for shift, cross in zip(self._shifts, crosses, strict=True) if cross.random_shift]
+        embedding, numbers = self._embedding, self._shifts
+        is_all = end == len(self._lists.decoder)
 
         def part(lists: Lists, video: Tensor, audio: Tensor, *films: Tensor) -> tuple[Tensor | None, ...]:
             stages: list[Any] = list(lists.decoder)
-            remaining, shifts = iter(films), iter(drawn)
+            crosses = [stage.cross for stage in lists.stages() if stage.cross is not None]
+            shifts = iter([shift for shift, cross in zip(numbers, crosses, strict=True) if cross.random_shift])
+            remaining = iter(films)
 
             def run(function: Any, *args: Any) -> Streams:
                 if isinstance(function, ResidualBlock):
@@ -193,9 +192,12 @@ class _AtOnce:
             ends = stages[end].block.transform(*_joined(ends, skips.pop()), next(remaining))
             return *ends, *[x for skip in skips[1:] for x in skip]
 
-        films = self._films([*before, *decoder[:end]]) + ([] if is_all else [decoder[end].block.embedding(embedding)])
-        shifts = self._shifts if is_all else self._shifts[:-1]
-        return replayed_network(part, self._network, (video, audio, *films), shifts, num_sufficient=2)
+        stages = self._lists.stages()
+        first = len(stages) - len(self._lists.decoder)
+        blocks = _blocks(stages[: first + end]) + ([] if is_all else [stages[first + end].block])
+        inputs = video, audio, *self._films(blocks)
+        shifts = numbers if is_all else numbers[:-1]
+        return replayed_network(part, self._network, inputs, shifts, num_sufficient=2)
 
     def _tail(self, name: str, at: int, x: Tensor, skips: list[Tensor], films: list[Tensor]) -> Tensor:
         """A stream behind the last attention across the streams, in the stage `at`."""

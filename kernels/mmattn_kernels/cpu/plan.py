@@ -106,9 +106,9 @@ class Plan:
     def __init__(
         self, recorder: Recorder, tensors: Sequence[Tensor], results: Sequence[Tensor], *, keeps: bool = True
     ) -> None:
-        blocks = [_range(t) for t in tensors]
         from mmattn_kernels.cpu.conv import PackedAgain
 
+        blocks = [_range(t) for t in tensors]
         self._weights: list[int] = []  # which of the tensors they are
         self.weight_arguments: dict[int, tuple[int, ...]] = {}  # by the address of the packed copy
         for weight, packed, _, arguments in recorder.weights:

@@ -439,7 +439,7 @@ class _Ways:
         if is_first:
             return place
         if region.block < len(self._plan.forms):
-            return tokens.at(self._repeat(region, tokens))
+            return self._repeat_all(region, tokens)
         other = None
         if region in self._lies_at and self._lies_at[region][1] == tokens:
             other = self._lies_at.pop(region)[0]
@@ -456,8 +456,7 @@ class _Ways:
             self._copy(region)  # of other elements
             self._lies_at[region] = gradient, tokens
         elif region.block < len(self._plan.forms):
-            place = tokens.at(self._repeat(region, tokens))
-            self.calls.append(_sum(place, [gradient], tokens))
+            self.calls.append(_sum(self._repeat_all(region, tokens), [gradient], tokens))
         else:
             self._copy(region)
             place = tokens.at(self._gradient(tokens.pointer))
@@ -469,15 +468,18 @@ class _Ways:
         if region.block >= len(self._plan.forms):
             raise ValueError("a gradient of a parameter that was computed is a sum")
         if region not in shares:
-            self.repeats.append(region.block)
-            shares[region] = [_address(self._plan.between + len(self.repeats)), 0]
+            shares[region] = [self._repeat(region), 0]
         shares[region][1] += math.prod(view.shape) * view.itemsize
         return shares[region][0] + view.pointer - region.begin
 
-    def _repeat(self, region: Region, tokens: _View) -> int:
-        """The address of a further share of a tensor's gradient."""
+    def _repeat_all(self, region: Region, tokens: _View) -> tuple[int, ...]:
+        """Where a further share of the gradient of all elements of a tensor goes."""
         if math.prod(tokens.shape) * tokens.itemsize != region.size:
             raise ValueError("a share of a gradient is of a part of a tensor")
+        return tokens.at(self._repeat(region))
+
+    def _repeat(self, region: Region) -> int:
+        """The address of a further share of a tensor's gradient."""
         self.repeats.append(region.block)
         return _address(self._plan.between + len(self.repeats))
 
@@ -511,9 +513,9 @@ def _viewed(lies_at: tuple[int, ...], of: _View, view: _View) -> tuple[int, ...]
     """What lies at a place in the shape of `of`, in the shape of a view of the same elements; None if it is not one."""
     if of == view:
         return lies_at
-    shapes = [torch.empty_strided(of.shape, strides, device="meta") for strides in (of.strides, (*lies_at[1:], 1))]
     if of.pointer != view.pointer or math.prod(of.shape) != math.prod(view.shape):
         return None
+    shapes = [torch.empty_strided(of.shape, strides, device="meta") for strides in (of.strides, (*lies_at[1:], 1))]
     try:
         own, other = (t.view(view.shape).stride() for t in shapes)
     except RuntimeError:
